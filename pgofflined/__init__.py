@@ -1,0 +1,1 @@
+"""Retires failing memory pages on Xen hosts while their owners run on."""

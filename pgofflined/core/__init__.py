@@ -1,0 +1,1 @@
+"""Decisions and decoding: pure functions and values, no I/O, no clock."""

@@ -1,0 +1,73 @@
+"""Failures at the ports that their callers tell apart."""
+
+from __future__ import annotations
+
+from errno import errorcode
+
+from pgofflined.core.frames import Domid, Mfn
+
+
+def _where(domid: Domid | None, mfn: Mfn | None) -> str:
+    parts = []
+    if domid is not None:
+        parts.append(f"d{domid}")
+    if mfn is not None:
+        parts.append(f"mfn {mfn:#x}")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+class PortError(Exception):
+    """Something outside refused or failed; the message says what, where and with which errno."""
+
+
+class XenError(PortError):
+    """A hypercall or a call to a Xen library failed.
+
+    ``op`` names it in Xen's words, ``errno`` is positive.  ``done`` counts the elements of a
+    batch that took effect before the failure.
+    """
+
+    def __init__(
+        self,
+        errno: int,
+        *,
+        op: str,
+        domid: Domid | None = None,
+        mfn: Mfn | None = None,
+        done: int = 0,
+    ) -> None:
+        self.errno = errno
+        self.op = op
+        self.domid = domid
+        self.mfn = mfn
+        self.done = done
+        name = errorcode.get(errno, str(errno))
+        super().__init__(f"{op} failed with {name}{_where(domid, mfn)}")
+
+
+class DomainGone(PortError):
+    """The domain does not exist any more, or another one has its domid now."""
+
+    def __init__(self, domid: Domid) -> None:
+        self.domid = domid
+        super().__init__(f"d{domid} is gone")
+
+
+class GuestDidNotSuspend(PortError):
+    """The guest was asked to suspend and did not within the limits; the request is withdrawn.
+
+    ``stage`` is ``"acknowledge"`` (it never read the request) or ``"suspend"`` (it did, but
+    never reached the suspended state).
+    """
+
+    def __init__(self, domid: Domid, *, stage: str, seconds: float) -> None:
+        self.domid = domid
+        self.stage = stage
+        self.seconds = seconds
+        super().__init__(
+            f"d{domid} did not {stage} within {seconds:g} s; the request was withdrawn and it runs on"
+        )
+
+
+class OfflineCallUnsafe(PortError):
+    """No thread can be placed so that the offline call stays off pCPU 0 (see xen-bugs)."""

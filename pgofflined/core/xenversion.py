@@ -1,0 +1,63 @@
+"""Xen's version, and which of the hypervisor's known faults it has."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class XenVersion:
+    """Version of the running hypervisor; ``patch`` is the last point release it contains.
+
+    A pre-release such as ``4.20.5-pre`` contains point release 4, not yet 5.
+    """
+
+    major: int
+    minor: int
+    patch: int
+
+    def __str__(self) -> str:
+        """``4.20.4``."""
+        return f"{self.major}.{self.minor}.{self.patch}"
+
+    @property
+    def offlines_free_frames_safely(self) -> bool:
+        """Whether taking a frame out of a free buddy keeps the free lists intact.
+
+        Fixed by 71c6a62317 and 5cb7ff13ee (4.22.0), backported as 16b3bd3d57 and cf2995c5f2
+        (4.20.4) and d80155634d and 2e3dbcd70c (4.21.2).  Before those, the allocator may give
+        the same frame out twice and then bring the host down.
+        """
+        match (self.major, self.minor):
+            case (4, 20):
+                return self.patch >= 4
+            case (4, 21):
+                return self.patch >= 2
+            case _:
+                return (self.major, self.minor) >= (4, 22)
+
+    @property
+    def polls_corrected_errors_without_cmci(self) -> bool:
+        """Whether Xen's poll looks at any bank on a host without CMCI.
+
+        4.14 to 4.18 leave the poll's bank mask empty; 532988dccc (4.19) fills it.
+        """
+        return not (4, 14) <= (self.major, self.minor) <= (4, 18)
+
+
+def parse_version(version: int, extra: str) -> XenVersion:
+    """Version from XENVER_version (major << 16 | minor) and XENVER_extraversion (".5-pre").
+
+    Raises ValueError when the extra version has no point release in front.
+    """
+    found = re.match(r"\.(\d{1,6})(.*)", extra.rstrip("\0 "))
+    if found:
+        patch = int(found[1])
+        if found[2].startswith(("-pre", "-rc")):
+            patch -= 1
+    elif extra.startswith(("-unstable", "-rc", ".x")):
+        patch = -1
+    else:
+        raise ValueError(f"Xen's extra version {extra!r} names no point release")
+    return XenVersion(major=version >> 16, minor=version & 0xFFFF, patch=patch)
