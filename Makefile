@@ -1,0 +1,44 @@
+# Every target sets up what it needs: a virtual environment here, system packages through apt.
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check e2e bench clean
+
+demo: $(VENV)/.run
+	$(BIN)/python -m pgofflined demo
+
+test: $(VENV)/.dev | system-test
+	$(BIN)/python -m pytest -m "not e2e" tests
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_links.py
+
+e2e: $(VENV)/.dev | system-e2e
+	$(BIN)/python -m pytest -m e2e tests/e2e $(E2E)
+
+bench: $(VENV)/.dev | system-e2e
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+.PHONY: system-test system-e2e
+system-test:
+	@scripts/system-packages tests/apt-packages.txt
+system-e2e:
+	@scripts/system-packages tests/apt-packages.txt tests/e2e/apt-packages.txt
+
+$(VENV)/bin/python:
+	@scripts/make-venv $(VENV)
+
+$(VENV)/.run: requirements-run.txt pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-run.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
