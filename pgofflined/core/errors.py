@@ -71,3 +71,18 @@ class GuestDidNotSuspend(PortError):
 
 class OfflineCallUnsafe(PortError):
     """No thread can be placed so that the offline call stays off pCPU 0 (see xen-bugs)."""
+
+
+class SourceUnavailable(PortError):
+    """A telemetry source could not be opened; another one, or a later try, may do.
+
+    ``errno`` is positive and tells why: EEXIST (another has bound VIRQ_MCA, usually the kernel's
+    own driver), EBUSY (another holds /dev/mcelog), ENOENT (no such device here), EPERM.
+    """
+
+    def __init__(self, errno: int, *, source: str, reason: str) -> None:
+        self.errno = errno
+        self.source = source
+        self.reason = reason
+        name = errorcode.get(errno, str(errno))
+        super().__init__(f"the {source} source is unavailable ({name}): {reason}")
