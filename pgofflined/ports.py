@@ -68,8 +68,9 @@ class FrameControl(Protocol):
 
         The caller has queried the frame and seen that it is not broken: for a broken and owned
         frame Xen crashes the owner.  Raises OfflineCallUnsafe where no such vCPU can be had; the
-        call has then not been made.  Where Xen fails the call with an errno but explains itself in the status word
-        (its own image, not conventional RAM), the reply is given, not the error.
+        call has then not been made.  Where Xen fails the call with an errno but explains itself
+        in the status word (its own image, not conventional RAM), the reply is given, not the
+        error.
         """
         ...
 

@@ -65,7 +65,8 @@ class GuestDidNotSuspend(PortError):
         self.stage = stage
         self.seconds = seconds
         super().__init__(
-            f"d{domid} did not {stage} within {seconds:g} s; the request was withdrawn and it runs on"
+            f"d{domid} did not {stage} within {seconds:g} s; "
+            "the request was withdrawn and it runs on"
         )
 
 

@@ -1,0 +1,112 @@
+"""What became of a page that was to be moved.  A refusal is an answer, not an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.frames import Mfn, Pfn
+
+
+class RefusalReason(StrEnum):
+    """Why a page was not exchanged.  The guest runs on unharmed in every case."""
+
+    NOT_PENDING = "not_pending"
+    BROKEN = "broken"
+    NOT_THE_DOMAINS = "not_the_domains"
+    PAGE_TABLE = "page_table"
+    GRANTED = "granted"
+    P2M_FRAME = "p2m_frame"
+    P2M_DISAGREES = "p2m_disagrees"
+    GUEST_LAYOUT = "guest_layout"
+    OTHER_REFERENCES = "other_references"
+    CONTENTS_CHANGED = "contents_changed"
+    NO_FREE_MEMORY = "no_free_memory"
+    NOT_PV = "not_pv"
+    DOMAIN_BUSY = "domain_busy"
+    DOMAIN_GONE = "domain_gone"
+    NO_SUSPEND = "no_suspend"
+    XEN_REFUSED = "xen_refused"
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same page of the same domain may be movable later."""
+        return self in _MAY_PASS
+
+
+_MAY_PASS = frozenset(
+    {
+        RefusalReason.GRANTED,
+        RefusalReason.OTHER_REFERENCES,
+        RefusalReason.CONTENTS_CHANGED,
+        RefusalReason.NO_FREE_MEMORY,
+        RefusalReason.DOMAIN_BUSY,
+        RefusalReason.NO_SUSPEND,
+        RefusalReason.P2M_DISAGREES,
+        RefusalReason.PAGE_TABLE,
+        RefusalReason.XEN_REFUSED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchanged:
+    """The guest's pfn lives in ``new`` now; ``old`` has left the guest."""
+
+    old: Mfn
+    new: Mfn
+    pfn: Pfn
+    references: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """The page stays where it was."""
+
+    mfn: Mfn
+    reason: RefusalReason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damaged:
+    """The exchange happened, and the guest's memory could not be put right afterwards.
+
+    What could not be restored is left unmapped, so that the guest stops at it instead of
+    reading another page's bytes.
+    """
+
+    old: Mfn
+    new: Mfn
+    pfn: Pfn
+    detail: str
+
+
+PageResult = Exchanged | Refusal | Damaged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blackout:
+    """How long one suspend kept the guest, in seconds.
+
+    ``whole`` runs from our request to the resume call and contains the guest's own way into the
+    suspend; ``ours`` starts only when the guest is suspended.
+    """
+
+    whole: float
+    ours: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExchangeReport:
+    """One job: all pages of one domain in one suspend.
+
+    ``blackout`` is None where the guest was never suspended.  ``stuck`` says what keeps the
+    guest from running if our own clean-up failed; an operator has to act then.
+    """
+
+    domain: DomainIdentity
+    results: tuple[PageResult, ...]
+    blackout: Blackout | None
+    stuck: str | None = None
