@@ -1,0 +1,96 @@
+"""What the daemon tells of itself: to `pgofflined status`, to the metrics, to the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pgofflined.core.book import PageEntry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceStatus:
+    """Where machine checks come from now; ``name`` is None while degraded, and ``note`` says why."""
+
+    name: str | None
+    note: str
+    last_record: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    """Worker pool: how many there are, are at work, and the pages waiting for them."""
+
+    workers: int
+    busy: int
+    queued_pages: int
+    queue_limit: int
+    longest_busy_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobStatus:
+    """One job that waits or runs: ``kind`` is ``exchange`` or ``relocation``."""
+
+    job: str
+    kind: str
+    domid: int
+    domain_name: str
+    pages: int
+    state: str
+    since: float
+    attempts: int = 0
+    next_try: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The daemon at one moment.
+
+    ``idle_scrub`` counts pages that were retired in the way that leaves one idle CPU per NUMA
+    node looking for them (docs/xen-bugs).  ``reports`` counts error reports by class and source,
+    ``lost`` lost or undecodable records by place.
+    """
+
+    version: str
+    started: float
+    xen_version: str
+    dry_run: bool
+    source: SourceStatus
+    reports: Mapping[tuple[str, str], int]
+    lost: Mapping[str, int]
+    pages_by_phase: Mapping[str, int]
+    retired_frames: int
+    cap_frames: int
+    tracked_pages: int
+    evicted_pages: int
+    idle_scrub: int
+    oldest_unfinished: float | None
+    workers: WorkerStatus
+    jobs: tuple[JobStatus, ...] = ()
+    attention: tuple[str, ...] = ()
+    policy: tuple[str, ...] = ()
+    policy_digest: str = ""
+    pages: tuple[PageEntry, ...] = field(default=())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameAnswer:
+    """Answer to a query for one frame: Xen's state, the owner as far as known, our entry."""
+
+    mfn: int
+    state: str
+    owner: str
+    hits_in_window: int
+    entry: PageEntry | None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfflineAnswer:
+    """Answer to a request to retire one frame: whether it was taken in hand, and why (not)."""
+
+    mfn: int
+    accepted: bool
+    detail: str
