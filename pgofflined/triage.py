@@ -1,0 +1,268 @@
+"""Finds out whose a page is, marks it where that is safe, and says who is to move it.
+
+Synchronous: every step is a hypercall.  The order is what keeps hosts alive: the state is
+queried first (an offline call for a broken and owned page makes Xen crash the owner), the owner
+is looked for before anything is marked, and the mark is set only for pages that can follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
+from pgofflined.core.errors import DomainGone, OfflineCallUnsafe
+from pgofflined.core.frames import DOM0, DOMID_COW, DOMID_IO, DOMID_XEN, Domid, Mfn
+from pgofflined.core.offline import OfflineFlag, OfflineReply, OfflineState
+from pgofflined.core.pages import PageKind, decode_page_type
+from pgofflined.ports import Hypervisor
+
+
+class LeftReason(StrEnum):
+    """Why a page stays where it is."""
+
+    DOM0 = "dom0"
+    XEN = "xen"
+    IO = "io"
+    SHARED = "shared"
+    NOT_RAM = "not_ram"
+    BROKEN = "broken"
+    DENIED = "denied"
+    UNFIXED_XEN = "unfixed_xen"
+    UNSAFE_CALL = "unsafe_call"
+    NOT_UNDERSTOOD = "not_understood"
+
+
+class LaterReason(StrEnum):
+    """Why the same page is looked at again later."""
+
+    ANONYMOUS = "anonymous"
+    OWNER_ENDING = "owner_ending"
+    OWNER_CHANGED = "owner_changed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offlined:
+    """Out of use already."""
+
+    mfn: Mfn
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToExchange:
+    """Marked; its PV owner is to be moved off it in place."""
+
+    mfn: Mfn
+    domain: DomainInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToRelocate:
+    """Marked; its HVM or PVH owner is to be migrated."""
+
+    mfn: Mfn
+    domain: DomainInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """Not to be moved by us; ``marked`` says whether Xen holds it pending all the same."""
+
+    mfn: Mfn
+    reason: LeftReason
+    detail: str
+    marked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Later:
+    """Cannot be settled now."""
+
+    mfn: Mfn
+    reason: LaterReason
+    detail: str
+    marked: bool = False
+
+
+Disposition = Offlined | ToExchange | ToRelocate | Left | Later
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What the policy and the host's past allow.
+
+    ``denial`` gives the reason why a domain's pages are to be left alone, None where they are
+    not.  ``wedged`` says whether Xen itself has broken a page of that domain: the lock that such
+    a pass may have left behind would make the next offline call hang the host.
+    """
+
+    denial: Callable[[DomainInfo], str | None]
+    wedged: Callable[[DomainInfo], bool]
+
+
+def triage(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition:
+    """Settle one page as far as that goes without moving its owner.
+
+    Marks the page unless the result is ``Left`` or ``Later`` with ``marked`` False.  Raises
+    PortError when Xen cannot be asked.
+    """
+    settled = _settled_by_state(mfn, xen.query(mfn)) or _settled_by_owner(mfn, xen, rules)
+    if settled is not None:
+        return settled
+    try:
+        reply = xen.offline(mfn)
+    except OfflineCallUnsafe as error:
+        return Left(mfn=mfn, reason=LeftReason.UNSAFE_CALL, detail=str(error))
+    return _settled_by_reply(mfn, xen, rules, reply)
+
+
+def find_pv_owner(mfn: Mfn, xen: Hypervisor) -> DomainInfo | None:
+    """The PV domain that owns a page, dom0 included; None for free, Xen's and HVM owners' pages.
+
+    Asks Xen for the frame's type as each PV domain's: for all but the owner that is XTAB.
+    """
+    import numpy as np
+
+    frame = np.array([mfn], dtype=np.uint64)
+    for domain in xen.domains():
+        if domain.kind is not GuestKind.PV:
+            continue
+        try:
+            word = int(xen.page_types(domain.domid, frame)[0])
+        except DomainGone:
+            continue
+        if decode_page_type(word).kind is not PageKind.NOT_THE_DOMAINS:
+            return domain
+    return None
+
+
+def _settled_by_state(mfn: Mfn, state: OfflineState) -> Disposition | None:
+    if state & OfflineState.OFFLINED:
+        return Offlined(mfn=mfn, detail="it is out of use")
+    if state & OfflineState.BROKEN:
+        return Left(
+            mfn=mfn,
+            reason=LeftReason.BROKEN,
+            detail="Xen holds it for broken while somebody owns it; "
+            "it goes when its owner ends, restart that guest",
+            marked=True,
+        )
+    return None
+
+
+def _settled_by_owner(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition | None:
+    """What can be said before the mark; None when the page is to be marked."""
+    fixed = xen.version().offlines_free_frames_safely
+    if xen.m2p(mfn) is None:
+        return None if fixed else _unfixed(mfn, "it is free, or Xen's own")
+    owner = find_pv_owner(mfn, xen)
+    if owner is None:
+        return None if fixed else _unfixed(mfn, "it belongs to a guest that would have to end")
+    if owner.is_dom0:
+        return _dom0(mfn, marked=False)
+    if owner.dying or owner.shutdown is ShutdownReason.CRASH or rules.wedged(owner):
+        return Later(
+            mfn=mfn,
+            reason=LaterReason.OWNER_ENDING,
+            detail=f"its owner d{owner.domid} has crashed or is ending",
+        )
+    denial = rules.denial(owner)
+    if denial is not None:
+        return Left(mfn=mfn, reason=LeftReason.DENIED, detail=denial)
+    # A freed frame joins its neighbour only where that one is free too, and it is the join
+    # that the unfixed allocator takes apart wrongly.
+    if not fixed and xen.m2p(Mfn(mfn ^ 1)) is None:
+        return _unfixed(mfn, "its neighbour is free, and the two would be joined")
+    return None
+
+
+def _settled_by_reply(mfn: Mfn, xen: Hypervisor, rules: Rules, reply: OfflineReply) -> Disposition:
+    flags = reply.flags
+    if flags & OfflineFlag.OFFLINED:
+        return Offlined(mfn=mfn, detail="it was free and is out of use now")
+    if flags & OfflineFlag.AGAIN:
+        return Left(
+            mfn=mfn,
+            reason=LeftReason.BROKEN,
+            detail="it broke between our query and our call, and Xen has crashed its owner",
+            marked=True,
+        )
+    if flags & OfflineFlag.NOT_CONV_RAM:
+        return Left(mfn=mfn, reason=LeftReason.NOT_RAM, detail="it is no ordinary memory")
+    if flags & OfflineFlag.XENPAGE:
+        return _xens(mfn, marked=bool(flags & OfflineFlag.PENDING))
+    if flags & OfflineFlag.ANONYMOUS:
+        return Later(
+            mfn=mfn,
+            reason=LaterReason.ANONYMOUS,
+            detail="it is being handed to an owner that Xen cannot name yet",
+            marked=True,
+        )
+    if flags & OfflineFlag.OWNED and flags & OfflineFlag.PENDING and reply.owner is not None:
+        return _settled_by_marked_owner(mfn, xen, rules, reply.owner)
+    return Left(
+        mfn=mfn,
+        reason=LeftReason.NOT_UNDERSTOOD,
+        detail=f"Xen answered the offline call with {flags}",
+    )
+
+
+def _settled_by_marked_owner(mfn: Mfn, xen: Hypervisor, rules: Rules, owner: Domid) -> Disposition:
+    if owner == DOM0:
+        return _dom0(mfn, marked=True)
+    if owner == DOMID_XEN:
+        return _xens(mfn, marked=True)
+    if owner == DOMID_IO:
+        return Left(mfn=mfn, reason=LeftReason.IO, detail="it is given to I/O", marked=True)
+    if owner == DOMID_COW:
+        return Left(
+            mfn=mfn,
+            reason=LeftReason.SHARED,
+            detail="several guests share it copy-on-write",
+            marked=True,
+        )
+    try:
+        domain = xen.domain(owner)
+    except DomainGone:
+        return Later(
+            mfn=mfn,
+            reason=LaterReason.OWNER_CHANGED,
+            detail=f"its owner d{owner} has just gone",
+            marked=True,
+        )
+    denial = rules.denial(domain)
+    if denial is not None:
+        xen.online(mfn)
+        return Left(mfn=mfn, reason=LeftReason.DENIED, detail=denial)
+    if domain.kind is GuestKind.PV:
+        return ToExchange(mfn=mfn, domain=domain)
+    return ToRelocate(mfn=mfn, domain=domain)
+
+
+def _dom0(mfn: Mfn, *, marked: bool) -> Left:
+    return Left(
+        mfn=mfn,
+        reason=LeftReason.DOM0,
+        detail="it belongs to dom0; plan a reboot with badpage=, or have dom0 give it up",
+        marked=marked,
+    )
+
+
+def _xens(mfn: Mfn, *, marked: bool) -> Left:
+    return Left(
+        mfn=mfn,
+        reason=LeftReason.XEN,
+        detail="it belongs to Xen itself; plan a reboot with badpage=",
+        marked=marked,
+    )
+
+
+def _unfixed(mfn: Mfn, why: str) -> Left:
+    return Left(
+        mfn=mfn,
+        reason=LeftReason.UNFIXED_XEN,
+        detail=f"{why}: this Xen's allocator is damaged by taking such a page out; "
+        "update Xen (4.20.4, 4.21.2, 4.22 or later), or plan a reboot with badpage=",
+    )
