@@ -16,6 +16,7 @@ class Cause(StrEnum):
 
     CORRECTED = "corrected"
     OPERATOR = "operator"
+    UNCORRECTED = "uncorrected"
 
 
 class Phase(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import assert_never
 
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Mfn, Pfn
@@ -28,6 +29,7 @@ class RefusalReason(StrEnum):
     DOMAIN_GONE = "domain_gone"
     NO_SUSPEND = "no_suspend"
     XEN_REFUSED = "xen_refused"
+    INTERNAL = "internal"
 
     @property
     def may_pass(self) -> bool:
@@ -52,12 +54,16 @@ _MAY_PASS = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exchanged:
-    """The guest's pfn lives in ``new`` now; ``old`` has left the guest."""
+    """The guest's pfn lives in ``new`` now; ``old`` has left the guest.
+
+    ``offlined`` says that Xen has confirmed that ``old`` is out of use.
+    """
 
     old: Mfn
     new: Mfn
     pfn: Pfn
     references: int
+    offlined: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +90,17 @@ class Damaged:
 
 
 PageResult = Exchanged | Refusal | Damaged
+
+
+def page_of(result: PageResult) -> Mfn:
+    """The bad page that a result is about."""
+    match result:
+        case Refusal(mfn=mfn):
+            return mfn
+        case Exchanged(old=old) | Damaged(old=old):
+            return old
+        case _:
+            assert_never(result)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ import numpy as np
 
 from pgofflined.core.errors import DomainGone, PortError, XenError
 from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Damaged, Exchanged, PageResult, Refusal, RefusalReason
 from pgofflined.core.pages import PTE_ADDR_MASK
 from pgofflined.exchanger.plan import PagePlan
@@ -65,7 +66,7 @@ def transfer(xen: Hypervisor, domid: Domid, pages: Sequence[PagePlan]) -> list[P
     finally:
         for move in moves:
             _settle(xen, domid, move)
-    return [_result(move) for move in moves]
+    return [_result(xen, move) for move in moves]
 
 
 def _prepare(xen: Hypervisor, domid: Domid, moves: Sequence[_Move]) -> None:
@@ -183,11 +184,19 @@ def _read_page(xen: Hypervisor, domid: Domid, mfn: Mfn) -> Words:
     return contents
 
 
+def _is_offlined(xen: Hypervisor, mfn: Mfn) -> bool:
+    try:
+        return bool(xen.query(mfn) & OfflineState.OFFLINED)
+    except PortError:
+        # The page is moved all the same; whoever reads "not confirmed" asks again.
+        return False
+
+
 def _refuse(move: _Move, reason: RefusalReason, detail: str) -> Refusal:
     return Refusal(mfn=move.plan.mfn, reason=reason, detail=detail)
 
 
-def _result(move: _Move) -> PageResult:
+def _result(xen: Hypervisor, move: _Move) -> PageResult:
     plan = move.plan
     home = move.committed.new if move.committed is not None else plan.mfn
     if move.refusal is not None and move.refusal.reason is RefusalReason.DOMAIN_GONE:
@@ -195,7 +204,13 @@ def _result(move: _Move) -> PageResult:
     if move.damage:
         return Damaged(old=plan.mfn, new=home, pfn=plan.pfn, detail="; ".join(move.damage))
     if move.committed is not None:
-        return Exchanged(old=plan.mfn, new=home, pfn=plan.pfn, references=len(plan.references))
+        return Exchanged(
+            old=plan.mfn,
+            new=home,
+            pfn=plan.pfn,
+            references=len(plan.references),
+            offlined=_is_offlined(xen, plan.mfn),
+        )
     return move.refusal or _refuse(
         move, RefusalReason.XEN_REFUSED, "the exchange was not reached; nothing was changed"
     )
