@@ -1,0 +1,292 @@
+/*
+ * memcheck: fills most of a guest's memory with a known pattern and verifies
+ * it in a loop. Runs as the guest's first process.
+ *
+ * One worker process for each vCPU, pinned to it, each with its share of the
+ * memory and therefore with page tables and a CR3 of its own. The parent
+ * measures the largest gap between two 10 ms ticks and reports.
+ *
+ * Every line goes to /dev/kmsg as one record, so that it reaches the console
+ * whole whatever the kernel prints at the same time:
+ *
+ *   memcheck: boot id=UUID
+ *   memcheck: start workers=N pages=P leave_mib=M
+ *   memcheck: pass N ok pages=P gap_ms=G seed=S
+ *   memcheck: pass N BAD pages=P gap_ms=G seed=S mismatches=T
+ *   memcheck: MISMATCH worker=W page=I offset=O want=X got=Y pass=N
+ *
+ * "pass N" means that every worker has completed its N-th pass. A page is
+ * only rewritten right after it was verified, so damage is never covered up.
+ *
+ * Kernel command line:
+ *   memcheck.leave_mib=24     memory left to the kernel
+ *   memcheck.workers=0        workers; 0: one for each vCPU
+ *   memcheck.rewrite_every=4  every so many passes write a new pattern
+ *   memcheck.nap_ms=500       pause of each worker between two passes
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/sysinfo.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { PAGE = 4096, WORDS = PAGE / 8, MAX_WORKERS = 64, REPORTED = 8, TICK_MS = 10 };
+
+struct progress {
+	volatile uint64_t passes;
+	volatile uint64_t mismatches;
+	volatile uint64_t seed;
+	char pad[104]; /* workers do not share cache lines */
+};
+
+struct settings {
+	long leave_mib, workers, rewrite_every, nap_ms;
+};
+
+static int kmsg = -1;
+
+static void say(const char *format, ...)
+{
+	char line[512];
+	va_list arguments;
+	/* "<4>": warnings are on the console at every usual log level. */
+	int used = snprintf(line, sizeof line, "<4>memcheck: ");
+
+	va_start(arguments, format);
+	used += vsnprintf(line + used, sizeof line - used, format, arguments);
+	va_end(arguments);
+	if (write(kmsg, line, used) != used)
+		_exit(3);
+}
+
+static void die(const char *what)
+{
+	say("FAILED %s: %s", what, strerror(errno));
+	for (;;)
+		pause();
+}
+
+static uint64_t mix(uint64_t x)
+{
+	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+	x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+	return x ^ (x >> 31);
+}
+
+/* The base of a page's pattern: depends on the seed and on which page it is. */
+static uint64_t page_base(uint64_t seed, uint64_t page)
+{
+	return mix(seed + mix(page + 0x9e3779b97f4a7c15ull));
+}
+
+/* A word of the pattern; every bit depends on every bit of the base. */
+static uint64_t pattern(uint64_t base, uint64_t word)
+{
+	uint64_t x = (base + word * 0x9e3779b97f4a7c15ull) * 0xff51afd7ed558ccdull;
+
+	return x ^ (x >> 29);
+}
+
+static void fill(uint64_t *words, uint64_t seed, uint64_t page)
+{
+	uint64_t base = page_base(seed, page);
+
+	for (unsigned word = 0; word < WORDS; word++)
+		words[word] = pattern(base, word);
+}
+
+static uint64_t now_ms(clockid_t clock)
+{
+	struct timespec time;
+
+	clock_gettime(clock, &time);
+	return time.tv_sec * 1000ull + time.tv_nsec / 1000000;
+}
+
+static void nap(long ms)
+{
+	struct timespec time = { ms / 1000, ms % 1000 * 1000000 };
+
+	nanosleep(&time, NULL);
+}
+
+static long option(const char *line, const char *name, long otherwise)
+{
+	const char *found = strstr(line, name);
+
+	return found ? strtol(found + strlen(name), NULL, 10) : otherwise;
+}
+
+static struct settings read_settings(void)
+{
+	char line[4096] = "";
+	int file = open("/proc/cmdline", O_RDONLY);
+
+	if (file < 0 || read(file, line, sizeof line - 1) < 0)
+		die("/proc/cmdline");
+	close(file);
+	struct settings settings = {
+		.leave_mib = option(line, "memcheck.leave_mib=", 24),
+		.workers = option(line, "memcheck.workers=", 0),
+		.rewrite_every = option(line, "memcheck.rewrite_every=", 4),
+		.nap_ms = option(line, "memcheck.nap_ms=", 500),
+	};
+	if (settings.workers <= 0)
+		settings.workers = sysconf(_SC_NPROCESSORS_ONLN);
+	if (settings.workers > MAX_WORKERS)
+		settings.workers = MAX_WORKERS;
+	if (settings.rewrite_every <= 0)
+		settings.rewrite_every = 4;
+	return settings;
+}
+
+/* Verify one page; the number of wrong words. Wrong words are put right, so that each counts once. */
+static unsigned verify(uint64_t *words, uint64_t seed, uint64_t page, int worker,
+		       struct progress *mine)
+{
+	uint64_t base = page_base(seed, page);
+	unsigned wrong = 0;
+
+	for (unsigned word = 0; word < WORDS; word++) {
+		uint64_t want = pattern(base, word), got = words[word];
+
+		if (__builtin_expect(want == got, 1))
+			continue;
+		if (mine->mismatches + wrong < REPORTED)
+			say("MISMATCH worker=%d page=%llu offset=%u want=%016llx got=%016llx "
+			    "pass=%llu", worker, (unsigned long long)page, word * 8,
+			    (unsigned long long)want, (unsigned long long)got,
+			    (unsigned long long)mine->passes + 1);
+		words[word] = want;
+		wrong++;
+	}
+	return wrong;
+}
+
+static void work(int worker, uint64_t pages, const struct settings *settings,
+		 struct progress *mine)
+{
+	uint64_t seed = mix(getpid() + 1000003ull * worker), first = (uint64_t)worker << 32;
+	cpu_set_t cpus;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(worker % sysconf(_SC_NPROCESSORS_ONLN), &cpus);
+	sched_setaffinity(0, sizeof cpus, &cpus);
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	uint64_t *memory = mmap(NULL, pages * PAGE, PROT_READ | PROT_WRITE,
+				MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (memory == MAP_FAILED)
+		die("mmap");
+	for (uint64_t page = 0; page < pages; page++)
+		fill(memory + page * WORDS, seed, first + page);
+	mine->seed = seed;
+	for (;;) {
+		int rewrite = (mine->passes + 1) % settings->rewrite_every == 0;
+		uint64_t next = rewrite ? mix(seed + 1) : seed;
+
+		for (uint64_t page = 0; page < pages; page++) {
+			uint64_t *words = memory + page * WORDS;
+
+			mine->mismatches += verify(words, seed, first + page, worker, mine);
+			if (rewrite)
+				fill(words, next, first + page);
+		}
+		mine->seed = seed = next;
+		mine->passes++;
+		nap(settings->nap_ms);
+	}
+}
+
+static void report(uint64_t pass, uint64_t pages, uint64_t gap, struct progress *all, long workers)
+{
+	uint64_t mismatches = 0;
+
+	for (long worker = 0; worker < workers; worker++)
+		mismatches += all[worker].mismatches;
+	if (mismatches)
+		say("pass %llu BAD pages=%llu gap_ms=%llu seed=%016llx mismatches=%llu",
+		    (unsigned long long)pass, (unsigned long long)pages, (unsigned long long)gap,
+		    (unsigned long long)all[0].seed, (unsigned long long)mismatches);
+	else
+		say("pass %llu ok pages=%llu gap_ms=%llu seed=%016llx", (unsigned long long)pass,
+		    (unsigned long long)pages, (unsigned long long)gap,
+		    (unsigned long long)all[0].seed);
+}
+
+/* The parent's loop: measure gaps, report passes, notice dead workers. */
+static void watch(uint64_t pages, struct progress *all, long workers)
+{
+	/* BOOTTIME goes on while the guest is suspended, MONOTONIC does not. */
+	uint64_t reported = 0, gap = 0, last = now_ms(CLOCK_BOOTTIME);
+
+	for (;;) {
+		nap(TICK_MS);
+		uint64_t now = now_ms(CLOCK_BOOTTIME), least = UINT64_MAX;
+
+		if (now - last > gap)
+			gap = now - last;
+		last = now;
+		for (long worker = 0; worker < workers; worker++)
+			if (all[worker].passes < least)
+				least = all[worker].passes;
+		for (; reported < least; gap = 0)
+			report(++reported, pages, gap, all, workers);
+		int status;
+		pid_t child = waitpid(-1, &status, WNOHANG);
+		if (child > 0)
+			say("FAILED worker process %d ended, status %#x", child, status);
+	}
+}
+
+static void announce(void)
+{
+	char id[64] = "";
+	int file = open("/proc/sys/kernel/random/uuid", O_RDONLY);
+	ssize_t size = read(file, id, sizeof id - 1);
+
+	if (size <= 0)
+		die("random uuid");
+	close(file);
+	id[strcspn(id, "\n")] = 0;
+	say("boot id=%s", id);
+}
+
+int main(void)
+{
+	kmsg = open("/dev/kmsg", O_WRONLY);
+	announce();
+	struct settings settings = read_settings();
+	struct sysinfo memory;
+	sysinfo(&memory);
+	uint64_t free_pages = (uint64_t)memory.freeram * memory.mem_unit / PAGE;
+	uint64_t left = settings.leave_mib * (1 << 20) / PAGE;
+	if (free_pages <= left + settings.workers)
+		die("too little memory");
+	uint64_t share = (free_pages - left) / settings.workers;
+	struct progress *all = mmap(NULL, settings.workers * sizeof *all, PROT_READ | PROT_WRITE,
+				    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (all == MAP_FAILED)
+		die("mmap");
+	say("start workers=%ld pages=%llu leave_mib=%ld", settings.workers,
+	    (unsigned long long)share * settings.workers, settings.leave_mib);
+	for (int worker = 0; worker < settings.workers; worker++) {
+		pid_t child = fork();
+
+		if (child < 0)
+			die("fork");
+		if (child == 0)
+			work(worker, share, &settings, &all[worker]);
+	}
+	watch(share * settings.workers, all, settings.workers);
+}

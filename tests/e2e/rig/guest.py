@@ -1,0 +1,182 @@
+"""Guests with the memory checker."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from .errors import CommandFailed
+from .waiting import wait_until
+
+if TYPE_CHECKING:
+    from .host import Host
+
+KERNEL = "/opt/rig/vmlinux"
+RAMDISK = "/run/rig/guest.cpio.gz"
+CONSOLES = "/var/log/xen/console"
+START_LIMIT = 180.0
+PASS_LIMIT = 60.0
+"""Seconds that one checker pass may take; ten times what it does."""
+
+PASS = re.compile(r"memcheck: pass (\d+) (ok|BAD) pages=(\d+) gap_ms=(\d+)")
+BOOT = re.compile(r"memcheck: boot id=(\S+)")
+TROUBLE = re.compile(
+    r"memcheck: (?:MISMATCH|FAILED)|memcheck: pass \d+ BAD|Kernel panic|Oops|BUG:|WARNING:"
+    r"|Call Trace|segfault|general protection"
+)
+
+Kind = Literal["pv", "pvh", "hvm"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuestSpec:
+    """A guest to start."""
+
+    name: str
+    kind: Kind = "pv"
+    vcpus: int = 2
+    memory_mib: int = 128
+    leave_mib: int = 24
+    """Memory that the checker leaves to the guest's kernel."""
+    ignore_suspend: bool = False
+    """Make the guest never watch control/shutdown."""
+    modules: tuple[str, ...] = ()
+    """Kernel modules to load, such as "xen-gntalloc"."""
+    cmdline_extra: str = ""
+    config_extra: str = ""
+    """More lines for xl's configuration file."""
+
+    def command_line(self) -> str:
+        """The guest kernel's command line."""
+        words = ["console=hvc0", "rdinit=/init", "printk.devkmsg=on", "mitigations=off"]
+        words.append(f"memcheck.leave_mib={self.leave_mib}")
+        if self.ignore_suspend:
+            # Linux sets up its watch on control/shutdown in this initcall.
+            words.append("initcall_blacklist=xen_setup_shutdown_event")
+        if self.modules:
+            words.append(f"memcheck.modules={','.join(self.modules)}")
+        return " ".join([*words, self.cmdline_extra]).strip()
+
+    def configuration(self) -> str:
+        """The file for `xl create`."""
+        return (
+            f'name = "{self.name}"\n'
+            f'type = "{self.kind}"\n'
+            f"vcpus = {self.vcpus}\n"
+            f"memory = {self.memory_mib}\n"
+            f'kernel = "{KERNEL}"\n'
+            f'ramdisk = "{RAMDISK}"\n'
+            f'extra = "{self.command_line()}"\n'
+            'on_crash = "preserve"\n'
+            f"{self.config_extra}\n"
+        )
+
+
+class Guest:
+    """A guest, known by its name: its domid changes when it is migrated."""
+
+    def __init__(self, host: Host, spec: GuestSpec) -> None:
+        self.spec = spec
+        self._host = host
+        self._logs: dict[str, bytes] = {}
+        self._first_domid = -1
+        self._boot_id = ""
+
+    def start(self) -> None:
+        """Create the domain and wait until the checker has completed its first pass."""
+        name = self.spec.name
+        configuration = f"/run/rig-guests/{name}.cfg"
+        self._host.run(["rm", "-f", *self._paths()])
+        self._host.write_text(configuration, self.spec.configuration())
+        self._host.run(["xl", "create", configuration], timeout=START_LIMIT)
+        self._first_domid = self.domid
+        try:
+            wait_until(
+                lambda: self.passes() > 0, timeout=START_LIMIT, what=f"{name}'s first pass", interval=1
+            )
+        except AssertionError as error:
+            error.add_note(self.console()[-3000:])
+            raise
+        self._boot_id = self.boot_ids()[0]
+
+    @property
+    def domid(self) -> int:
+        """The domain's id now. CommandFailed when there is no such domain."""
+        return int(self._host.run(["xl", "domid", self.spec.name]).out)
+
+    def exists(self) -> bool:
+        """Whether there is a domain of this name."""
+        return self._host.run(["xl", "domid", self.spec.name], check=False).status == 0
+
+    def console(self) -> str:
+        """All that the guest has printed, also after migrations to the same host."""
+        for path in self._paths():
+            known = self._logs.get(path, b"")
+            try:
+                self._logs[path] = known + self._host.get(path, offset=len(known))
+            except FileNotFoundError:
+                # It was never migrated, or has printed nothing yet.
+                continue
+        return b"".join(self._logs.values()).decode(errors="replace")
+
+    def boot_ids(self) -> list[str]:
+        """The ids of the boots seen on the console: more than one means a restart."""
+        return BOOT.findall(self.console())
+
+    def passes(self) -> int:
+        """How many passes over all its memory the checker has completed."""
+        found = PASS.findall(self.console())
+        return int(found[-1][0]) if found else 0
+
+    def gaps(self) -> list[int]:
+        """The largest gap between two 10 ms ticks during each pass so far, in ms."""
+        return [int(gap) for *_, gap in PASS.findall(self.console())]
+
+    def wait_passes(self, further: int, *, timeout: float | None = None) -> None:
+        """Wait for so many passes that begin after now."""
+        # The pass under way does not count: it has verified a part of memory already.
+        goal = self.passes() + further + 1
+        wait_until(
+            lambda: self.passes() >= goal,
+            timeout=timeout or PASS_LIMIT * (further + 1),
+            what=f"{self.spec.name}'s pass {goal} (at {self.passes()})",
+            interval=1,
+        )
+
+    def trouble(self) -> list[str]:
+        """Console lines that tell of damaged memory or an unwell kernel."""
+        return [line for line in self.console().splitlines() if TROUBLE.search(line)]
+
+    def assert_clean(self, *, migrated: bool = False) -> None:
+        """Fail when a byte was lost, the kernel complained, or the guest restarted.
+
+        After a migration the domid may differ; the boot id may not.
+        """
+        assert self.trouble() == [], f"{self.spec.name}: {self.trouble()[:5]}"
+        assert self.boot_ids() == [self._boot_id], f"{self.spec.name} restarted: {self.boot_ids()}"
+        if not migrated:
+            assert self.domid == self._first_domid, f"{self.spec.name}: domid {self.domid}"
+
+    def shutdown(self, *, timeout: float = 60) -> None:
+        """Ask the guest to power off; wait until the domain is gone."""
+        self._host.run(["xl", "shutdown", "-w", self.spec.name], timeout=timeout)
+        self._forget()
+
+    def destroy(self) -> None:
+        """Destroy the domain. Nothing to do when it is gone."""
+        for _ in range(2):
+            # Twice: a crash or a migration may leave another domain of a similar name.
+            for name in (self.spec.name, f"{self.spec.name}--incoming"):
+                done = self._host.run(["xl", "destroy", name], check=False)
+                if done.status and "invalid domain" not in done.err:
+                    raise CommandFailed(f"xl destroy {name}: {done.err}")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._host.guests.pop(self.spec.name, None)
+
+    def _paths(self) -> list[str]:
+        # xenconsoled names the log by what the domain is called when it first sees it, and a
+        # migration's target is called "--incoming" then.
+        return [f"{CONSOLES}/guest-{self.spec.name}{suffix}.log" for suffix in ("", "--incoming")]
