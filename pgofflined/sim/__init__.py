@@ -1,0 +1,1 @@
+"""A simulated Xen host behind the same ports as the real one."""

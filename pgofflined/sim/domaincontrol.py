@@ -1,0 +1,120 @@
+"""Suspending, pausing and listing a simulated host's domains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from errno import EINVAL
+
+from pgofflined.core.domains import DomainInfo, ShutdownReason
+from pgofflined.core.errors import DomainGone, GuestDidNotSuspend
+from pgofflined.core.frames import DOM0, Domid
+from pgofflined.ports import SuspendLimits
+from pgofflined.sim.errors import Refused
+from pgofflined.sim.guests import Answer, SimulatedDomain
+from pgofflined.sim.host import HostState
+from pgofflined.sim.pagetables import PageFault
+
+
+class SimulatedDomainControl(HostState):
+    """``ports.DomainControl``."""
+
+    def domains(self) -> Sequence[DomainInfo]:
+        """All domains in the order of their domids."""
+        with self.call("getdomaininfolist"):
+            return [self.by_domid[domid].info() for domid in sorted(self.by_domid)]
+
+    def domain(self, domid: Domid) -> DomainInfo:
+        """One domain."""
+        with self.call("getdomaininfo", domid):
+            return self.simulated(domid).info()
+
+    def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
+        """control/shutdown = suspend, and what the guest makes of it."""
+        with self.call("suspend", domid):
+            domain = self.simulated(domid)
+            if domain.suspended:
+                return
+            behaviour = domain.behaviour
+            deaf = not domain.runs or domid == DOM0 or behaviour.answer is Answer.IGNORES
+        if behaviour.answer is Answer.AT_WITHDRAWAL and not deaf:
+            self.clock.wait(limits.acknowledge)
+            self._become_suspended(domain)
+            return
+        if deaf or behaviour.acknowledge_after > limits.acknowledge:
+            self.clock.wait(limits.acknowledge)
+            self._same(domain)
+            raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
+        self.clock.wait(behaviour.acknowledge_after)
+        self._same(domain)
+        self._perhaps_end(domain)
+        if behaviour.answer is Answer.STALLS or behaviour.suspend_after > limits.suspend:
+            self.clock.wait(limits.suspend)
+            self._same(domain)
+            raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
+        self.clock.wait(behaviour.suspend_after)
+        self._become_suspended(domain)
+
+    def resume(self, domid: Domid) -> None:
+        """Cooperative resume; the guest's own work follows as soon as nothing pauses it."""
+        with self.call("resumedomain", domid):
+            domain = self.simulated(domid)
+            if domain.suspended:
+                domain.shutdown = None
+                domain.resume_pending = True
+                self._let_run(domain)
+
+    def pause(self, domid: Domid) -> None:
+        """XEN_DOMCTL_pausedomain."""
+        with self.call("pausedomain", domid):
+            if domid == DOM0:
+                raise Refused(EINVAL)
+            self.simulated(domid).pauses += 1
+
+    def unpause(self, domid: Domid) -> None:
+        """XEN_DOMCTL_unpausedomain; without a pause to take back it fails with EINVAL."""
+        with self.call("unpausedomain", domid):
+            domain = self.simulated(domid)
+            if domain.pauses == 0:
+                raise Refused(EINVAL)
+            domain.pauses -= 1
+            self._let_run(domain)
+
+    def _perhaps_end(self, domain: SimulatedDomain) -> None:
+        """Let the guest end between its acknowledgement and the suspend, where it is to."""
+        match domain.behaviour.answer:
+            case Answer.DIES:
+                self.destroy(domain.domid)
+            case Answer.REBOOTS:
+                self.reboot(domain.domid)
+            case Answer.CRASHES:
+                self.crash(domain.domid, "the guest crashed on its way to suspend")
+            case _:
+                return
+        raise DomainGone(domain.domid)
+
+    def _same(self, domain: SimulatedDomain) -> None:
+        """The domain must still be there after a wait in which others may have acted."""
+        with self.lock:
+            if self.by_domid.get(domain.domid) is not domain:
+                raise DomainGone(domain.domid)
+            if domain.shutdown not in (None, ShutdownReason.SUSPEND):
+                raise DomainGone(domain.domid)
+
+    def _become_suspended(self, domain: SimulatedDomain) -> None:
+        with self.lock:
+            self._same(domain)
+            if domain.suspended:
+                return
+            if domain.pv is not None:
+                domain.pv.before_suspend()
+            domain.shutdown = ShutdownReason.SUSPEND
+
+    def _let_run(self, domain: SimulatedDomain) -> None:
+        if not domain.resume_pending or not domain.runs:
+            return
+        domain.resume_pending = False
+        if domain.pv is not None:
+            try:
+                domain.pv.after_resume()
+            except PageFault as fault:
+                self.crash(domain.domid, str(fault))
