@@ -1,0 +1,136 @@
+"""The domains of the host: what they are, and pausing them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Final
+from uuid import UUID
+
+from pgofflined.core.domains import (
+    DOMINF_DYING,
+    DOMINF_PAUSED,
+    DomainInfo,
+    guest_kind,
+    shutdown_reason,
+)
+from pgofflined.core.errors import DomainGone, PortError
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.xen.abi.domctl import (
+    XEN_INVALID_MAX_VCPU_ID,
+    AddressSize,
+    GetDomainInfo,
+    GetDomainInfoBefore416,
+    XEN_DOMCTL_get_address_size,
+    XEN_DOMCTL_getdomaininfo,
+    XEN_DOMCTL_pausedomain,
+    XEN_DOMCTL_unpausedomain,
+)
+from pgofflined.xen.abi.sysctl import GetDomainInfoList, XEN_SYSCTL_getdomaininfolist
+from pgofflined.xen.abi.xen import DOMID_FIRST_RESERVED
+from pgofflined.xen.control import Control
+from pgofflined.xen.libs import XenCall
+from pgofflined.xen.store import StoreOpener, open_store
+
+_BATCH: Final = 128
+_NAME_LIMIT: Final = 64
+
+
+class Domains:
+    """Reading and pausing domains, through domctl, sysctl and xenstore."""
+
+    def __init__(
+        self, call: XenCall, control: Control, *, stores: StoreOpener = open_store
+    ) -> None:
+        self._call = call
+        self._control = control
+        self._stores = stores
+
+    def domains(self) -> Sequence[DomainInfo]:
+        """All domains in the order of their domids, hence dom0 first."""
+        found: list[DomainInfo] = []
+        first = 0
+        with self._stores() as store:
+            while first < DOMID_FIRST_RESERVED:
+                batch = self._list(first)
+                found += [
+                    _decode(info, _name(store.read(_name_path(info.domain)))) for info in batch
+                ]
+                if len(batch) < _BATCH:
+                    break
+                first = batch[-1].domain + 1
+        return found
+
+    def domain(self, domid: Domid) -> DomainInfo:
+        """One domain.  Raises DomainGone."""
+        info = self.state(domid)
+        with self._stores() as store:
+            return _decode(info, _name(store.read(_name_path(domid))))
+
+    def state(self, domid: Domid) -> GetDomainInfo | GetDomainInfoBefore416:
+        """One domain as the hypervisor describes it, without asking xenstore.
+
+        Raises DomainGone.
+        """
+        info = self._control.interface.domain_info()
+        self._control.domctl(XEN_DOMCTL_getdomaininfo, domid, info, op="getdomaininfo")
+        # Up to 4.17 or so Xen answers with the next domain when this one does not exist.
+        if info.domain != domid:
+            raise DomainGone(domid)
+        return info
+
+    def address_size(self, domid: Domid) -> int:
+        """64 or 32: the width of a PV domain's words.  Raises DomainGone, XenError."""
+        size = AddressSize()
+        self._control.domctl(XEN_DOMCTL_get_address_size, domid, size, op="get_address_size")
+        return size.size
+
+    def pause(self, domid: Domid) -> None:
+        """Pause every vCPU and wait until none runs; counted.  Raises DomainGone, XenError."""
+        self._control.domctl(XEN_DOMCTL_pausedomain, domid, op="pausedomain")
+
+    def unpause(self, domid: Domid) -> None:
+        """Take one pause back.  Raises DomainGone, XenError (EINVAL: it was not paused)."""
+        self._control.domctl(XEN_DOMCTL_unpausedomain, domid, op="unpausedomain")
+
+    def _list(self, first: int) -> list[GetDomainInfo | GetDomainInfoBefore416]:
+        kind = self._control.interface.domain_info
+        size = ctypes.sizeof(kind)
+        with self._call.buffer(_BATCH * size) as address:
+            request = GetDomainInfoList(first_domain=first, max_domains=_BATCH, buffer=address)
+            self._control.sysctl(XEN_SYSCTL_getdomaininfolist, request, op="getdomaininfolist")
+            count = request.num_domains
+            if count > _BATCH:
+                raise PortError(f"Xen listed {count} domains where {_BATCH} were asked for")
+            return [
+                kind.from_buffer_copy(ctypes.string_at(address + index * size, size))
+                for index in range(count)
+            ]
+
+
+def _decode(info: GetDomainInfo | GetDomainInfoBefore416, name: str) -> DomainInfo:
+    vcpu = info.max_vcpu_id
+    return DomainInfo(
+        domid=Domid(info.domain),
+        uuid=UUID(bytes=bytes(info.handle)),
+        name=name,
+        kind=guest_kind(info.flags, info.arch_config.emulation_flags),
+        dying=bool(info.flags & DOMINF_DYING),
+        paused=bool(info.flags & DOMINF_PAUSED),
+        shutdown=shutdown_reason(info.flags),
+        tot_pages=info.tot_pages,
+        max_pages=info.max_pages,
+        # A domain that is still being built has no vCPU: no number is the highest.
+        max_vcpu_id=-1 if vcpu == XEN_INVALID_MAX_VCPU_ID else vcpu,
+        shared_info=Mfn(info.shared_info_frame),
+    )
+
+
+def _name_path(domid: int) -> str:
+    return f"/local/domain/{domid}/name"
+
+
+def _name(untrusted: bytes | None) -> str:
+    """A name fit for logs: printable, at most 64 characters; a toolstack wrote it, or anyone."""
+    text = (untrusted or b"")[: _NAME_LIMIT * 4].decode("utf-8", "replace")[:_NAME_LIMIT]
+    return "".join(character if character.isprintable() else "?" for character in text)

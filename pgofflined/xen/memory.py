@@ -1,0 +1,157 @@
+"""Contents, types and grants of a domain's frames.  Loads numpy; imported only when needed."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from pgofflined.core.errors import PortError, XenError
+from pgofflined.core.frames import PAGE_SIZE, WORDS_PER_PAGE, Domid, Mfn
+from pgofflined.xen.abi.domctl import (
+    GETPAGEFRAMEINFO3_MAX,
+    GetPageFrameInfo3,
+    XEN_DOMCTL_getpageframeinfo3,
+)
+from pgofflined.xen.abi.grant_table import (
+    GNTST_okay,
+    GnttabGetVersion,
+    GNTTABOP_get_version,
+    GNTTABOP_query_size,
+    GnttabQuerySize,
+    GTF_invalid,
+    GTF_reading,
+    GTF_transitive,
+    GTF_type_mask,
+    GTF_writing,
+)
+from pgofflined.xen.abi.memory import (
+    XENMEM_resource_grant_table,
+    XENMEM_resource_grant_table_id_shared,
+    XENMEM_resource_grant_table_id_status,
+)
+from pgofflined.xen.abi.xen import HYPERVISOR_grant_table_op
+from pgofflined.xen.control import Control
+from pgofflined.xen.libs import ForeignPages, XenCall
+
+if TYPE_CHECKING:
+    from pgofflined.ports import FrameArray, TypeArray, Words
+
+# 8 MiB mapped at a time.
+_MAP_BATCH: Final = 2048
+_V1_ENTRY: Final = np.dtype([("flags", "<u2"), ("domid", "<u2"), ("frame", "<u4")])
+_V2_ENTRY: Final = np.dtype(
+    [("flags", "<u2"), ("domid", "<u2"), ("other", "<u4"), ("frame", "<u8")]
+)
+_IN_USE: Final = GTF_reading | GTF_writing
+# grant_status_t: one 16-bit word for each entry of a version 2 table.
+_STATUS: Final = np.dtype("<u2")
+
+
+class Memory:
+    """``ports.ForeignMemory``; every mapping ends before the call returns."""
+
+    def __init__(self, *, call: XenCall, control: Control, pages: ForeignPages) -> None:
+        self._call = call
+        self._control = control
+        self._pages = pages
+
+    def read_frames(self, domid: Domid, mfns: FrameArray) -> Words:
+        """Copies of frames, in order.  Raises XenError naming the first that cannot be mapped.
+
+        The caller has seen that none is broken: reading poison ends in a machine check.
+        """
+        contents = np.empty((len(mfns), WORDS_PER_PAGE), dtype=np.uint64)
+        for start in range(0, len(mfns), _MAP_BATCH):
+            batch = mfns[start : start + _MAP_BATCH].tolist()
+            with self._pages.frames(domid, batch) as address:
+                target = contents[start : start + len(batch)]
+                ctypes.memmove(target.ctypes.data, address, len(batch) * PAGE_SIZE)
+        return contents
+
+    def write_words(self, domid: Domid, mfn: Mfn, index: int, words: Words) -> None:
+        """Write words into a frame.  Raises XenError, EINVAL where they would not lie within."""
+        flat = np.ascontiguousarray(words, dtype=np.uint64).reshape(-1)
+        if index < 0 or index + len(flat) > WORDS_PER_PAGE:
+            raise XenError(errno.EINVAL, op="write_words", domid=domid, mfn=mfn)
+        with self._pages.frames(domid, [mfn], writable=True) as address:
+            ctypes.memmove(address + index * 8, flat.ctypes.data, flat.nbytes)
+
+    def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
+        """XEN_DOMCTL_PFINFO_* words of a PV domain's frames, in order, 1024 in a call."""
+        types = np.empty(len(mfns), dtype=np.uint32)
+        for start in range(0, len(mfns), GETPAGEFRAMEINFO3_MAX):
+            batch = np.ascontiguousarray(
+                mfns[start : start + GETPAGEFRAMEINFO3_MAX], dtype=np.uint64
+            )
+            with self._call.buffer(batch.nbytes) as address:
+                ctypes.memmove(address, batch.ctypes.data, batch.nbytes)
+                argument = GetPageFrameInfo3(num=len(batch), array=address)
+                self._control.domctl(
+                    XEN_DOMCTL_getpageframeinfo3, domid, argument, op="getpageframeinfo3"
+                )
+                words = np.frombuffer(ctypes.string_at(address, batch.nbytes), dtype=np.uint64)
+            if (words >> np.uint64(32)).any():
+                raise PortError(f"getpageframeinfo3 gave types of d{domid} that are not understood")
+            types[start : start + len(batch)] = words.astype(np.uint32)
+        return types
+
+    def granted_frames(self, domid: Domid) -> FrameArray:
+        """Frames that the domain's grant table offers or another domain still uses, sorted.
+
+        An entry counts when it is valid, or when its in-use bits are set although the guest has
+        taken it back.  Transitive entries of version 2 name a grant of a third domain and no frame
+        of this one.  A mapped grant whose frame the guest has overwritten is not seen here; the
+        reference it holds makes Xen refuse an exchange.
+        """
+        frames = self._table_size(domid)
+        if frames == 0:
+            return np.empty(0, dtype=np.uint64)
+        match self._table_version(domid):
+            case 1:
+                entries = np.frombuffer(self._table(domid, frames), dtype=_V1_ENTRY)
+                wanted = (entries["flags"] & (GTF_type_mask | _IN_USE)) != GTF_invalid
+            case 2:
+                entries = np.frombuffer(self._table(domid, frames), dtype=_V2_ENTRY)
+                kind = entries["flags"] & GTF_type_mask
+                in_use = (self._status(domid, len(entries)) & _IN_USE) != 0
+                wanted = (kind != GTF_transitive) & ((kind != GTF_invalid) | in_use)
+            case version:
+                raise PortError(f"d{domid} has a grant table of unknown version {version}")
+        granted: FrameArray = np.unique(entries["frame"][wanted].astype(np.uint64))
+        return granted
+
+    def _table_size(self, domid: Domid) -> int:
+        """Pages that the grant table has; asking the resource for more would make it grow."""
+        with self._call.struct(GnttabQuerySize) as query:
+            query.dom = domid
+            self._grant_op(GNTTABOP_query_size, query, "gnttab_query_size", domid)
+            if query.status != GNTST_okay:
+                raise PortError(f"gnttab_query_size of d{domid} answered {query.status}")
+            return query.nr_frames
+
+    def _table_version(self, domid: Domid) -> int:
+        with self._call.struct(GnttabGetVersion) as query:
+            query.dom = domid
+            self._grant_op(GNTTABOP_get_version, query, "gnttab_get_version", domid)
+            return query.version
+
+    def _grant_op(self, command: int, query: ctypes.Structure, op: str, domid: Domid) -> None:
+        self._call.hypercall(
+            HYPERVISOR_grant_table_op, command, ctypes.addressof(query), 1, op=op, domid=domid
+        )
+
+    def _table(self, domid: Domid, frames: int) -> bytes:
+        return self._resource(domid, XENMEM_resource_grant_table_id_shared, frames)
+
+    def _status(self, domid: Domid, entries: int) -> FrameArray:
+        """In-use bits of a version 2 table's entries; Xen has allocated a word for each of them."""
+        frames = -(-entries * _STATUS.itemsize // PAGE_SIZE)
+        status = self._resource(domid, XENMEM_resource_grant_table_id_status, frames)
+        return np.frombuffer(status, dtype=_STATUS)[:entries].astype(np.uint64)
+
+    def _resource(self, domid: Domid, number: int, frames: int) -> bytes:
+        with self._pages.resource(domid, XENMEM_resource_grant_table, number, frames) as address:
+            return ctypes.string_at(address, frames * PAGE_SIZE)

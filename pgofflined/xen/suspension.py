@@ -1,0 +1,206 @@
+"""Asking a PV guest to suspend itself, and letting it run on.
+
+The protocol is that of ``docs/misc/xenstore-paths`` in the Xen source: the toolstack writes
+``suspend`` to ``control/shutdown``, the guest empties the node to acknowledge, quiesces itself and
+calls SCHEDOP_shutdown with reason suspend.  A guest that is resumed in its own domain must find 1
+in rax as that call's result ("the suspend was cancelled"); with 0 it would believe that it had been
+restored elsewhere, and break.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from pgofflined.core.domains import GuestKind, ShutdownReason, guest_kind, shutdown_reason
+from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError, XenError
+from pgofflined.core.frames import Domid
+from pgofflined.ports import SuspendLimits
+from pgofflined.xen.abi.domctl import (
+    VcpuContext,
+    XEN_DOMCTL_getvcpucontext,
+    XEN_DOMCTL_resumedomain,
+    XEN_DOMCTL_setvcpucontext,
+)
+from pgofflined.xen.abi.vcpu import VcpuGuestContext
+from pgofflined.xen.control import Control
+from pgofflined.xen.domains import Domains
+from pgofflined.xen.libs import XenCall
+from pgofflined.xen.store import StoreOpener, StorePort, open_store
+
+_LOG = logging.getLogger(__name__)
+
+_SUSPEND: Final = b"suspend"
+_CANCELLED: Final = 1
+_TRIES: Final = 3
+# xenstored fires @releaseDomain once per shutdown and only if it knows that the domain ran; after
+# another toolstack's resume it may not.  Looking by ourselves once a second covers that.
+_LOOK: Final = 1.0
+
+
+class Suspension:
+    """Suspending and resuming; no state of its own but what xenstored has still to be told."""
+
+    def __init__(
+        self,
+        *,
+        call: XenCall,
+        control: Control,
+        domains: Domains,
+        stores: StoreOpener = open_store,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._call = call
+        self._control = control
+        self._domains = domains
+        self._stores = stores
+        self._monotonic = monotonic
+        self._untold: set[Domid] = set()
+
+    def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
+        """Ask the guest to suspend itself and wait until it has.
+
+        Raises GuestDidNotSuspend when it did not in time.  At stage ``acknowledge`` the request has
+        been withdrawn before the guest read it, and nothing will come of it.  At stage ``suspend``
+        the guest has read it and there is nothing to withdraw: should it get there later, it stays
+        suspended until somebody resumes it, so the caller must look at it again from time to time
+        and call ``resume``, which does nothing as long as it runs.
+
+        Raises XenError: EBUSY when another shutdown, suspend or migration of the domain is under
+        way, EOPNOTSUPP for guests that are not 64-bit PV; DomainGone when it ends meanwhile.
+        """
+        self._refuse_unfit(domid)
+        path = f"/local/domain/{domid}/control/shutdown"
+        with self._stores() as store:
+            store.watch("@releaseDomain")
+            store.watch(path)
+            before = store.replace(path, expected=frozenset({b""}), value=_SUSPEND)
+            if before:
+                raise XenError(errno.EBUSY, op="write control/shutdown", domid=domid)
+            try:
+                acknowledged = self._await_acknowledgement(store, domid, path, limits.acknowledge)
+            except BaseException:
+                # Also when the wait itself fails or we are told to stop: leave no request behind.
+                store.replace(path, expected=frozenset({_SUSPEND}), value=b"")
+                raise
+            if not acknowledged and not self._withdrawn_too_late(store, domid, path):
+                raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
+            if not self._await_suspended(store, domid, limits.suspend):
+                raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
+
+    def _refuse_unfit(self, domid: Domid) -> None:
+        info = self._domains.state(domid)
+        if guest_kind(info.flags, info.arch_config.emulation_flags) is not GuestKind.PV:
+            raise XenError(errno.EOPNOTSUPP, op="suspend (PV only)", domid=domid)
+        if self._domains.address_size(domid) != 64:
+            raise XenError(errno.EOPNOTSUPP, op="suspend (64-bit only)", domid=domid)
+        match shutdown_reason(info.flags):
+            case None:
+                return
+            case ShutdownReason.SUSPEND:
+                raise XenError(errno.EBUSY, op="suspend (already suspended)", domid=domid)
+            case _:
+                raise DomainGone(domid)
+
+    def _await_acknowledgement(
+        self, store: StorePort, domid: Domid, path: str, seconds: float
+    ) -> bool:
+        """Whether the guest took the request within the time."""
+        deadline = self._monotonic() + seconds
+        while True:
+            if store.read(path) != _SUSPEND or self._is_suspended(domid):
+                return True
+            left = deadline - self._monotonic()
+            if left <= 0:
+                return False
+            store.wait(min(left, _LOOK))
+
+    def _withdrawn_too_late(self, store: StorePort, domid: Domid, path: str) -> bool:
+        """Withdraw the request; True when the guest took it at the last moment after all."""
+        before = store.replace(path, expected=frozenset({_SUSPEND}), value=b"")
+        return before != _SUSPEND or self._is_suspended(domid)
+
+    def _await_suspended(self, store: StorePort, domid: Domid, seconds: float) -> bool:
+        """Whether it got there within the time; looks once more after the time is over."""
+        deadline = self._monotonic() + seconds
+        while not self._is_suspended(domid):
+            left = deadline - self._monotonic()
+            if left <= 0:
+                return self._is_suspended(domid)
+            store.wait(min(left, _LOOK))
+        return True
+
+    def _is_suspended(self, domid: Domid) -> bool:
+        match shutdown_reason(self._domains.state(domid).flags):
+            case None:
+                return False
+            case ShutdownReason.SUSPEND:
+                return True
+            case _:
+                raise DomainGone(domid)
+
+    def resume(self, domid: Domid) -> None:
+        """Let a suspended guest run on in its own domain, and tell xenstored.
+
+        Does nothing for a domain that runs, except telling xenstored if that failed before.
+
+        Raises XenError when the guest's context cannot be written or the domain not be resumed,
+        after three tries.  It is then left suspended on purpose: resumed without the 1 in rax, a
+        guest takes itself for restored elsewhere and is lost, whereas a suspended one is intact and
+        can be resumed later, by another call or by ``xl resume`` (Xen 4.20).  A failure to tell
+        xenstored is logged, not raised, since the guest runs.
+        """
+        info = self._domains.state(domid)
+        if shutdown_reason(info.flags) is ShutdownReason.SUSPEND:
+            if guest_kind(info.flags, info.arch_config.emulation_flags) is not GuestKind.PV:
+                raise XenError(errno.EOPNOTSUPP, op="resume (PV only)", domid=domid)
+            if self._domains.address_size(domid) != 64:
+                raise XenError(errno.EOPNOTSUPP, op="resume (64-bit only)", domid=domid)
+            _insist(lambda: self._set_suspend_result(domid))
+            _insist(lambda: self._control.domctl(XEN_DOMCTL_resumedomain, domid, op="resumedomain"))
+            self._untold.add(domid)
+        if domid in self._untold:
+            self._tell_xenstored(domid)
+
+    def _set_suspend_result(self, domid: Domid) -> None:
+        """Put 1 into rax of vCPU 0, the one that made the call."""
+        with self._call.struct(VcpuGuestContext) as context:
+            argument = VcpuContext(vcpu=0, ctxt=ctypes.addressof(context))
+            self._control.domctl(XEN_DOMCTL_getvcpucontext, domid, argument, op="getvcpucontext")
+            context.user_regs.rax = _CANCELLED
+            self._control.domctl(XEN_DOMCTL_setvcpucontext, domid, argument, op="setvcpucontext")
+
+    def _tell_xenstored(self, domid: Domid) -> None:
+        try:
+            _insist(lambda: self._resume_in_store(domid))
+        except DomainGone:
+            self._untold.discard(domid)
+        except PortError as error:
+            _LOG.error(
+                "d%d runs on, but xenstored could not be told (%s): its next shutdown may go "
+                "unnoticed by the toolstack until then",
+                domid,
+                error,
+            )
+        else:
+            self._untold.discard(domid)
+
+    def _resume_in_store(self, domid: Domid) -> None:
+        with self._stores() as store:
+            store.resume_domain(domid)
+
+
+def _insist(step: Callable[[], None]) -> None:
+    """Do a repeatable step, at most three times, unless the domain is gone."""
+    for attempt in range(1, _TRIES + 1):
+        try:
+            step()
+        except XenError:
+            if attempt == _TRIES:
+                raise
+        else:
+            return
