@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,7 +26,10 @@ from pgofflined.core.pages import (
     decode_page_type,
 )
 from pgofflined.core.pagetable import find_references, guest_frames, table_levels
-from pgofflined.ports import FrameArray, Hypervisor, Words
+from pgofflined.ports import Hypervisor
+
+if TYPE_CHECKING:
+    from pgofflined.ports import FrameArray, Words
 
 # struct arch_shared_info inside struct shared_info of a 64-bit guest, in 64-bit words:
 # xen/include/public/arch-x86/xen.h; vcpu_info[32], evtchn_pending, evtchn_mask and wc come first.
