@@ -1,0 +1,241 @@
+"""May a domain be migrated off its bad pages now?  Facts in, a verdict with its reason out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
+from pgofflined.core.frames import PAGE_SHIFT, Mfn
+from pgofflined.core.offline import OfflineState
+from pgofflined.core.policy import RelocationPolicy
+from pgofflined.core.relocation_outcomes import RelocationReason
+from pgofflined.core.xenversion import XenVersion
+
+
+class Hindrance(StrEnum):
+    """What keeps a migration from starting now, and passes."""
+
+    OUTSIDE_WINDOW = "outside_window"
+    TARGET_UNRESOLVED = "target_unresolved"
+    NO_ROUTE = "no_route"
+    LINK_DOWN = "link_down"
+    NO_FREE_MEMORY = "no_free_memory"
+    DOMAIN_BUSY = "domain_busy"
+    CANNOT_ASK_XEN = "cannot_ask_xen"
+
+    @property
+    def ends_with_link_event(self) -> bool:
+        """Whether the kernel tells when it may have passed."""
+        return self in (Hindrance.NO_ROUTE, Hindrance.LINK_DOWN, Hindrance.TARGET_UNRESOLVED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """The way to one address of the target; ``local`` when that address is this host's own."""
+
+    address: str
+    interface: str
+    up: bool
+    carrier: bool
+    local: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoWay:
+    """There is no way to the target now."""
+
+    hindrance: Hindrance
+    detail: str
+
+
+Way = Route | NoWay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigrationFacts:
+    """What was seen just now.
+
+    ``domain`` is None when it is gone.  ``twins`` are other domains with its uuid: the receiving
+    half of a migration that is under way, or what a failed one left.  ``way`` is None for a
+    migration to this host.
+    """
+
+    domain: DomainInfo | None
+    twins: tuple[DomainInfo, ...]
+    version: XenVersion
+    states: Mapping[Mfn, OfflineState]
+    free_frames: int
+    way: Way | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Go:
+    """Migrate now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NothingLeft:
+    """Every page is offlined already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotNow:
+    """Look again later, or when the hindrance is said to have passed."""
+
+    hindrance: Hindrance
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Never:
+    """Trying again would not help."""
+
+    reason: RelocationReason
+    detail: str
+
+
+PreMigration = Go | NothingLeft | NotNow | Never
+
+
+def judge(job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy) -> PreMigration:
+    """Whether the domain may be migrated now."""
+    for look in (_look_at_policy, _look_at_pages, _look_at_domain, _look_at_target):
+        verdict = look(job, facts, policy)
+        if verdict is not None:
+            return verdict
+    return Go()
+
+
+def _look_at_policy(
+    job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
+) -> Never | None:
+    if not policy.enabled:
+        return Never(
+            reason=RelocationReason.DISABLED,
+            detail="migrating guests is switched off (relocation.enabled = false)",
+        )
+    if not policy.target:
+        return Never(
+            reason=RelocationReason.NO_TARGET,
+            detail="relocation.target names no host to migrate to; its pages stay pending until "
+            f"d{job.domid} restarts or is migrated by hand",
+        )
+    if not facts.version.offlines_free_frames_safely:
+        return Never(
+            reason=RelocationReason.XEN_FREE_LISTS,
+            detail=f"Xen {facts.version} corrupts its free lists when a marked page is freed "
+            f"together with its neighbours, so d{job.domid} must not be migrated off it; "
+            "update to Xen 4.20.4, 4.21.2, 4.22.0 or later",
+        )
+    return None
+
+
+def _look_at_pages(
+    job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
+) -> Never | NothingLeft | None:
+    del policy
+    states = facts.states
+    broken = sorted(mfn for mfn, state in states.items() if OfflineState.BROKEN in state)
+    gone = {mfn for mfn, state in states.items() if OfflineState.OFFLINED in state}
+    if all(mfn in gone for mfn in states):
+        return NothingLeft()
+    if facts.domain is None:
+        return None
+    if any(mfn not in gone for mfn in broken):
+        return Never(
+            reason=RelocationReason.BROKEN,
+            detail=f"{_frames(broken)} of d{job.domid} is broken and a migration would read it; "
+            "restart the guest to get it off the page",
+        )
+    if not any(OfflineState.OFFLINE_PENDING in state for state in states.values()):
+        return Never(
+            reason=RelocationReason.NOT_PENDING,
+            detail=f"{_frames(sorted(states))} is no longer marked, so a migration of "
+            f"d{job.domid} would not retire it; mark it again with `pgofflined offline`",
+        )
+    return None
+
+
+def _look_at_domain(
+    job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
+) -> Never | NotNow | None:
+    del policy
+    domain = facts.domain
+    if domain is None or domain.identity != job or domain.dying:
+        return Never(
+            reason=RelocationReason.DOMAIN_GONE,
+            detail=f"d{job.domid} has ended, and its pages go with it",
+        )
+    if domain.kind is GuestKind.PV or domain.is_dom0:
+        return Never(
+            reason=RelocationReason.NOT_HVM,
+            detail=f"d{job.domid} is no HVM or PVH guest, and only those are migrated",
+        )
+    if facts.twins:
+        others = ", ".join(f"d{twin.domid}" for twin in facts.twins)
+        return _busy(
+            f"{others} has the same uuid as d{job.domid}: a migration of it is under way, or a "
+            "failed one has left a copy, which `xl destroy` removes if it is paused"
+        )
+    if domain.shutdown is ShutdownReason.SUSPEND:
+        return _busy(f"d{job.domid} is suspended by somebody else; `xl resume` lets it run")
+    if domain.shutdown is not None:
+        return _busy(f"d{job.domid} is shut down ({domain.shutdown.name.lower()})")
+    if domain.paused:
+        return _busy(f"d{job.domid} is paused by somebody else; `xl unpause` lets it run")
+    return None
+
+
+def _look_at_target(
+    job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
+) -> Never | NotNow | None:
+    way = facts.way
+    if way is None:
+        return _look_at_memory(job, facts, policy)
+    if isinstance(way, NoWay):
+        return NotNow(hindrance=way.hindrance, detail=way.detail)
+    if way.local:
+        return Never(
+            reason=RelocationReason.TARGET_IS_THIS_HOST,
+            detail=f"{policy.target} ({way.address}) is this very host; say so with "
+            'relocation.target = "localhost", so that its free memory is looked at',
+        )
+    if not (way.up and way.carrier):
+        state = "has no carrier" if way.up else "is down"
+        return NotNow(
+            hindrance=Hindrance.LINK_DOWN,
+            detail=f"the way to {policy.target} is {way.interface}, which {state}",
+        )
+    return None
+
+
+def _look_at_memory(
+    job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
+) -> NotNow | None:
+    if facts.domain is None:
+        return None
+    reserve = -(-policy.free_memory_reserve >> PAGE_SHIFT)
+    needed = facts.domain.max_pages + reserve
+    if facts.free_frames >= needed:
+        return None
+    return NotNow(
+        hindrance=Hindrance.NO_FREE_MEMORY,
+        detail=f"a second copy of d{job.domid} needs {_mebibytes(facts.domain.max_pages)} and "
+        f"{_mebibytes(reserve)} are to stay free, but only {_mebibytes(facts.free_frames)} are",
+    )
+
+
+def _busy(detail: str) -> NotNow:
+    return NotNow(hindrance=Hindrance.DOMAIN_BUSY, detail=detail)
+
+
+def _mebibytes(frames: int) -> str:
+    return f"{frames >> (20 - PAGE_SHIFT)} MiB"
+
+
+def _frames(mfns: list[Mfn]) -> str:
+    """``mfn 0x12`` or ``mfn 0x12 and 3 more``."""
+    more = f" and {len(mfns) - 1} more" if len(mfns) > 1 else ""
+    return f"mfn {mfns[0]:#x}{more}"

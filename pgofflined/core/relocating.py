@@ -1,0 +1,232 @@
+"""The queue of domains that are to be migrated off their bad pages.
+
+One job per domain, with all of the domain's bad pages: a migration moves every page, so it is
+needed once however many are bad.  The queue decides whose turn it is and when to look again; it
+acts on nothing and reads no clock.  All times are seconds since the epoch.  A maintenance window
+says when a migration may start; one that has started is not stopped by the window's end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from datetime import datetime, tzinfo
+from typing import Final
+
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.frames import Mfn
+from pgofflined.core.policy import Backoff, RelocationPolicy
+from pgofflined.core.premigration import Hindrance
+from pgofflined.core.schedule import next_opening
+from pgofflined.core.status import JobStatus
+
+# A link that comes back is announced several times, and its routes follow a moment later.
+_LINK_SETTLES: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelocationJob:
+    """One domain.
+
+    ``due`` is when it may be looked at (again).  ``attempts`` counts migrations that were
+    started, ``deferrals`` how often in a row it was found hindered.
+    """
+
+    number: int
+    domain: DomainIdentity
+    name: str
+    mfns: frozenset[Mfn]
+    since: float
+    due: float
+    running: bool = False
+    hindrance: Hindrance | None = None
+    attempts: int = 0
+    deferrals: int = 0
+    detail: str = ""
+
+    @property
+    def label(self) -> str:
+        """What the job is called in the journal and in `pgofflined jobs`."""
+        return f"relocation-{self.number}"
+
+    def state(self, now: float) -> str:
+        """``running``, ``deferred``, ``waiting`` (for its next try) or ``due``."""
+        if self.running:
+            return "running"
+        if self.due <= now:
+            return "due"
+        return "waiting" if self.hindrance is None else "deferred"
+
+
+class RelocationQueue:
+    """All jobs that are not finished.  ``zone`` is the time zone of maintenance windows."""
+
+    def __init__(self, policy: RelocationPolicy, zone: tzinfo) -> None:
+        self._policy = policy
+        self._zone = zone
+        self._jobs: dict[DomainIdentity, RelocationJob] = {}
+        self._numbers = 0
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    @property
+    def policy(self) -> RelocationPolicy:
+        """The policy in force."""
+        return self._policy
+
+    def set_policy(self, policy: RelocationPolicy, now: float) -> None:
+        """Put another policy in force; whatever was hindered under the old one is due again."""
+        self._policy = policy
+        for job in self._resting():
+            if job.hindrance is not None:
+                self._put(replace(job, due=now, deferrals=0))
+
+    def submit(
+        self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn], now: float
+    ) -> RelocationJob | None:
+        """Add pages to the domain's job, or a job for the domain; None when there is no room.
+
+        Pages may be added until the job is finished, also while the domain is migrated: it
+        leaves those too.
+        """
+        job = self._jobs.get(domain)
+        if job is not None:
+            return self._put(replace(job, mfns=job.mfns.union(mfns)))
+        if len(self._jobs) >= self._policy.max_queued:
+            return None
+        self._numbers += 1
+        return self._put(
+            RelocationJob(
+                number=self._numbers,
+                domain=domain,
+                name=name,
+                mfns=frozenset(mfns),
+                since=now,
+                due=now,
+            )
+        )
+
+    def get(self, domain: DomainIdentity) -> RelocationJob | None:
+        """The job of a domain as it is now."""
+        return self._jobs.get(domain)
+
+    def take(self, now: float) -> RelocationJob | None:
+        """The job to look at now, which has a slot from here on; None when there is none."""
+        running = sum(job.running for job in self._jobs.values())
+        due = [job for job in self._resting() if job.due <= now]
+        if not due or running >= self._policy.parallel:
+            return None
+        opening = self._opening(now)
+        if opening > now:
+            for job in due:
+                self._put(
+                    replace(
+                        job,
+                        due=opening,
+                        hindrance=Hindrance.OUTSIDE_WINDOW,
+                        detail="outside the maintenance windows",
+                    )
+                )
+            return None
+        first = min(due, key=lambda job: job.number)
+        return self._put(replace(first, running=True, hindrance=None, detail=""))
+
+    def started(self, domain: DomainIdentity) -> RelocationJob:
+        """Count a migration that is about to start."""
+        job = self._jobs[domain]
+        return self._put(replace(job, attempts=job.attempts + 1, deferrals=0))
+
+    def defer(
+        self, domain: DomainIdentity, hindrance: Hindrance, detail: str, now: float
+    ) -> RelocationJob:
+        """Give the slot back because of something that passes; no attempt is lost."""
+        job = self._jobs[domain]
+        retry = self._policy.retry
+        if hindrance in (Hindrance.NO_ROUTE, Hindrance.LINK_DOWN):
+            # The kernel says when that has passed; this is for an event that was lost.
+            delay = retry.last
+        else:
+            endless = Backoff(first=retry.first, last=retry.last)
+            delay = endless.delay(job.deferrals + 1) or retry.last
+        return self._put(
+            replace(
+                job,
+                running=False,
+                due=now + delay,
+                hindrance=hindrance,
+                deferrals=job.deferrals + 1,
+                detail=detail,
+            )
+        )
+
+    def failed(self, domain: DomainIdentity, detail: str, now: float) -> RelocationJob | None:
+        """Give the slot back after a migration that failed; None when it was the last try.
+
+        The job is then still there, for ``finish``.
+        """
+        job = self._jobs[domain]
+        delay = self._policy.retry.delay(job.attempts)
+        if delay is None:
+            return None
+        return self._put(replace(job, running=False, due=now + delay, detail=detail))
+
+    def finish(self, domain: DomainIdentity) -> RelocationJob:
+        """Take a job out of the queue."""
+        return self._jobs.pop(domain)
+
+    def link_changed(self, now: float) -> None:
+        """Look at what waits for a link or a route again, in a moment."""
+        for job in self._resting():
+            if job.hindrance is not None and job.hindrance.ends_with_link_event:
+                self._put(replace(job, due=min(job.due, now + _LINK_SETTLES)))
+
+    def waits_for_link(self) -> bool:
+        """Whether a change of links or routes would matter to any job."""
+        return any(
+            job.hindrance is not None and job.hindrance.ends_with_link_event
+            for job in self._resting()
+        )
+
+    def next_event(self, now: float) -> float | None:
+        """When ``take`` is to be called again; None: not before something else happens."""
+        if sum(job.running for job in self._jobs.values()) >= self._policy.parallel:
+            return None
+        times = [job.due for job in self._resting()]
+        return max(now, min(times)) if times else None
+
+    def statuses(self, now: float) -> tuple[JobStatus, ...]:
+        """All jobs in the order in which they came."""
+        return tuple(
+            JobStatus(
+                job=job.label,
+                kind="relocation",
+                domid=job.domain.domid,
+                domain_name=job.name,
+                pages=len(job.mfns),
+                state=job.state(now),
+                since=job.since,
+                attempts=job.attempts,
+                next_try=None if job.running or job.due <= now else job.due,
+                detail=job.detail,
+            )
+            for job in sorted(self._jobs.values(), key=lambda job: job.number)
+        )
+
+    def note(self, domain: DomainIdentity, detail: str) -> None:
+        """Say what a running job is at."""
+        self._put(replace(self._jobs[domain], detail=detail))
+
+    def _opening(self, now: float) -> float:
+        local = datetime.fromtimestamp(now, self._zone)
+        opening = next_opening(self._policy.maintenance_windows, local)
+        # An opening in the past or present comes back as the local time itself, which is rounded
+        # to microseconds: turned back into seconds it might lie a little after now.
+        return now if opening == local else opening.timestamp()
+
+    def _resting(self) -> list[RelocationJob]:
+        return [job for job in self._jobs.values() if not job.running]
+
+    def _put(self, job: RelocationJob) -> RelocationJob:
+        self._jobs[job.domain] = job
+        return job

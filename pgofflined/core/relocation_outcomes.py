@@ -1,0 +1,91 @@
+"""What became of a domain that was to be migrated off its bad pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.frames import Domid, Mfn
+
+
+class RelocationReason(StrEnum):
+    """Why a domain was not migrated, or not with the wanted effect."""
+
+    DISABLED = "disabled"
+    NO_TARGET = "no_target"
+    TARGET_IS_THIS_HOST = "target_is_this_host"
+    XEN_FREE_LISTS = "xen_free_lists"
+    DOMAIN_GONE = "domain_gone"
+    NOT_HVM = "not_hvm"
+    BROKEN = "broken"
+    NOT_PENDING = "not_pending"
+    GAVE_UP = "gave_up"
+    GUEST_STUCK = "guest_stuck"
+    PAGES_REMAIN = "pages_remain"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relocated:
+    """Every page of the job is offlined.
+
+    ``new_domid`` is what the guest is called now on this host, None where it runs on another
+    or where nothing had to be migrated.  ``attempts`` counts migrations, ``seconds`` is the
+    duration of the one that succeeded.
+    """
+
+    domain: DomainIdentity
+    mfns: frozenset[Mfn]
+    target: str
+    new_domid: Domid | None
+    attempts: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotRelocated:
+    """Nothing more is going to happen to these pages here.
+
+    ``offlined`` holds those of the job that are out of use all the same, ``mfns`` those that
+    are not.  ``stuck`` says what keeps the guest from running; an operator has to act then.
+    """
+
+    domain: DomainIdentity
+    mfns: frozenset[Mfn]
+    offlined: frozenset[Mfn]
+    reason: RelocationReason
+    detail: str
+    attempts: int
+    stuck: str | None = None
+
+
+RelocationOutcome = Relocated | NotRelocated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Migrated:
+    """The toolstack says that the guest runs at the target and is gone here."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotMigrated:
+    """The migration failed before the target may have started the guest.
+
+    The toolstack has tried to let the guest run on; whether it does is for the caller to see.
+    """
+
+    detail: str
+    timed_out: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InDoubt:
+    """The migration broke off when the target may already have started the guest.
+
+    Nobody may resume it here by guessing: two running instances would ruin its disks.
+    """
+
+    detail: str
+
+
+MigrationOutcome = Migrated | NotMigrated | InDoubt
