@@ -1,0 +1,334 @@
+"""Drives every page that is to go, from the first report to its end.
+
+One object on the event loop decides who does what next; hypercalls happen in threads.  Nothing
+here polls: it sleeps until a report, an answer or the next due retry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Protocol, assert_never
+
+from pgofflined.core.book import Cause, PageEntry, Phase
+from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
+from pgofflined.core.errors import PortError
+from pgofflined.core.events import Event
+from pgofflined.core.frames import Mfn
+from pgofflined.core.outcomes import (
+    Damaged,
+    Exchanged,
+    ExchangeReport,
+    PageResult,
+    Refusal,
+    RefusalReason,
+)
+from pgofflined.core.policy import Backoff, Denied, Policy, domain_allowed
+from pgofflined.journal_log import event
+from pgofflined.ledger import Ledger, tell
+from pgofflined.ports import Clock, Hypervisor, SuspendLimits
+from pgofflined.triage import (
+    Disposition,
+    Later,
+    Left,
+    Offlined,
+    Rules,
+    ToExchange,
+    ToRelocate,
+    triage,
+)
+
+log = logging.getLogger(__name__)
+
+# An owner that is ending, or a page that is being handed out, settles within moments; a host
+# that cannot be asked may take longer.
+_SOON = Backoff(first=2.0, last=300.0)
+_ROUND = 256
+# Refusals after which the page has to be looked at afresh: its owner or its mark has changed.
+_LOOK_AGAIN = frozenset(
+    {RefusalReason.DOMAIN_GONE, RefusalReason.NOT_PENDING, RefusalReason.NOT_THE_DOMAINS}
+)
+
+
+class Exchanges(Protocol):
+    """Takes pages of PV domains."""
+
+    def submit(self, domain: DomainIdentity, name: str, mfn: Mfn) -> bool:
+        """Queue a page; False when there is no room."""
+        ...
+
+
+class Relocations(Protocol):
+    """Takes pages of HVM and PVH domains."""
+
+    def submit(self, domain: DomainIdentity, name: str, mfn: Mfn) -> bool:
+        """Queue a domain for migration off a page; False when there is no room."""
+        ...
+
+
+class _Nobody:
+    """Takes no page: what stands in until ``connect``."""
+
+    def submit(self, domain: DomainIdentity, name: str, mfn: Mfn) -> bool:  # noqa: ARG002
+        """Take nothing."""
+        return False
+
+
+class Retirer:
+    """Everything that happens to pages that are to go.
+
+    All methods but ``run_exchange`` belong to the loop's thread.  ``wedged`` holds the domains
+    of which Xen itself has broken a page, ``poisoned`` the frames whose contents must never be
+    read, ``stuck`` the guests that could not be let go.
+    """
+
+    def __init__(self, *, xen: Hypervisor, clock: Clock, policy: Policy, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.policy = policy
+        self.wedged: set[DomainIdentity] = set()
+        self.poisoned: set[Mfn] = set()
+        self.stuck: dict[DomainIdentity, str] = {}
+        self.idle_scrub = 0
+        self._xen = xen
+        self._clock = clock
+        self._exchanges: Exchanges = _Nobody()
+        self._relocations: Relocations | None = None
+        self._wake = asyncio.Event()
+        self._stopping = False
+        # Whether a page may stay marked while somebody owns it; see XenVersion.
+        self._marks_are_safe = False
+
+    def connect(self, exchanges: Exchanges, relocations: Relocations | None) -> None:
+        """Say who takes pages; ``relocations`` is None where the policy has no target."""
+        self._exchanges = exchanges
+        self._relocations = relocations
+
+    def take(self, mfn: Mfn, cause: Cause, reason: str) -> None:
+        """Take a page in hand; one that is already under way goes on as it was."""
+        if not self.ledger.is_under_way(mfn):
+            self.ledger.begin(mfn, cause, reason)
+            self._wake.set()
+
+    def note_hypervisor_action(
+        self, mfn: Mfn | None, domain: DomainInfo | None, detail: str
+    ) -> None:
+        """Note that Xen broke a page by itself: it is never read, its owner never marked again."""
+        if domain is not None:
+            self.wedged.add(domain.identity)
+        if mfn is None:
+            return
+        self.poisoned.add(mfn)
+        self.ledger.put(
+            PageEntry(
+                mfn=mfn,
+                cause=Cause.UNCORRECTED,
+                phase=Phase.LEFT,
+                since=self._clock.now(),
+                marked=True,
+                domain=domain.identity if domain is not None else None,
+                domain_name=domain.name if domain is not None else "",
+                reason="hypervisor_acted",
+                detail=detail,
+            )
+        )
+
+    async def run(self) -> None:
+        """Look after the pages until stopped; begins with what an earlier run left."""
+        version = await asyncio.to_thread(self._xen.version)
+        self._marks_are_safe = version.offlines_free_frames_safely
+        self.ledger.begin_again()
+        while not self._stopping:
+            self._wake.clear()
+            due = self.ledger.due(_ROUND)
+            if due:
+                for mfn, disposition in await asyncio.to_thread(self._triage_all, due):
+                    self._apply(mfn, disposition)
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.ledger.seconds_to_next()):
+                    await self._wake.wait()
+
+    def stop(self) -> None:
+        """Begin nothing new; ``run`` returns."""
+        self._stopping = True
+        self._wake.set()
+
+    def run_exchange(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
+        """Exchange pages; runs in a worker thread, never raises for a single job's sake."""
+        # numpy comes with it, which a daemon that has nothing to do need not hold.
+        from pgofflined.exchanger import exchange
+
+        limits = SuspendLimits(
+            acknowledge=self.policy.exchange.acknowledge_timeout,
+            suspend=self.policy.exchange.suspend_timeout,
+        )
+        try:
+            report = exchange(domain, mfns, xen=self._xen, clock=self._clock, limits=limits)
+            if not self._marks_are_safe:
+                self._withdraw(report)
+        except Exception:  # a fault in one job must not end the daemon of all other guests
+            log.exception("the exchange for d%d failed by a fault of our own", domain.domid)
+            detail = "a fault of our own, which the journal tells; please report it"
+            results = tuple(
+                Refusal(mfn=mfn, reason=RefusalReason.INTERNAL, detail=detail) for mfn in mfns
+            )
+            report = ExchangeReport(domain=domain, results=results, blackout=None)
+        return report
+
+    def _withdraw(self, report: ExchangeReport) -> None:
+        """Take the marks of refused pages back.
+
+        On a Xen whose allocator cannot take a page out of a free buddy, a page that stays marked
+        would do the damage whenever its owner frees it.
+        """
+        for result in report.results:
+            if isinstance(result, Refusal):
+                self._xen.online(result.mfn)
+
+    def exchange_finished(self, job: str, report: ExchangeReport) -> None:
+        """Enter what became of the pages of one exchange job."""
+        if report.stuck is not None:
+            self.stuck[report.domain] = report.stuck
+            domid = report.domain.domid
+            event(
+                log,
+                logging.CRITICAL,
+                Event.GUEST_STUCK,
+                f"d{domid} cannot be let go: {report.stuck}; "
+                f"run `xl unpause {domid}` and `xl resume {domid}`",
+                domid=domid,
+                job=job,
+            )
+        for result in report.results:
+            self._exchange_result(job, report.domain, result)
+        self._wake.set()
+
+    def relocation_finished(
+        self, domain: DomainIdentity, mfns: Iterable[Mfn], problem: str | None
+    ) -> None:
+        """Enter what became of a migration; ``problem`` None means that its pages are offline."""
+        for mfn in mfns:
+            if problem is None:
+                self._note_freed_dirty()
+                self.ledger.offlined(mfn, f"its owner d{domain.domid} was migrated off it")
+            else:
+                self.ledger.leave(mfn, "migration", problem, marked=True)
+        self._wake.set()
+
+    def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:
+        """Triage pages in one thread, so that the pages of one domain can go in one suspend."""
+        rules = Rules(denial=self._denial, wedged=lambda domain: domain.identity in self.wedged)
+        settled: list[tuple[Mfn, Disposition | PortError]] = []
+        for mfn in mfns:
+            try:
+                settled.append((mfn, triage(mfn, self._xen, rules)))
+            except PortError as error:
+                settled.append((mfn, error))
+        return settled
+
+    def _denial(self, domain: DomainInfo) -> str | None:
+        answer = domain_allowed(self.policy.domains, domain.name, domain.uuid)
+        if isinstance(answer, Denied):
+            return answer.reason
+        if domain.kind is GuestKind.PV and not self.policy.exchange.enabled:
+            return "exchanging pages of PV guests is switched off (exchange.enabled = false)"
+        return None
+
+    def _apply(self, mfn: Mfn, disposition: Disposition | PortError) -> None:
+        match disposition:
+            case Offlined(detail=detail):
+                self.ledger.offlined(mfn, detail)
+            case ToExchange(domain=domain):
+                self._to_exchange(mfn, domain)
+            case ToRelocate(domain=domain):
+                self._to_relocate(mfn, domain)
+            case Left(reason=why, detail=detail, marked=marked):
+                self.ledger.leave(mfn, why.value, detail, marked=marked)
+            case Later(reason=until, detail=detail, marked=marked):
+                self.ledger.wait(mfn, _SOON, until.value, detail, marked=marked)
+            case PortError():
+                self.ledger.wait(mfn, _SOON, "cannot_ask_xen", str(disposition))
+            case _:
+                assert_never(disposition)
+
+    def _to_exchange(self, mfn: Mfn, domain: DomainInfo) -> None:
+        if mfn in self.poisoned:
+            detail = (
+                "it has had an uncorrected error and must not be copied; "
+                f"it goes when d{domain.domid} ends, restart that guest"
+            )
+            self.ledger.leave(mfn, "uncorrected", detail, marked=True)
+            return
+        if self._exchanges.submit(domain.identity, domain.name, mfn):
+            self._handed_over(mfn, domain, Phase.EXCHANGE)
+        else:
+            self._queue_full(mfn, "exchanges")
+
+    def _to_relocate(self, mfn: Mfn, domain: DomainInfo) -> None:
+        if self._relocations is None:
+            detail = (
+                "no migration is configured (relocation.target); it stays pending until "
+                f"d{domain.domid} ends or is migrated by hand"
+            )
+            self.ledger.leave(mfn, "no_relocation", detail, marked=True)
+        elif self._relocations.submit(domain.identity, domain.name, mfn):
+            self._handed_over(mfn, domain, Phase.RELOCATION)
+        else:
+            self._queue_full(mfn, "migrations")
+
+    def _handed_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase) -> None:
+        what = f"is marked offline-pending and waits for {phase.value}"
+        tell(logging.INFO, Event.PAGE_MARKED, what, mfn, domid=domain.domid)
+        self.ledger.hand_over(mfn, domain, phase)
+
+    def _queue_full(self, mfn: Mfn, which: str) -> None:
+        tell(logging.WARNING, Event.QUEUE_FULL, f"waits: the queue of {which} is full", mfn)
+        self.ledger.wait(mfn, _SOON, "queue_full", f"the queue of {which} is full", marked=True)
+
+    def _exchange_result(self, job: str, domain: DomainIdentity, result: PageResult) -> None:
+        domid = domain.domid
+        match result:
+            case Exchanged(old=old, new=new, offlined=offlined):
+                what = f"was exchanged for mfn {new:#x}"
+                tell(logging.WARNING, Event.EXCHANGE_DONE, what, old, domid=domid, job=job)
+                if offlined:
+                    self._note_freed_dirty()
+                    self.ledger.offlined(old, f"its owner d{domid} was moved off it in place")
+                else:
+                    self.ledger.wait(old, _SOON, "not_confirmed", "Xen has yet to take it out")
+            case Refusal():
+                self._refused(job, domain, result)
+            case Damaged(old=old, detail=detail):
+                what = f"was exchanged, but the guest could not be put right: {detail}"
+                tell(logging.CRITICAL, Event.PAGE_DAMAGED, what, old, domid=domid, job=job)
+                self.ledger.leave(old, "damaged", detail, marked=True)
+            case _:
+                assert_never(result)
+
+    def _refused(self, job: str, domain: DomainIdentity, refusal: Refusal) -> None:
+        mfn, reason, detail = refusal.mfn, refusal.reason, refusal.detail
+        what = f"was not exchanged: {detail}"
+        tell(logging.WARNING, Event.PAGE_REFUSED, what, mfn, domid=domain.domid, job=job)
+        marked = self._marks_are_safe
+        if reason in _LOOK_AGAIN:
+            self.ledger.wait(mfn, _SOON, reason.value, detail, marked=marked)
+        elif reason.may_pass:
+            retry = self.policy.exchange.retry
+            self.ledger.wait(mfn, retry, reason.value, detail, marked=marked)
+        else:
+            self.ledger.leave(mfn, reason.value, detail, marked=marked)
+
+    def _note_freed_dirty(self) -> None:
+        """Count what leaves an idle CPU searching (xen/common/page_alloc.c, scrub_free_pages)."""
+        if not self.idle_scrub:
+            event(
+                log,
+                logging.WARNING,
+                Event.IDLE_SCRUB_HAZARD,
+                "a page was retired right after it was freed: until the host reboots, one idle "
+                "CPU of each such page's NUMA node keeps looking for it, which costs power but "
+                "no guest's time",
+            )
+        self.idle_scrub += 1
