@@ -58,6 +58,14 @@ class Contents:
             words[backed] = self._pool[slots[backed]]
         return words
 
+    def word(self, mfn: int, index: int) -> int:
+        """One word of a frame."""
+        slot = int(self._slot[mfn])
+        if slot >= 0:
+            return int(self._pool[slot, index])
+        seed = int(self._seed[mfn])
+        return (seed + int(_RAMP[index])) & 0xFFFF_FFFF_FFFF_FFFF if seed else 0
+
     def page(self, mfn: int) -> Words:
         """The words of one frame for reading and writing, valid until the next frame is written."""
         slot = int(self._slot[mfn])
@@ -101,13 +109,17 @@ class Contents:
     def digests(self, mfns: FrameArray) -> NDArray[np.uint64]:
         """One word for each frame that tells its contents from others."""
         index = mfns.astype(np.int64)
-        seeds = self._seed[index]
-        digests: NDArray[np.uint64] = seeds * _WEIGHT_SUM + _RAMP_DIGEST
-        digests[seeds == 0] = 0
+        digests = self.pattern_digests(self._seed[index])
         slots = self._slot[index]
         backed = slots >= 0
         if backed.any():
             digests[backed] = digest_words(self._pool[slots[backed]])
+        return digests
+
+    def pattern_digests(self, seeds: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """The digests of frames that were filled from ``seeds``."""
+        digests: NDArray[np.uint64] = seeds * _WEIGHT_SUM + _RAMP_DIGEST
+        digests[seeds == 0] = 0
         return digests
 
     def _grow(self) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from errno import EINVAL
+from errno import EBUSY, EINVAL, EOPNOTSUPP
 
-from pgofflined.core.domains import DomainInfo, ShutdownReason
+from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.errors import DomainGone, GuestDidNotSuspend
 from pgofflined.core.frames import DOM0, Domid
 from pgofflined.ports import SuspendLimits
@@ -32,13 +32,11 @@ class SimulatedDomainControl(HostState):
         """control/shutdown = suspend, and what the guest makes of it."""
         with self.call("suspend", domid):
             domain = self.simulated(domid)
-            if domain.suspended:
-                return
             behaviour = domain.behaviour
-            deaf = not domain.runs or domid == DOM0 or behaviour.answer is Answer.IGNORES
+            deaf = self._refuse_or_ignore(domain)
         if behaviour.answer is Answer.AT_WITHDRAWAL and not deaf:
             self.clock.wait(limits.acknowledge)
-            self._become_suspended(domain)
+            self._finish_suspend(domain)
             return
         if deaf or behaviour.acknowledge_after > limits.acknowledge:
             self.clock.wait(limits.acknowledge)
@@ -47,12 +45,15 @@ class SimulatedDomainControl(HostState):
         self.clock.wait(behaviour.acknowledge_after)
         self._same(domain)
         self._perhaps_end(domain)
-        if behaviour.answer is Answer.STALLS or behaviour.suspend_after > limits.suspend:
+        late = behaviour.suspend_after - limits.suspend
+        if behaviour.answer is Answer.STALLS or late > 0:
             self.clock.wait(limits.suspend)
             self._same(domain)
+            if behaviour.answer is not Answer.STALLS:
+                domain.suspends_at = self.clock.monotonic() + late
             raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
         self.clock.wait(behaviour.suspend_after)
-        self._become_suspended(domain)
+        self._finish_suspend(domain)
 
     def resume(self, domid: Domid) -> None:
         """Cooperative resume; the guest's own work follows as soon as nothing pauses it."""
@@ -100,14 +101,28 @@ class SimulatedDomainControl(HostState):
             if domain.shutdown not in (None, ShutdownReason.SUSPEND):
                 raise DomainGone(domain.domid)
 
-    def _become_suspended(self, domain: SimulatedDomain) -> None:
+    def _refuse_or_ignore(self, domain: SimulatedDomain) -> bool:
+        """Whether the guest will not read the request.  Refuses what can never work."""
+        if domain.kind is not GuestKind.PV:
+            raise Refused(EOPNOTSUPP)
+        if domain.suspended:
+            raise Refused(EBUSY)
+        if domain.shutdown is not None:
+            raise DomainGone(domain.domid)
+        return (
+            not domain.runs
+            or domain.domid == DOM0
+            or domain.suspends_at is not None
+            or domain.behaviour.answer is Answer.IGNORES
+        )
+
+    def _finish_suspend(self, domain: SimulatedDomain) -> None:
         with self.lock:
             self._same(domain)
-            if domain.suspended:
-                return
-            if domain.pv is not None:
-                domain.pv.before_suspend()
-            domain.shutdown = ShutdownReason.SUSPEND
+            self.become_suspended(domain)
+            if not domain.suspended:
+                # Paused by somebody between its acknowledgement and its suspend call.
+                raise GuestDidNotSuspend(domain.domid, stage="suspend", seconds=0.0)
 
     def _let_run(self, domain: SimulatedDomain) -> None:
         if not domain.resume_pending or not domain.runs:

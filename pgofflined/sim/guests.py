@@ -31,7 +31,11 @@ class Answer(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SuspendBehaviour:
-    """How a guest answers a request to suspend, and the seconds that it takes."""
+    """How a guest answers a request to suspend, and the seconds that it takes.
+
+    A guest that needs longer to suspend than it is given still does so when its time has come:
+    a request that was acknowledged cannot be withdrawn.
+    """
 
     answer: Answer = Answer.SUSPENDS
     acknowledge_after: float = 0.01
@@ -80,6 +84,7 @@ class SimulatedDomain:
     shutdown: ShutdownReason | None = None
     dying: bool = False
     resume_pending: bool = False
+    suspends_at: float | None = None
     crash_reason: str | None = None
     activity: Callable[[], None] | None = None
     grants: list[Grant] = field(default_factory=list)

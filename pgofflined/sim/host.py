@@ -250,12 +250,23 @@ class HostState:
         """Note that the idle loop has something to scrub."""
         self._dirty_since = self.clock.monotonic()
 
+    def become_suspended(self, domain: SimulatedDomain) -> None:
+        """The guest makes its suspend call; nothing happens if it cannot run."""
+        domain.suspends_at = None
+        if not domain.runs:
+            return
+        if domain.pv is not None:
+            domain.pv.before_suspend()
+        domain.shutdown = ShutdownReason.SUSPEND
+
     def _pass_time(self) -> None:
-        since = self._dirty_since
-        if since is not None and self.clock.monotonic() - since >= self.spec.scrub_seconds:
+        now, since = self.clock.monotonic(), self._dirty_since
+        if since is not None and now - since >= self.spec.scrub_seconds:
             self.frames.scrubbed()
             self._dirty_since = None
         for domain in list(self.by_domid.values()):
+            if domain.suspends_at is not None and now >= domain.suspends_at:
+                self.become_suspended(domain)
             if domain.activity is not None and domain.runs:
                 try:
                     domain.activity()
@@ -369,6 +380,8 @@ class HostState:
                 shared_info=self._special_frame(domid),
                 gfns=gfns,
                 rebuild=lambda: self._rebuild_hvm(kind, name, pages, vcpus, domid),
+                # Console and xenstore ring lie at the end of memory.
+                grants=[Grant(pfn=Pfn(pages - 1 - ring), to=DOM0) for ring in (0, 1)],
             )
             return domid
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pgofflined.core.frames import Domid
 from pgofflined.sim.domaincontrol import SimulatedDomainControl
 from pgofflined.sim.framecontrol import SimulatedFrameControl
+from pgofflined.sim.invariants import check_invariants
 from pgofflined.sim.memory import SimulatedMemory
+from pgofflined.sim.views import GuestView, guest_view
 
 
 class SimulatedHost(SimulatedFrameControl, SimulatedDomainControl, SimulatedMemory):
@@ -13,3 +16,14 @@ class SimulatedHost(SimulatedFrameControl, SimulatedDomainControl, SimulatedMemo
     Made from a ``HostSpec`` and a clock; guests come by ``add_pv`` and ``add_hvm``.  Faults of
     the caller that would endanger a real host raise ``sim.errors.SimulationError``.
     """
+
+    def snapshot(self, domid: Domid) -> GuestView:
+        """What a guest sees of its memory now; see ``GuestView.differences`` and ``moved``."""
+        return guest_view(self, domid)
+
+    def check_invariants(self) -> None:
+        """Raise InvariantViolation unless counts, types, M2P and p2m all agree.
+
+        Not in the middle of an exchange: until the guest's p2m is written they do not.
+        """
+        check_invariants(self)

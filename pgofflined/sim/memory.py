@@ -39,18 +39,17 @@ class SimulatedMemory(HostState):
         with self.call("foreignmemory_map", domid):
             domain = self.domain_or_refuse(domid)
             frames = self._translate(domain, mfns)
-            for mfn in frames.tolist():
-                self._check_mappable(domid, mfn)
+            self._check_mappable(domid, frames)
             return self.frames.contents.read(frames)
 
     def write_words(self, domid: Domid, mfn: Mfn, index: int, words: Words) -> None:
         """A writable foreign mapping; get_page_from_l1e() refuses one of a table or GDT."""
-        if index < 0 or index + len(words) > WORDS_PER_PAGE:
-            raise ValueError(f"{len(words)} words at {index} do not fit in a frame")
         with self.call("foreignmemory_map", domid, mfn):
+            if index < 0 or index + len(words) > WORDS_PER_PAGE:
+                raise Refused(EINVAL)
             domain = self.domain_or_refuse(domid)
             frame = int(self._translate(domain, np.array([mfn], dtype=np.uint64))[0])
-            self._check_mappable(domid, frame)
+            self._check_mappable(domid, np.array([frame], dtype=np.uint64))
             if not self._writable(frame):
                 raise Refused(EBUSY)
             if domain.pv is not None and not self.frames.type_refs[frame]:
@@ -62,7 +61,7 @@ class SimulatedMemory(HostState):
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
         """XEN_DOMCTL_getpageframeinfo3 (xen/arch/x86/domctl.c)."""
         with self.call("getpageframeinfo3", domid):
-            domain = self.domain_or_refuse(domid)
+            domain = self.simulated(domid)
             frames = self.frames
             numbers = self._translate(domain, mfns, strict=False)
             inside = numbers < frames.count
@@ -96,9 +95,9 @@ class SimulatedMemory(HostState):
                     raise Refused(EOPNOTSUPP)
                 if not domain.pauses:
                     raise UnsafeUpdate(f"d{domid} is not paused: its TLBs are not flushed for us")
+                if not all(0 <= write.index < WORDS_PER_PAGE for write in writes):
+                    raise Refused(EINVAL)
                 for write in writes:
-                    if not 0 <= write.index < WORDS_PER_PAGE:
-                        raise ValueError(f"a table has no entry {write.index}")
                     self._update(domid, write)
                     done += 1
         except XenError as error:
@@ -149,15 +148,19 @@ class SimulatedMemory(HostState):
         found = domain.gfns[np.where(inside, mfns, 0).astype(np.int64)]
         return np.where(inside, found, np.uint64(0xFFFF_FFFF_FFFF_FFFF))
 
-    def _check_mappable(self, domid: Domid, mfn: int) -> None:
+    def _check_mappable(self, domid: Domid, mfns: FrameArray) -> None:
         frames = self.frames
-        if not frames.valid(mfn) or not frames.ram[mfn]:
+        if (mfns >= np.uint64(frames.count)).any():
             raise Refused(EINVAL)
-        if frames.owner[mfn] != domid or not frames.refs[mfn]:
+        index = mfns.astype(np.int64)
+        if not frames.ram[index].all():
+            raise Refused(EINVAL)
+        if (frames.owner[index] != domid).any() or (frames.refs[index] == 0).any():
             # "could_not_pin" of get_page_from_l1e().
             raise Refused(EBUSY)
-        if frames.poisoned[mfn] or frames.broken[mfn]:
-            raise PoisonRead(mfn)
+        bad = frames.poisoned[index] | frames.broken[index]
+        if bad.any():
+            raise PoisonRead(int(mfns[bad][0]))
 
     def _writable(self, mfn: int) -> bool:
         return not self.frames.type_refs[mfn] or self.frames.type[mfn] in _PLAIN_TYPES

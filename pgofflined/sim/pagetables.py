@@ -50,7 +50,7 @@ def walk(contents: Contents, root: int, address: int) -> Slot:
     table = root
     for level in (4, 3, 2, 1):
         index = table_index(address, level)
-        entry = int(contents.read(np.array([table], dtype=np.uint64))[0, index])
+        entry = contents.word(table, index)
         if not entry & PTE_PRESENT:
             raise PageFault(address, level)
         if level == 1:

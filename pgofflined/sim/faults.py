@@ -1,0 +1,244 @@
+"""Failures, losses, kills and interference at any call of a ``ports.Hypervisor``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from errno import EIO
+from typing import TYPE_CHECKING, TypeVar
+
+from pgofflined.core.domains import DomainInfo
+from pgofflined.core.errors import PortError, XenError
+from pgofflined.core.frames import Domid, Mfn, Pfn
+from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
+from pgofflined.core.xenversion import XenVersion
+from pgofflined.ports import Hypervisor, PteWrite, SuspendLimits
+
+if TYPE_CHECKING:
+    from pgofflined.ports import FrameArray, TypeArray, Words
+
+_T = TypeVar("_T")
+
+
+class Killed(BaseException):
+    """The process was killed here.  Every later call through the same wrapper raises it again:
+    a dead process cleans nothing up."""
+
+
+class Moment(Enum):
+    """Where in a call a fault strikes."""
+
+    BEFORE = "nothing has happened"
+    HALFWAY = "half of the batch has happened; as BEFORE for calls without a batch"
+    AFTER = "everything has happened, the reply is lost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """What is to go wrong at which call.
+
+    ``nth`` counts the calls of ``method``, or all calls where that is None, from 1 on; the fault
+    strikes at that call and the ``times - 1`` ones after it.  It kills, or acts (something else
+    happens on the host just then, the call itself goes on), or fails with ``error`` or ``errno``.
+    """
+
+    method: str | None = None
+    nth: int = 1
+    times: int = 1
+    moment: Moment = Moment.BEFORE
+    kills: bool = False
+    act: Callable[[], object] | None = None
+    error: PortError | None = None
+    errno: int = EIO
+
+    def strikes(self, method: str, of_method: int, of_all: int) -> bool:
+        """Whether this call is meant, the so manyeth of its method and of all."""
+        if self.method is None:
+            return self.nth <= of_all < self.nth + self.times
+        return method == self.method and self.nth <= of_method < self.nth + self.times
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """One call that was made; ``outcome`` is what it gave or raised, None until it came back."""
+
+    method: str
+    args: tuple[object, ...]
+    outcome: object = None
+
+
+@dataclass(slots=True)
+class Trace:
+    """All calls in their order."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    @property
+    def methods(self) -> list[str]:
+        """Their names."""
+        return [call.method for call in self.calls]
+
+    def of(self, method: str) -> list[Call]:
+        """The calls of one method."""
+        return [call for call in self.calls if call.method == method]
+
+
+class FaultyHypervisor:
+    """A hypervisor that passes calls on and lets them go wrong as planned."""
+
+    def __init__(self, inner: Hypervisor, *plan: Fault) -> None:
+        self.inner = inner
+        self.plan = list(plan)
+        self.trace = Trace()
+        self.killed = False
+
+    # FrameControl
+
+    def version(self) -> XenVersion:
+        """See ``ports.FrameControl``."""
+        return self._call("version", (), self.inner.version)
+
+    def max_mfn(self) -> Mfn:
+        """See ``ports.FrameControl``."""
+        return self._call("max_mfn", (), self.inner.max_mfn)
+
+    def free_frames(self) -> int:
+        """See ``ports.FrameControl``."""
+        return self._call("free_frames", (), self.inner.free_frames)
+
+    def query(self, mfn: Mfn) -> OfflineState:
+        """See ``ports.FrameControl``."""
+        return self._call("query", (mfn,), lambda: self.inner.query(mfn))
+
+    def offline(self, mfn: Mfn) -> OfflineReply:
+        """See ``ports.FrameControl``."""
+        return self._call("offline", (mfn,), lambda: self.inner.offline(mfn))
+
+    def online(self, mfn: Mfn) -> OnlineFlag:
+        """See ``ports.FrameControl``."""
+        return self._call("online", (mfn,), lambda: self.inner.online(mfn))
+
+    def m2p(self, mfn: Mfn) -> Pfn | None:
+        """See ``ports.FrameControl``."""
+        return self._call("m2p", (mfn,), lambda: self.inner.m2p(mfn))
+
+    # DomainControl
+
+    def domains(self) -> Sequence[DomainInfo]:
+        """See ``ports.DomainControl``."""
+        return self._call("domains", (), self.inner.domains)
+
+    def domain(self, domid: Domid) -> DomainInfo:
+        """See ``ports.DomainControl``."""
+        return self._call("domain", (domid,), lambda: self.inner.domain(domid))
+
+    def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
+        """See ``ports.DomainControl``."""
+        self._call("suspend", (domid, limits), lambda: self.inner.suspend(domid, limits))
+
+    def resume(self, domid: Domid) -> None:
+        """See ``ports.DomainControl``."""
+        self._call("resume", (domid,), lambda: self.inner.resume(domid))
+
+    def pause(self, domid: Domid) -> None:
+        """See ``ports.DomainControl``."""
+        self._call("pause", (domid,), lambda: self.inner.pause(domid))
+
+    def unpause(self, domid: Domid) -> None:
+        """See ``ports.DomainControl``."""
+        self._call("unpause", (domid,), lambda: self.inner.unpause(domid))
+
+    # ForeignMemory
+
+    def read_frames(self, domid: Domid, mfns: FrameArray) -> Words:
+        """See ``ports.ForeignMemory``."""
+        return self._call(
+            "read_frames", (domid, mfns.copy()), lambda: self.inner.read_frames(domid, mfns)
+        )
+
+    def write_words(self, domid: Domid, mfn: Mfn, index: int, words: Words) -> None:
+        """See ``ports.ForeignMemory``; half of it are the first words."""
+        half = len(words) // 2
+        self._call(
+            "write_words",
+            (domid, mfn, index, words.copy()),
+            lambda: self.inner.write_words(domid, mfn, index, words),
+            lambda: self.inner.write_words(domid, mfn, index, words[:half]),
+        )
+
+    def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
+        """See ``ports.ForeignMemory``."""
+        return self._call(
+            "page_types", (domid, mfns.copy()), lambda: self.inner.page_types(domid, mfns)
+        )
+
+    def granted_frames(self, domid: Domid) -> FrameArray:
+        """See ``ports.ForeignMemory``."""
+        return self._call("granted_frames", (domid,), lambda: self.inner.granted_frames(domid))
+
+    # PageTableControl and FrameExchange
+
+    def update_ptes(self, domid: Domid, writes: Sequence[PteWrite]) -> None:
+        """See ``ports.PageTableControl``; half of it are the first writes, and ``done`` says so."""
+        half = len(writes) // 2
+        self._call(
+            "update_ptes",
+            (domid, tuple(writes)),
+            lambda: self.inner.update_ptes(domid, writes),
+            lambda: self.inner.update_ptes(domid, writes[:half]),
+            half=half,
+            whole=len(writes),
+        )
+
+    def exchange(self, domid: Domid, mfn: Mfn, pfn: Pfn) -> Mfn:
+        """See ``ports.FrameExchange``."""
+        return self._call(
+            "exchange", (domid, mfn, pfn), lambda: self.inner.exchange(domid, mfn, pfn)
+        )
+
+    def _call(
+        self,
+        method: str,
+        args: tuple[object, ...],
+        whole_call: Callable[[], _T],
+        half_call: Callable[[], object] | None = None,
+        *,
+        half: int = 0,
+        whole: int = 0,
+    ) -> _T:
+        if self.killed:
+            raise Killed
+        call = Call(method=method, args=args)
+        self.trace.calls.append(call)
+        try:
+            fault = self._strike(method)
+            if fault is not None and fault.moment is Moment.BEFORE:
+                self._hit(fault, method, 0)
+            if fault is not None and fault.moment is Moment.HALFWAY:
+                if half_call is not None:
+                    half_call()
+                self._hit(fault, method, half)
+            result = whole_call()
+            call.outcome = result
+            if fault is not None and fault.moment is Moment.AFTER:
+                self._hit(fault, method, whole)
+        except BaseException as error:
+            call.outcome = error
+            raise
+        return result
+
+    def _strike(self, method: str) -> Fault | None:
+        of_method, of_all = len(self.trace.of(method)), len(self.trace.calls)
+        return next((f for f in self.plan if f.strikes(method, of_method, of_all)), None)
+
+    def _hit(self, fault: Fault, method: str, done: int) -> None:
+        if fault.act is not None:
+            fault.act()
+        elif fault.kills:
+            self.killed = True
+            raise Killed
+        elif fault.error is not None:
+            raise fault.error
+        else:
+            raise XenError(fault.errno, op=f"{method} (injected)", done=done)
