@@ -13,16 +13,18 @@
  *   memcheck: start workers=N pages=P leave_mib=M
  *   memcheck: pass N ok pages=P gap_ms=G seed=S
  *   memcheck: pass N BAD pages=P gap_ms=G seed=S mismatches=T
+ *   memcheck: pfns worker=W PFN...   (in hexadecimal: where some of its pages are)
  *   memcheck: MISMATCH worker=W page=I offset=O want=X got=Y pass=N
  *
  * "pass N" means that every worker has completed its N-th pass. A page is
  * only rewritten right after it was verified, so damage is never covered up.
  *
  * Kernel command line:
- *   memcheck.leave_mib=24     memory left to the kernel
+ *   memcheck.leave_mib=16     memory left to the kernel
  *   memcheck.workers=0        workers; 0: one for each vCPU
  *   memcheck.rewrite_every=4  every so many passes write a new pattern
  *   memcheck.nap_ms=500       pause of each worker between two passes
+ *   memcheck.damage_at=0      flip one bit before this pass, to see that it is found
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -41,7 +43,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, WORDS = PAGE / 8, MAX_WORKERS = 64, REPORTED = 8, TICK_MS = 10 };
+enum { PAGE = 4096, WORDS = PAGE / 8, MAX_WORKERS = 64, REPORTED = 8, TICK_MS = 10, SAMPLES = 32,
+       PER_LINE = 16 };
 
 struct progress {
 	volatile uint64_t passes;
@@ -51,7 +54,7 @@ struct progress {
 };
 
 struct settings {
-	long leave_mib, workers, rewrite_every, nap_ms;
+	long leave_mib, workers, rewrite_every, nap_ms, damage_at;
 };
 
 static int kmsg = -1;
@@ -137,10 +140,11 @@ static struct settings read_settings(void)
 		die("/proc/cmdline");
 	close(file);
 	struct settings settings = {
-		.leave_mib = option(line, "memcheck.leave_mib=", 24),
+		.leave_mib = option(line, "memcheck.leave_mib=", 16),
 		.workers = option(line, "memcheck.workers=", 0),
 		.rewrite_every = option(line, "memcheck.rewrite_every=", 4),
 		.nap_ms = option(line, "memcheck.nap_ms=", 500),
+		.damage_at = option(line, "memcheck.damage_at=", 0),
 	};
 	if (settings.workers <= 0)
 		settings.workers = sysconf(_SC_NPROCESSORS_ONLN);
@@ -174,6 +178,31 @@ static unsigned verify(uint64_t *words, uint64_t seed, uint64_t page, int worker
 	return wrong;
 }
 
+/* Say where some pages are, evenly spread, so that a test can pick one that matters. */
+static void locate(int worker, uint64_t *memory, uint64_t pages)
+{
+	int file = open("/proc/self/pagemap", O_RDONLY);
+	char line[PER_LINE * 10 + 1];
+	int used = 0;
+
+	if (file < 0)
+		die("/proc/self/pagemap");
+	for (int sample = 0; sample < SAMPLES; sample++) {
+		uint64_t entry, page = pages * sample / SAMPLES;
+		off_t offset = ((uintptr_t)memory / PAGE + page) * sizeof entry;
+
+		if (pread(file, &entry, sizeof entry, offset) != sizeof entry)
+			die("reading pagemap");
+		used += snprintf(line + used, sizeof line - used, " %llx",
+				 (unsigned long long)(entry & ((1ull << 55) - 1)));
+		if ((sample + 1) % PER_LINE == 0) {
+			say("pfns worker=%d%s", worker, line);
+			used = 0;
+		}
+	}
+	close(file);
+}
+
 static void work(int worker, uint64_t pages, const struct settings *settings,
 		 struct progress *mine)
 {
@@ -191,7 +220,10 @@ static void work(int worker, uint64_t pages, const struct settings *settings,
 	for (uint64_t page = 0; page < pages; page++)
 		fill(memory + page * WORDS, seed, first + page);
 	mine->seed = seed;
+	locate(worker, memory, pages);
 	for (;;) {
+		if (settings->damage_at && (long)mine->passes + 1 == settings->damage_at)
+			memory[pages / 2 * WORDS + 17] ^= 1ull << 42;
 		int rewrite = (mine->passes + 1) % settings->rewrite_every == 0;
 		uint64_t next = rewrite ? mix(seed + 1) : seed;
 

@@ -140,7 +140,9 @@ def _feed(pipe: IO[bytes] | None, data: bytes) -> None:
         pass
 
 
-def _pump(identifier: int, stream: str, pipe: IO[bytes], counts: dict[str, int], send: Send) -> None:
+def _pump(
+    identifier: int, stream: str, pipe: IO[bytes], counts: dict[str, int], send: Send
+) -> None:
     while data := os.read(pipe.fileno(), CHUNK):
         send(Frame(fields={"id": identifier, "op": "out", "stream": stream}, blob=data))
         counts[stream] += len(data)

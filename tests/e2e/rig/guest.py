@@ -20,6 +20,7 @@ PASS_LIMIT = 60.0
 """Seconds that one checker pass may take; ten times what it does."""
 
 PASS = re.compile(r"memcheck: pass (\d+) (ok|BAD) pages=(\d+) gap_ms=(\d+)")
+PFNS = re.compile(r"memcheck: pfns worker=\d+((?: [0-9a-f]+)+)")
 BOOT = re.compile(r"memcheck: boot id=(\S+)")
 TROUBLE = re.compile(
     r"memcheck: (?:MISMATCH|FAILED)|memcheck: pass \d+ BAD|Kernel panic|Oops|BUG:|WARNING:"
@@ -37,7 +38,7 @@ class GuestSpec:
     kind: Kind = "pv"
     vcpus: int = 2
     memory_mib: int = 128
-    leave_mib: int = 24
+    leave_mib: int = 16
     """Memory that the checker leaves to the guest's kernel."""
     ignore_suspend: bool = False
     """Make the guest never watch control/shutdown."""
@@ -93,7 +94,10 @@ class Guest:
         self._first_domid = self.domid
         try:
             wait_until(
-                lambda: self.passes() > 0, timeout=START_LIMIT, what=f"{name}'s first pass", interval=1
+                lambda: self.passes() > 0,
+                timeout=START_LIMIT,
+                what=f"{name}'s first pass",
+                interval=1,
             )
         except AssertionError as error:
             error.add_note(self.console()[-3000:])
@@ -128,6 +132,11 @@ class Guest:
         """How many passes over all its memory the checker has completed."""
         found = PASS.findall(self.console())
         return int(found[-1][0]) if found else 0
+
+    def checker_pfns(self) -> list[int]:
+        """Where some of the checker's pages were when it began; spread over all its memory."""
+        lines = PFNS.findall(self.console())
+        return [int(word, 16) for line in lines for word in line.split()]
 
     def gaps(self) -> list[int]:
         """The largest gap between two 10 ms ticks during each pass so far, in ms."""

@@ -48,6 +48,14 @@ class HostSpec:
     start_service: bool = True
     """Whether pgofflined.service is enabled and started at boot."""
 
+    @classmethod
+    def parse(cls, name: str) -> HostSpec:
+        """The specification that is written like this, such as "intel-native-noservice"."""
+        flavour, source, *rest = name.split("-")
+        if rest not in ([], ["noservice"]):
+            raise ValueError(f"unknown host {name!r}")
+        return cls(flavour=Flavour(flavour), source=Source(source), start_service=not rest)
+
     def __str__(self) -> str:
         service = "" if self.start_service else "-noservice"
         return f"{self.flavour.value}-{self.source.value}{service}"
@@ -82,11 +90,15 @@ class Host:
     Methods that talk to dom0 may be called from several threads.
     """
 
-    def __init__(self, spec: HostSpec, image: Image) -> None:
-        """Boot. BootFailed when it does not come up, PayloadFailed when the project does not."""
+    def __init__(self, spec: HostSpec, image: Image, logs: Path) -> None:
+        """Boot; the serial console's log is kept in the folder `logs`.
+
+        BootFailed when it does not come up, PayloadFailed when the project cannot be installed.
+        """
         self.spec = spec
         self.guests: dict[str, Guest] = {}
         self.lost: str | None = None
+        self._logs = logs
         self._scratch = Path(tempfile.mkdtemp(prefix="pgofflined-rig-"))
         self._qemu: Qemu | None = None
         self._channel: Channel | None = None
@@ -173,11 +185,19 @@ class Host:
         self.put(text.encode(), target, mode=mode)
 
     def start_guest(self, spec: GuestSpec) -> Guest:
-        """Start a guest and wait until its memory is filled."""
+        """Start a guest and wait until its memory is filled and was verified once.
+
+        The `host` fixture destroys it after the test.
+        """
         guest = Guest(self, spec)
         self.guests[spec.name] = guest
         guest.start()
         return guest
+
+    def destroy_guests(self) -> None:
+        """Destroy all guests that were started here."""
+        for guest in list(self.guests.values()):
+            guest.destroy()
 
     def qmp(self, command: str, **arguments: object) -> object:
         """Run a command of QEMU's machine protocol."""
@@ -201,19 +221,22 @@ class Host:
         """Raise a machine check on all CPUs: an uncorrected error found by a write-back."""
         self.hmp(f"mce -b 0 {bank} 0xbd2000008000017a 0x5 {maddr:#x} 0x8c")
 
-    def xl_dmesg(self, *, since_boot: bool = False) -> str:
-        """Xen's console ring; without the boot's own lines when `since_boot`."""
-        lines = self.run(["xl", "dmesg"]).out.splitlines(keepends=True)
-        return "".join(lines[self._boot_lines if since_boot else 0 :])
+    def xl_dmesg(self) -> str:
+        """Xen's console ring since boot."""
+        return self.run(["xl", "dmesg"]).out
 
-    def xl_dmesg_suspicious(self) -> list[str]:
-        """Xen's lines since boot that tell of a bug, a crash, L1TF or shadow mode."""
-        lines = self.xl_dmesg(since_boot=True).splitlines()
+    def xl_dmesg_suspicious(self, *, after: int | None = None) -> list[str]:
+        """Xen's lines that tell of a bug, a crash, L1TF or shadow mode.
+
+        Only those after the first `after` lines; by default, after the boot's own.
+        """
+        lines = self.xl_dmesg().splitlines()[self._boot_lines if after is None else after :]
         return [line for line in lines if SUSPICIOUS.search(line)]
 
     def journal(self, unit: str | None = None, *, fields: bool = False) -> str:
         """The journal of this boot, of one unit or all; as JSON lines when `fields`."""
-        words = ["journalctl", "--boot", "--no-pager", f"--output={'json' if fields else 'short-precise'}"]
+        form = "json" if fields else "short-precise"
+        words = ["journalctl", "--boot", "--no-pager", f"--output={form}"]
         return self.run(words + ([f"--unit={unit}"] if unit else [])).out
 
     def collect(self, folder: Path) -> None:
@@ -255,7 +278,9 @@ class Host:
         )
         deadline = time.monotonic() + BOOT_LIMIT
         try:
-            self._qemu = Qemu(machine, self._scratch)
+            self._qemu = Qemu(machine, self._scratch, self._logs)
+            # QEMU has it open; so nothing is left even when the test run is killed.
+            disk.unlink()
             self._channel = Channel(self._qemu.agent, check=self._check)
             self._channel.wait_hello(BOOT_LIMIT)
             report = json.loads(self.read_text("/run/rig-install.json"))

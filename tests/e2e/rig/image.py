@@ -182,9 +182,9 @@ def _build(directory: Path) -> None:
 def _install_debian(root: Path) -> None:
     excluded = ("doc", "man", "locale", "info", "iso-codes")
     options = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in excluded]
+    options += ["--variant=minbase", f"--include={','.join(PACKAGES)}"]
     call(
-        ["mmdebstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", *options]
-        + [RELEASE, str(root), "-"],
+        ["mmdebstrap", *options, RELEASE, str(root), "-"],
         stdin=_apt_sources(),
         # Debian's initrd is not used.
         extra={"INITRD": "No"},

@@ -55,7 +55,8 @@ def _call(argv: list[str], **environment: str) -> None:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(argv)}: status {done.returncode}\n{done.stdout}{done.stderr}")
+        said = done.stdout + done.stderr
+        raise RuntimeError(f"{' '.join(argv)}: status {done.returncode}\n{said}")
 
 
 def main() -> None:

@@ -32,9 +32,7 @@ def uncompressed(image: bytes) -> bytes:
 
 def export_module(modules: Path, name: str, folder: Path) -> None:
     """Write module `name` of the kernel in `modules` uncompressed into `folder`."""
-    found = [
-        path for path in modules.rglob(f"{name}.ko*") if path.name.split(".")[0] == name
-    ]
+    found = [path for path in modules.rglob(f"{name}.ko*") if path.name.split(".")[0] == name]
     if len(found) != 1:
         raise BuildFailed(f"{len(found)} kernel modules {name}, not one")
     data = found[0].read_bytes()

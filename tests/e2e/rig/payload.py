@@ -22,6 +22,7 @@ IN_DOM0 = ("__init__.py", "frames.py", "agent.py", "install.py")
 WHEEL_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pgofflined")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", "*.egg-info")
 KEPT_WHEELS = 4
+SIZE = "64M"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,8 @@ def build(payload: Payload, image: Image, scratch: Path) -> Path:
     with timed("make the payload disk"):
         _fill(folder, payload, image, scratch)
         disk = scratch / "payload.img"
-        call(["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", str(folder), str(disk), "64M"])
+        options = ["-q", "-t", "ext4", "-O", "^has_journal", "-d", str(folder)]
+        call(["mke2fs", *options, str(disk), SIZE])
         shutil.rmtree(folder)
     return disk
 
@@ -75,10 +77,8 @@ def _wheel(scratch: Path) -> Path | None:
                 shutil.copy(path, source)
         built = scratch / "wheel"
         with timed("build the project's wheel"):
-            call(
-                [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
-                + ["--wheel-dir", str(built), str(source)]
-            )
+            options = ["--quiet", "--no-deps", "--wheel-dir", str(built)]
+            call([sys.executable, "-m", "pip", "wheel", *options, str(source)])
         wheels.mkdir(parents=True, exist_ok=True)
         shutil.copytree(built, kept, dirs_exist_ok=True)
         _forget_old(wheels)

@@ -85,8 +85,8 @@ class Machine:
     payload: Path
 
 
-def command_line(machine: Machine, folder: Path) -> list[str]:
-    """QEMU's arguments; its sockets and logs are in `folder`."""
+def command_line(machine: Machine, folder: Path, logs: Path) -> list[str]:
+    """QEMU's arguments; its sockets are in `folder`, the serial console's log in `logs`."""
     image = machine.image
     dom0 = " ".join([*DOM0_ARGUMENTS, *SOURCE_ARGUMENTS[machine.source]])
     # A single comma would end the kernel's arguments and begin the next file.
@@ -102,7 +102,7 @@ def command_line(machine: Machine, folder: Path) -> list[str]:
         *("-device", "virtio-serial-pci"),
         *("-chardev", f"socket,id=agent,path={folder / 'agent.sock'},server=on,wait=off"),
         *("-device", "virtserialport,chardev=agent,name=rig.agent"),
-        *("-serial", f"file:{folder / 'serial.log'}"),
+        *("-serial", f"file:{logs / 'serial.log'}"),
         *("-qmp", f"unix:{folder / 'qmp.sock'},server=on,wait=off"),
     ]
 
@@ -113,11 +113,12 @@ class Qemu:
     To be made on the main thread: the kernel ties a child's life to the thread that started it.
     """
 
-    def __init__(self, machine: Machine, folder: Path) -> None:
-        self.folder = folder
-        self._errors = (folder / "qemu.log").open("wb")
+    def __init__(self, machine: Machine, folder: Path, logs: Path) -> None:
+        self._folder = folder
+        self._logs = logs
+        self._errors = (logs / "qemu.log").open("wb")
         self._process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", *command_line(machine, folder)],
+            ["setpriv", "--pdeathsig", "KILL", *command_line(machine, folder, logs)],
             env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._errors,
@@ -170,7 +171,7 @@ class Qemu:
 
     def serial(self) -> str:
         """All that was written on the serial console so far."""
-        log = self.folder / "serial.log"
+        log = self._logs / "serial.log"
         return log.read_text(errors="replace") if log.exists() else ""
 
     def panic(self) -> str | None:
@@ -200,7 +201,7 @@ class Qemu:
                 raise RigError(f"QEMU did not start:\n{self._complaints()}")
             connection = socket.socket(socket.AF_UNIX)
             try:
-                connection.connect(str(self.folder / name))
+                connection.connect(str(self._folder / name))
             except (FileNotFoundError, ConnectionRefusedError):
                 connection.close()
                 return None
@@ -209,7 +210,7 @@ class Qemu:
         return wait_until(attempt, timeout=MONITOR_LIMIT, what=f"QEMU's {name}", interval=0.05)
 
     def _complaints(self) -> str:
-        return (self.folder / "qemu.log").read_text(errors="replace")[-2000:]
+        return (self._logs / "qemu.log").read_text(errors="replace")[-2000:]
 
 
 class Monitor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .errors import BuildFailed, MissingTools
 
 PACKAGE_LIST = Path(__file__).parents[1] / "apt-packages.txt"
 BUSYBOX = Path("/bin/busybox")
+SHOWN_OUTPUT = 4000
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 NEEDED_PROGRAMS: Mapping[str, str] = {
@@ -80,16 +82,15 @@ def call(argv: list[str], *, stdin: str = "", extra: Mapping[str, str] | None = 
         check=False,
     )
     if done.returncode:
-        raise BuildFailed(
-            f"{' '.join(argv)}: status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-        )
+        said = done.stdout[-SHOWN_OUTPUT:] + done.stderr[-SHOWN_OUTPUT:]
+        raise BuildFailed(f"{' '.join(argv)}: status {done.returncode}\n{said}")
     return done.stdout
 
 
 @contextmanager
-def timed(what: str, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Say what begins, and how long it took."""
-    say(f"rig: {what} ...")
+def timed(what: str) -> Iterator[None]:
+    """Say on standard error what begins, and how long it took."""
+    print(f"rig: {what} ...", file=sys.stderr, flush=True)
     begin = time.monotonic()
     yield
-    say(f"rig: {what}: {time.monotonic() - begin:.1f} s")
+    print(f"rig: {what}: {time.monotonic() - begin:.1f} s", file=sys.stderr, flush=True)
