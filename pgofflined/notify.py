@@ -24,7 +24,7 @@ _MAX_STATUS: Final = 1000
 class Send(Protocol):
     """``systemd.daemon.notify``."""
 
-    def __call__(self, status: str, *, fds: Sequence[int] | None = None) -> object:
+    def __call__(self, status: str, *, fds: Sequence[int] = ...) -> object:
         """Send assignments, one a line, and descriptors; raises OSError."""
         ...
 
@@ -156,9 +156,14 @@ class SystemdNotifier:
         """Have it kept no longer."""
         self._notify("FDSTOREREMOVE=1", f"FDNAME={name}")
 
-    def _notify(self, *assignments: str, fds: Sequence[int] | None = None) -> None:
+    def _notify(self, *assignments: str, fds: Sequence[int] = ()) -> None:
+        message = "\n".join(assignments)
         try:
-            self._send("\n".join(assignments), fds=fds)
+            # systemd-python counts whatever it is given as ``fds``, be it None or empty.
+            if fds:
+                self._send(message, fds=fds)
+            else:
+                self._send(message)
         except OSError as error:
             _log.warning("systemd could not be told %s: %s", assignments[0], error)
 

@@ -22,6 +22,10 @@ _BACKLOG: Final = 16
 _SHORTAGE: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 _SHORTAGE_PAUSE: Final = 1.0
 
+# What a connection may still take once its handler is done.
+_FAREWELL: Final = 5.0
+_MOST_DISCARDED: Final = 1 << 20
+
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
@@ -117,14 +121,31 @@ async def _attend(accepted: socket.socket, handle: Handler, limit: int, name: st
         return
     try:
         await handle(reader, writer)
+        await _finish(reader, writer)
     except OSError:
         pass  # the other side has gone; nobody is left to answer
     except Exception:  # noqa: BLE001 - a fault in answering a question must not end the daemon
         _log.exception("a connection ended with a fault of ours (%s)", name)
     finally:
-        writer.close()
+        # Not close(), which waits for a peer that does not read what was written to it.
+        writer.transport.abort()
         with suppress(OSError):
             await writer.wait_closed()
+
+
+async def _finish(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Let the other side have the whole answer.
+
+    To close while something that it sent lies unread would reset the connection, and the answer
+    ("your request is too long") could be lost with it.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_FAREWELL):
+            await writer.drain()
+            writer.write_eof()
+            discarded = 0
+            while discarded < _MOST_DISCARDED and (chunk := await reader.read(4096)):
+                discarded += len(chunk)
 
 
 def _listen_tcp(address: TcpAddress) -> socket.socket:
