@@ -1,0 +1,394 @@
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+
+from pgofflined.core.classify import classify, classify_bank
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.machine import CpuVendor, Machine
+from pgofflined.core.reports import (
+    CorrectedPageError,
+    ErrorReport,
+    HypervisorActed,
+    HypervisorResult,
+    OtherError,
+    OtherKind,
+    report_class,
+)
+from pgofflined.core.telemetry import BankEntry, decode_mc_info, decode_xen_mce
+
+from tests.unit.mca_records import (
+    ADDRV,
+    AR,
+    EN,
+    MISC_PAGE,
+    MISCV,
+    OVER,
+    PCC,
+    UC,
+    VAL,
+    BankError,
+    S,
+    bank_entry,
+    global_entry,
+    mc_info,
+    mc_info_of,
+    recovery_entry,
+    xen_mce_of,
+)
+
+INTEL = Machine(vendor=CpuVendor.INTEL, family=6, physical_bits=46, max_mfn=Mfn(0xFFFFF))
+AMD_ZEN = Machine(vendor=CpuVendor.AMD, family=0x17, physical_bits=48, max_mfn=Mfn(0xFFFFF))
+AMD_OLD = Machine(vendor=CpuVendor.AMD, family=0x10, physical_bits=48, max_mfn=Mfn(0xFFFFF))
+OTHER = Machine(vendor=CpuVendor.OTHER, family=7, physical_bits=46, max_mfn=Mfn(0xFFFFF))
+
+ADDR = 0x1234_5678
+MFN = Mfn(0x12345)
+USABLE = VAL | MISCV | ADDRV
+
+
+def classified(
+    status: int,
+    machine: Machine = INTEL,
+    *,
+    addr: int = ADDR,
+    misc: int = MISC_PAGE,
+    bank: int = 9,
+    mcg_cap: int | None = None,
+) -> ErrorReport:
+    entry = BankEntry(bank=bank, status=status, addr=addr, misc=misc, mcg_cap=mcg_cap)
+    return classify_bank(entry, machine)
+
+
+# Codes on both sides of every border that the rules draw.
+CODES = (
+    *(0x0000, 0x000C, 0x0080, 0x0090, 0x009F, 0x00A5, 0x00B0, 0x00BF, 0x00C0, 0x00CF, 0x00D0),
+    *(0x00E0, 0x00F0, 0x0110, 0x0134, 0x0135, 0x0136, 0x0150, 0x0151, 0x017A, 0x017B, 0x0280),
+    *(0x02B1, 0x02C2, 0x02D0, 0x0300, 0x0480, 0x0800, 0x0E0B, 0x4090, 0x8090),
+)
+
+
+def oracle(bits: dict[str, bool], code: int, lsb: int, mode: int) -> str:
+    """The rules once more, as a person would say them, on named bits instead of words."""
+    memory = {
+        *range(0x080, 0x0B0),  # generic, read, write
+        *range(0x0C0, 0x0D0),  # scrub
+        *range(0x280, 0x2B0),
+        *range(0x2C0, 0x2D0),
+    }
+    parity = {*range(0x0B0, 0x0C0), *range(0x2B0, 0x2C0)}
+    handled = {*range(0xC0, 0xD0), 0x17A, 0x134, 0x150}
+    plain = code - 0x1000 if code & 0x1000 else code
+    if not bits["val"]:
+        return "no_error"
+    if bits["pcc"]:
+        return "fatal"
+    if bits["uc"]:
+        if not bits["s"]:
+            return "uncorrected_not_signalled"
+        return "hypervisor_acted" if plain in handled else "uncorrected_signalled"
+    if plain in parity:
+        return "command_or_address_parity"
+    if plain not in memory:
+        return "not_memory"
+    if not (bits["addrv"] and bits["miscv"] and mode == 2):
+        return "no_usable_address"
+    return "granularity_too_coarse" if lsb > 12 else "corrected"
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_combination_of_flags_agrees_with_the_rules(code: int) -> None:
+    flags = {
+        "val": VAL, "over": OVER, "uc": UC, "en": EN, "miscv": MISCV, "addrv": ADDRV,
+        "pcc": PCC, "s": S, "ar": AR,
+    }  # fmt: skip
+    for values in product((False, True), repeat=len(flags)):
+        bits = dict(zip(flags, values, strict=True))
+        word = sum(flag for name, flag in flags.items() if bits[name])
+        for filtered, lsb, mode in product((0, 0x1000), (6, 12, 13, 63), (1, 2)):
+            status = word | code | filtered
+            report = classified(status, misc=mode << 6 | lsb)
+            expected = oracle(bits, code | filtered, lsb, mode)
+            assert report_class(report) == expected, f"{status:#x} lsb {lsb} mode {mode}"
+            usable = bits["addrv"] and bits["miscv"] and mode == 2 and lsb <= 12
+            named = expected == "corrected" or (expected == "uncorrected_not_signalled" and usable)
+            assert report.mfn == (MFN if named else None)
+
+
+def test_genuine_corrected_error_with_en_clear_counts() -> None:
+    report = classified(0x8C00_0042_0080_0090)
+    assert report == CorrectedPageError(
+        mfn=MFN,
+        weight=0x42 >> 6,
+        overflow=False,
+        granularity=4096,
+        domid=None,
+        apicid=None,
+        bank=9,
+        status=0x8C00_0042_0080_0090,
+        misc=MISC_PAGE,
+    )
+
+
+@pytest.mark.parametrize(("count", "weight"), [(0, 1), (1, 1), (2, 2), (0x7FFF, 0x7FFF)])
+def test_weight_is_the_count_field_and_at_least_one(count: int, weight: int) -> None:
+    report = classified(USABLE | count << 38 | 0x90)
+    assert isinstance(report, CorrectedPageError)
+    assert report.weight == weight
+
+
+@pytest.mark.parametrize("known_from", ["machine", "record"])
+def test_count_field_means_nothing_where_mcg_cap_denies_it(known_from: str) -> None:
+    status = USABLE | 77 << 38 | 0x90
+    without_cmci = 0x100_0009
+    if known_from == "machine":
+        machine = Machine(
+            vendor=INTEL.vendor,
+            family=6,
+            physical_bits=46,
+            max_mfn=INTEL.max_mfn,
+            mcg_cap=without_cmci,
+        )
+        report = classified(status, machine)
+    else:
+        report = classified(status, mcg_cap=without_cmci)
+    assert isinstance(report, CorrectedPageError)
+    assert report.weight == 1
+
+
+def test_count_field_is_used_where_mcg_cap_allows_it() -> None:
+    report = classified(USABLE | 77 << 38 | 0x90, mcg_cap=0x100_0409)
+    assert isinstance(report, CorrectedPageError)
+    assert report.weight == 77
+
+
+def test_overflow_is_passed_on() -> None:
+    report = classified(USABLE | OVER | 0x90)
+    assert isinstance(report, CorrectedPageError)
+    assert report.overflow
+
+
+@pytest.mark.parametrize(("lsb", "granularity"), [(0, 1), (6, 64), (12, 4096)])
+def test_granularity_follows_the_least_valid_bit(lsb: int, granularity: int) -> None:
+    report = classified(USABLE | 0x90, misc=2 << 6 | lsb)
+    assert isinstance(report, CorrectedPageError)
+    assert report.granularity == granularity
+
+
+def test_bits_above_the_physical_width_are_no_address() -> None:
+    report = classified(USABLE | 0x90, addr=0xABC << 52 | 1 << 46 | ADDR)
+    assert report.mfn == MFN
+
+
+@pytest.mark.parametrize(("frame", "inside"), [(0xFFFFF, True), (0x100000, False)])
+def test_frame_beyond_the_hosts_last_is_out_of_range(frame: int, inside: bool) -> None:  # noqa: FBT001
+    report = classified(USABLE | 0x90, addr=frame << 12 | 0xFFF)
+    if inside:
+        assert report.mfn == frame
+    else:
+        assert isinstance(report, OtherError)
+        assert (report.kind, report.mfn) == (OtherKind.ADDRESS_OUT_OF_RANGE, None)
+
+
+@pytest.mark.parametrize("code", [0xC0, 0xCF, 0x10C3])
+def test_uncorrected_patrol_scrub_sent_as_corrected_is_not_counted(code: int) -> None:
+    report = classified(USABLE | 0x10 << 16 | code)
+    assert report == OtherError(
+        kind=OtherKind.UNCORRECTED_NOT_SIGNALLED,
+        bank=9,
+        status=USABLE | 0x10 << 16 | code,
+        mfn=MFN,
+    )
+
+
+def test_corrected_patrol_scrub_counts() -> None:
+    assert isinstance(classified(USABLE | 0x8 << 16 | 0xC0), CorrectedPageError)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (0xBD20_0000_8000_017A, "hypervisor_acted"),  # write-back, SRAO
+        (0xBD00_0000_0040_00CF, "hypervisor_acted"),  # patrol scrub, SRAO
+        (0xBD80_0000_0010_0134, "hypervisor_acted"),  # data load, SRAR
+        (0xBD80_0000_0010_0150, "hypervisor_acted"),  # instruction fetch, SRAR
+        (0xBC20_0000_8000_0136, "uncorrected_not_signalled"),
+        (0xBF20_0000_8000_017A, "fatal"),
+        (0x8C00_0000_4000_0090, "corrected"),
+    ],
+)
+def test_statuses_known_from_hardware_and_test_suites(status: int, expected: str) -> None:
+    assert report_class(classified(status)) == expected
+
+
+@pytest.mark.parametrize("code", [0xC0, 0xCF, 0x17A, 0x134, 0x150, 0x10C5, 0x117A, 0x1134, 0x1150])
+def test_address_of_an_error_that_xen_handled_is_never_a_frame(code: int) -> None:
+    for extra in (0, OVER, AR, EN, OVER | AR | EN):
+        report = classified(USABLE | UC | S | extra | code)
+        assert isinstance(report, HypervisorActed)
+        assert (report.mfn, report.broken, report.result) == (None, False, HypervisorResult.UNKNOWN)
+
+
+@pytest.mark.parametrize("machine", [AMD_ZEN, AMD_OLD, OTHER])
+@pytest.mark.parametrize("code", [0xC0, 0x17A, 0x134, 0x150])
+def test_signature_of_handled_errors_gives_no_frame_elsewhere_either(
+    machine: Machine, code: int
+) -> None:
+    assert classified(USABLE | UC | S | code, machine).mfn is None
+
+
+def kind(report: ErrorReport) -> OtherKind:
+    assert isinstance(report, OtherError)
+    assert report.mfn is None
+    return report.kind
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (0x8C00_0040_0000_0090, OtherKind.NORMALIZED_ADDRESS),  # what the AMD rig can inject
+        (0x9C20_4000_0000_011B, OtherKind.NORMALIZED_ADDRESS),  # a unified memory controller's
+        (0x9C00_4000_0000_0A13, OtherKind.NORMALIZED_ADDRESS),  # bus code about memory
+        (0x9400_0000_0000_0151, OtherKind.NOT_MEMORY),  # instruction cache
+        (0x9400_0000_0000_0E0B, OtherKind.NOT_MEMORY),
+        (USABLE | 1 << 44 | 0x11B, OtherKind.UNCORRECTED_NOT_SIGNALLED),
+        (USABLE | UC | 0x11B, OtherKind.UNCORRECTED_SIGNALLED),
+        (USABLE | UC | PCC | 0x11B, OtherKind.FATAL),
+        (0, OtherKind.NO_ERROR),
+    ],
+)
+@pytest.mark.parametrize("bank", [4, 9])
+def test_amd_with_scalable_banks_is_accounted_only(
+    status: int, expected: OtherKind, bank: int
+) -> None:
+    assert kind(classified(status, AMD_ZEN, bank=bank)) is expected
+
+
+def test_dram_error_of_an_old_amd_northbridge_counts() -> None:
+    report = classified(VAL | ADDRV | 0x8 << 16 | 0x0A13, AMD_OLD, bank=4, misc=0)
+    assert isinstance(report, CorrectedPageError)
+    assert (report.mfn, report.weight) == (MFN, 1)
+
+
+@pytest.mark.parametrize(
+    ("status", "bank", "expected"),
+    [
+        (VAL | ADDRV | 0x8 << 16 | 0x0A13, 3, OtherKind.NOT_MEMORY),
+        (VAL | ADDRV | 0x5 << 16 | 0x0A13, 4, OtherKind.NOT_MEMORY),
+        (VAL | 0x8 << 16 | 0x0A13, 4, OtherKind.NO_USABLE_ADDRESS),
+    ],
+)
+def test_other_errors_of_an_old_amd_do_not_count(
+    status: int, bank: int, expected: OtherKind
+) -> None:
+    assert kind(classified(status, AMD_OLD, bank=bank)) is expected
+
+
+def test_old_amd_address_beyond_the_host_is_out_of_range() -> None:
+    status = VAL | ADDRV | 0x8 << 16 | 0x0A13
+    report = classified(status, AMD_OLD, bank=4, addr=1 << 40)
+    assert kind(report) is OtherKind.ADDRESS_OUT_OF_RANGE
+
+
+def test_unknown_vendor_is_accounted_only() -> None:
+    assert kind(classified(USABLE | 0x90, OTHER)) is OtherKind.UNKNOWN_VENDOR
+
+
+def test_record_that_names_another_vendor_than_the_host_is_not_believed() -> None:
+    telemetry = decode_xen_mce(xen_mce_of(BankError(), cpuvendor=2))
+    assert kind(classify(telemetry, INTEL)[0]) is OtherKind.UNKNOWN_VENDOR
+
+
+class TestRecoveryEntries:
+    SRAO = BankError(status=USABLE | UC | S | EN | 0x17A, bank=7, addr=0x5000, domid=1)
+
+    def reports(self, *entries: bytes) -> tuple[ErrorReport, ...]:
+        blob = mc_info(global_entry(self.SRAO), *entries)
+        return classify(decode_mc_info(blob), INTEL)
+
+    def test_frame_and_owner_are_those_of_the_recovery_entry(self) -> None:
+        [report] = self.reports(
+            bank_entry(self.SRAO), recovery_entry(bank=7, mfn=0xB481E, status=0x23004)
+        )
+        assert isinstance(report, HypervisorActed)
+        assert (report.mfn, report.domid, report.broken) == (0xB481E, Domid(2), True)
+        assert (report.result, report.status) == (HypervisorResult.PENDING, self.SRAO.status)
+
+    def test_its_bank_is_not_counted_again_even_where_it_looks_corrected(self) -> None:
+        [report] = self.reports(
+            bank_entry(BankError(bank=7)), recovery_entry(bank=7, mfn=0xB481E, status=0x2002)
+        )
+        assert isinstance(report, HypervisorActed)
+
+    def test_corrected_error_of_another_bank_still_counts(self) -> None:
+        acted, corrected = self.reports(
+            bank_entry(self.SRAO),
+            bank_entry(BankError(bank=9)),
+            recovery_entry(bank=7, mfn=0xB481E, status=0x13004),
+        )
+        assert isinstance(acted, HypervisorActed)
+        assert isinstance(corrected, CorrectedPageError)
+        assert corrected.mfn == MFN
+
+    @pytest.mark.parametrize(
+        ("status", "result", "broken"),
+        [
+            (0x2002, HypervisorResult.OFFLINED, True),
+            (0x13004, HypervisorResult.PENDING, True),
+            (0x0010, HypervisorResult.REPEATED, False),
+            (0x0108, HypervisorResult.FAILED, False),
+            (0x0001, HypervisorResult.FAILED, False),
+            (0x0000, HypervisorResult.UNKNOWN, False),
+            (0x01010101, HypervisorResult.UNKNOWN, False),
+        ],
+    )
+    def test_result_is_what_the_status_word_says(
+        self,
+        status: int,
+        result: HypervisorResult,
+        broken: bool,  # noqa: FBT001
+    ) -> None:
+        [report] = self.reports(recovery_entry(bank=7, mfn=0x100, status=status))
+        assert isinstance(report, HypervisorActed)
+        assert (report.result, report.broken, report.mfn) == (result, broken, 0x100)
+
+    def test_frame_beyond_the_host_is_not_passed_on(self) -> None:
+        [report] = self.reports(recovery_entry(bank=7, mfn=0x100000, status=0x2002))
+        assert isinstance(report, HypervisorActed)
+        assert (report.mfn, report.broken) == (None, False)
+
+    def test_owner_of_the_bank_entry_serves_where_the_status_names_none(self) -> None:
+        [report] = self.reports(
+            bank_entry(self.SRAO), recovery_entry(bank=7, mfn=0x100, status=0x2002)
+        )
+        assert isinstance(report, HypervisorActed)
+        assert report.domid == Domid(1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BankError(),
+        BankError(status=USABLE | OVER | 3 << 38 | 0x1090, misc=0x86),
+        BankError(status=USABLE | UC | S | 0x17A),
+        BankError(status=USABLE | UC | 0x136),
+        BankError(status=VAL | 0x151),
+        BankError(addr=1 << 45),
+    ],
+)
+def test_both_formats_give_the_same_report(error: BankError) -> None:
+    native = classify(decode_mc_info(mc_info_of(error)), INTEL)
+    assert native == classify(decode_xen_mce(xen_mce_of(error, size=88)), INTEL)
+    assert native == classify(decode_xen_mce(xen_mce_of(error, size=112)), INTEL)
+
+
+def test_every_report_says_what_it_is_about() -> None:
+    corrected = classified(USABLE | OVER | 3 << 38 | 0x90)
+    assert "3 corrected errors in mfn 0x12345" in corrected.describe()
+    assert "others were lost" in corrected.describe()
+    assert "guest's" in classified(USABLE | UC | S | 0x17A).describe()
+    for other in OtherKind:
+        text = OtherError(kind=other, bank=2, status=USABLE, mfn=MFN).describe()
+        assert "mfn 0x12345" in text
+        assert "bank 2" in text
