@@ -161,37 +161,48 @@ def _suspended(
 ) -> Iterator[None]:
     """Hold the guest suspended and paused; let it go on every way out."""
     letgo.asked = clock.monotonic()
-    xen.suspend(domid, limits)
+    try:
+        xen.suspend(domid, limits)
+    except (GuestDidNotSuspend, DomainGone):
+        raise
+    except PortError:
+        # We cannot tell how far the request got; resuming a guest that runs does nothing.
+        letgo.stuck = _release(lambda: xen.resume(domid), "resume")
+        raise
     letgo.held = clock.monotonic()
-    paused = False
     try:
         # The guest has stopped itself, but its vCPUs' state may still be loaded on a pCPU:
         # only a pause waits for that, and only then are changes to its page tables safe.
         xen.pause(domid)
-        paused = True
         yield
     finally:
-        problems = []
-        if paused:
-            problems += _release(lambda: xen.unpause(domid), "unpause")
-        problems += _release(lambda: xen.resume(domid), "resume")
+        problems = (
+            _release(lambda: _unpause(xen, domid), "unpause"),
+            _release(lambda: xen.resume(domid), "resume"),
+        )
         letgo.released = clock.monotonic()
-        letgo.stuck = "; ".join(problems) or None
+        letgo.stuck = "; ".join(problem for problem in problems if problem) or None
 
 
-def _release(act: Callable[[], None], what: str) -> list[str]:
+def _unpause(xen: Hypervisor, domid: Domid) -> None:
+    """Take our pause back, if there is one: the reply to the pause may have been lost."""
+    if xen.domain(domid).paused:
+        xen.unpause(domid)
+
+
+def _release(act: Callable[[], None], what: str) -> str | None:
     """Do what frees the guest, again and again if need be; what is wrong if it cannot be."""
     problem = ""
     for _ in range(_RELEASE_TRIES):
         try:
             act()
         except DomainGone:
-            return []
+            return None
         except PortError as error:
             problem = str(error)
         else:
-            return []
-    return [f"could not {what} it: {problem}"]
+            return None
+    return f"could not {what} it: {problem}"
 
 
 def _refuse_all(mfns: Sequence[Mfn], reason: RefusalReason, detail: str) -> dict[Mfn, PageResult]:

@@ -1,0 +1,78 @@
+"""A simulated host with one PV guest, and pages of it that are marked for offlining."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.outcomes import ExchangeReport
+from pgofflined.exchanger import exchange
+from pgofflined.ports import Hypervisor, SuspendLimits
+from pgofflined.sim.faults import FaultyHypervisor
+from pgofflined.sim.host import HostSpec
+from pgofflined.sim.invariants import check_invariants
+from pgofflined.sim.layout import PvLayout
+from pgofflined.sim.machine import SimulatedHost
+from pgofflined.sim.views import GuestView, guest_view
+
+
+@dataclass
+class Bench:
+    """The host, its guest, and what the guest saw before."""
+
+    host: SimulatedHost
+    domid: Domid
+    before: GuestView
+
+    @classmethod
+    def build(cls, *, l1tf: bool = True) -> Bench:
+        host = SimulatedHost(HostSpec(l1tf=l1tf))
+        domid = host.add_pv()
+        return cls(host=host, domid=domid, before=guest_view(host, domid))
+
+    @property
+    def layout(self) -> PvLayout:
+        return self.host.pv(self.domid).layout
+
+    @property
+    def identity(self) -> DomainIdentity:
+        return self.host.domain(self.domid).identity
+
+    def mark(self, *pfns: int) -> list[Mfn]:
+        mfns = [self.host.frame_of(self.domid, pfn) for pfn in pfns]
+        for mfn in mfns:
+            self.host.offline(mfn)
+        return mfns
+
+    def exchange(self, mfns: Sequence[Mfn], xen: Hypervisor | None = None) -> ExchangeReport:
+        return exchange(
+            self.identity,
+            mfns,
+            xen=xen or self.host,
+            clock=self.host.clock,
+            limits=SuspendLimits(),
+        )
+
+    def exchange_traced(self, mfns: Sequence[Mfn]) -> tuple[ExchangeReport, FaultyHypervisor]:
+        traced = FaultyHypervisor(self.host)
+        return self.exchange(mfns, traced), traced
+
+    def assert_guest_runs_unharmed(self) -> GuestView:
+        """The guest runs, sees the same memory as before, and Xen's books agree."""
+        info = self.host.domain(self.domid)
+        assert info.shutdown is None
+        assert not info.paused
+        assert self.host.crashes == {}
+        after = guest_view(self.host, self.domid)
+        assert self.before.differences(after) == []
+        check_invariants(self.host)
+        return after
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench.build()

@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pgofflined.core.frames import Mfn
+from pgofflined.core.offline import OfflineState
+from pgofflined.core.outcomes import Exchanged, Refusal, RefusalReason
+from pgofflined.core.pages import PTE_PRESENT
+from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
+from pgofflined.sim.guests import Answer, SuspendBehaviour
+from pgofflined.sim.linux import ARCH_MAX_PFN, ARCH_P2M_CR3, ARCH_P2M_GENERATION, ARCH_P2M_VADDR
+from tests.unit.exchanger.conftest import Bench
+
+
+def _only_refusal(bench: Bench, mfns: list[Mfn]) -> Refusal:
+    report = bench.exchange(mfns)
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert report.stuck is None
+    after = bench.assert_guest_runs_unharmed()
+    assert bench.before.moved(after) == []
+    return result
+
+
+def test_a_data_page_is_exchanged_and_the_guest_cannot_tell(bench: Bench) -> None:
+    pfn = bench.layout.plain[3]
+    [mfn] = bench.mark(pfn)
+    report = bench.exchange([mfn])
+    [result] = report.results
+    assert isinstance(result, Exchanged)
+    assert (result.old, result.pfn, result.offlined) == (mfn, pfn, True)
+    after = bench.assert_guest_runs_unharmed()
+    assert bench.before.moved(after) == [pfn]
+    assert bench.host.query(mfn) is OfflineState.OFFLINED
+    assert report.blackout is not None
+
+
+def test_every_mapping_of_a_page_follows_it(bench: Bench) -> None:
+    text, user = bench.layout.text[0], bench.layout.user_pages[0]
+    report = bench.exchange(bench.mark(text, user))
+    references = [result.references for result in report.results if isinstance(result, Exchanged)]
+    assert len(references) == 2
+    assert min(references) >= 2
+    bench.assert_guest_runs_unharmed()
+
+
+def test_many_pages_of_a_guest_go_in_one_suspend(bench: Bench) -> None:
+    pfns = [*bench.layout.plain[:40], *bench.layout.user_pages[:15]]
+    report, xen = bench.exchange_traced(bench.mark(*pfns))
+    assert [type(result) for result in report.results] == [Exchanged] * 55
+    assert xen.trace.methods.count("suspend") == 1
+    after = bench.assert_guest_runs_unharmed()
+    assert bench.before.moved(after) == sorted(pfns)
+
+
+def test_a_page_named_twice_is_moved_once(bench: Bench) -> None:
+    [mfn] = bench.mark(bench.layout.plain[0])
+    report = bench.exchange([mfn, mfn])
+    assert len(report.results) == 1
+
+
+def test_entries_are_cleared_to_zero_and_never_keep_a_frame_number(bench: Bench) -> None:
+    # A non-present entry that names a frame crashes the guest on processors with L1TF.
+    _, xen = bench.exchange_traced(bench.mark(bench.layout.plain[0], bench.layout.text[0]))
+    writes = [write for call in xen.trace.of("update_ptes") for write in call.args[1]]  # type: ignore[attr-defined]
+    absent = [write.value for write in writes if not write.value & PTE_PRESENT]
+    assert absent
+    assert set(absent) == {0}
+
+
+def test_the_guest_is_paused_whenever_its_page_tables_change(bench: Bench) -> None:
+    _, xen = bench.exchange_traced(bench.mark(bench.layout.plain[0]))
+    methods = xen.trace.methods
+    first, last = methods.index("update_ptes"), len(methods) - methods[::-1].index("update_ptes")
+    assert methods.index("suspend") < methods.index("pause") < first
+    assert last <= methods.index("unpause") < methods.index("resume")
+
+
+def test_a_granted_page_is_refused_before_the_guest_is_suspended(bench: Bench) -> None:
+    pfn = bench.layout.plain[5]
+    bench.host.grant(bench.domid, pfn)
+    [mfn] = bench.mark(pfn)
+    report, xen = bench.exchange_traced([mfn])
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.GRANTED
+    assert "suspend" not in xen.trace.methods
+    assert bench.host.query(mfn) is OfflineState.OFFLINE_PENDING
+
+
+def test_a_page_that_dom0_maps_without_a_grant_is_refused_by_xens_count(bench: Bench) -> None:
+    pfn = bench.layout.plain[5]
+    bench.host.hold(bench.domid, pfn, why="a process in dom0")
+    refusal = _only_refusal(bench, bench.mark(pfn))
+    assert refusal.reason is RefusalReason.OTHER_REFERENCES
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_page_tables_of_every_level_are_refused(bench: Bench, level: int) -> None:
+    pfn = next(pfn for pfn, of in bench.layout.tables.items() if of == level)
+    assert _only_refusal(bench, bench.mark(pfn)).reason is RefusalReason.PAGE_TABLE
+
+
+def test_frames_that_hold_the_p2m_are_refused(bench: Bench) -> None:
+    assert _only_refusal(bench, bench.mark(bench.layout.p2m_list[0])).reason is (
+        RefusalReason.P2M_FRAME
+    )
+
+
+def test_a_registered_vcpu_info_page_is_refused_by_xens_count(bench: Bench) -> None:
+    refusal = _only_refusal(bench, bench.mark(bench.layout.vcpu_info[0]))
+    assert refusal.reason is RefusalReason.OTHER_REFERENCES
+
+
+def test_an_unmarked_page_is_refused_so_that_it_is_not_handed_to_another(bench: Bench) -> None:
+    mfn = bench.host.frame_of(bench.domid, bench.layout.plain[0])
+    assert _only_refusal(bench, [mfn]).reason is RefusalReason.NOT_PENDING
+
+
+def test_a_broken_page_is_refused_and_never_read(bench: Bench) -> None:
+    [mfn] = bench.mark(bench.layout.plain[0])
+    # Reading poison raises in the simulation, as it would raise #MC on a host.
+    bench.host.poison(mfn, known=True)
+    report, xen = bench.exchange_traced([mfn])
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.BROKEN
+    assert "read_frames" not in xen.trace.methods
+    assert "suspend" not in xen.trace.methods
+
+
+def test_a_page_of_another_domain_is_refused(bench: Bench) -> None:
+    other = bench.host.add_pv()
+    mfn = bench.host.frame_of(other, bench.host.pv(other).layout.plain[0])
+    bench.host.offline(mfn)
+    assert _only_refusal(bench, [mfn]).reason is RefusalReason.NOT_THE_DOMAINS
+
+
+@pytest.mark.parametrize("answer", [Answer.IGNORES, Answer.STALLS])
+def test_a_guest_that_does_not_suspend_runs_on(bench: Bench, answer: Answer) -> None:
+    bench.host.simulated(bench.domid).behaviour = SuspendBehaviour(answer=answer)
+    refusal = _only_refusal(bench, bench.mark(bench.layout.plain[0]))
+    assert refusal.reason is RefusalReason.NO_SUSPEND
+
+
+@pytest.mark.parametrize("answer", [Answer.DIES, Answer.REBOOTS])
+def test_a_guest_that_ends_while_asked_to_suspend_is_let_go(bench: Bench, answer: Answer) -> None:
+    identity = bench.identity
+    mfns = bench.mark(bench.layout.plain[0])
+    bench.host.simulated(bench.domid).behaviour = SuspendBehaviour(answer=answer)
+    report = bench.exchange(mfns)
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.DOMAIN_GONE
+    assert report.stuck is None
+    assert report.domain == identity
+
+
+def test_a_guest_that_somebody_paused_is_left_alone(bench: Bench) -> None:
+    mfns = bench.mark(bench.layout.plain[0])
+    bench.host.pause(bench.domid)
+    report, xen = bench.exchange_traced(mfns)
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.DOMAIN_BUSY
+    assert "suspend" not in xen.trace.methods
+    assert bench.host.domain(bench.domid).paused
+
+
+def test_a_host_without_free_memory_refuses_before_the_suspend(bench: Bench) -> None:
+    mfns = bench.mark(bench.layout.plain[0])
+    bench.host.frames.allocate_many(bench.host.free_frames() - 10)
+    report, xen = bench.exchange_traced(mfns)
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.NO_FREE_MEMORY
+    assert "suspend" not in xen.trace.methods
+
+
+def test_a_refused_page_does_not_keep_its_neighbours_from_going(bench: Bench) -> None:
+    held, free = bench.layout.plain[5], bench.layout.plain[6]
+    bench.host.hold(bench.domid, held, why="a process in dom0")
+    report = bench.exchange(bench.mark(held, free))
+    refused, moved = report.results
+    assert isinstance(refused, Refusal)
+    assert isinstance(moved, Exchanged)
+    after = bench.assert_guest_runs_unharmed()
+    assert bench.before.moved(after) == [free]
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        (ARCH_MAX_PFN, 0),
+        (ARCH_MAX_PFN, 1 << 63),
+        (ARCH_P2M_CR3, 0x7FFF_FFFF_F000),
+        (ARCH_P2M_CR3, (1 << 63) + (1 << 55)),
+        (ARCH_P2M_CR3, 0x3000),
+        (ARCH_P2M_VADDR, 0xFFFF_C900_0000_0008),
+        (ARCH_P2M_VADDR, 0xFFFF_FFFF_FFFF_F000),
+        (ARCH_P2M_GENERATION, 1),
+    ],
+)
+def test_a_guest_that_lies_about_its_p2m_is_refused(bench: Bench, word: int, value: int) -> None:
+    mfns = bench.mark(bench.layout.plain[0])
+    guest = bench.host.pv(bench.domid)
+    shared = bench.host.frames.contents.page(bench.host.domain(bench.domid).shared_info)
+    truth = int(shared[word])
+    liar = FaultyHypervisor(
+        bench.host,
+        Fault(
+            method="suspend", moment=Moment.AFTER, act=lambda: guest.set_shared_info(word, value)
+        ),
+        # The simulated kernel itself needs the truth to run on.
+        Fault(method="resume", act=lambda: guest.set_shared_info(word, truth)),
+    )
+    [result] = bench.exchange(mfns, liar).results
+    assert isinstance(result, Refusal)
+    assert result.reason in (RefusalReason.GUEST_LAYOUT, RefusalReason.P2M_DISAGREES)
+    bench.assert_guest_runs_unharmed()
+
+
+def test_a_p2m_that_contradicts_xen_is_refused(bench: Bench) -> None:
+    pfn = bench.layout.plain[0]
+    mfns = bench.mark(pfn)
+    bench.host.pv(bench.domid).lie(pfn, int(bench.host.frame_of(bench.domid, pfn + 1)))
+    report = bench.exchange(mfns)
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.P2M_DISAGREES
+
+
+def test_a_page_that_changes_after_it_was_copied_is_put_back(bench: Bench) -> None:
+    pfn = bench.layout.plain[0]
+    [mfn] = bench.mark(pfn)
+    word = np.array([0xBAD], dtype=np.uint64)
+    # The entries are cleared once before the copy; what is written at the second reading of the
+    # page comes from somebody who needs no entry.
+    rehearsal = Bench.build()
+    _, dry = rehearsal.exchange_traced(rehearsal.mark(pfn))
+    copies = [
+        number
+        for number, call in enumerate(dry.trace.of("read_frames"), start=1)
+        if np.array_equal(np.asarray(call.args[1]), [mfn])
+    ]
+    writer = FaultyHypervisor(
+        bench.host,
+        Fault(
+            method="read_frames",
+            nth=copies[1],
+            act=lambda: bench.host.frames.contents.write(mfn, 7, word),
+        ),
+    )
+    [result] = bench.exchange([mfn], writer).results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.CONTENTS_CHANGED
+    assert bench.host.frame_of(bench.domid, pfn) == mfn
+    assert bench.host.domain(bench.domid).shutdown is None
