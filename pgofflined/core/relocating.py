@@ -107,9 +107,9 @@ class RelocationQueue:
             )
         )
 
-    def get(self, domain: DomainIdentity) -> RelocationJob | None:
-        """The job of a domain as it is now."""
-        return self._jobs.get(domain)
+    def job(self, domain: DomainIdentity) -> RelocationJob:
+        """The job of a domain as it is now.  Raises KeyError where there is none."""
+        return self._jobs[domain]
 
     def take(self, now: float) -> RelocationJob | None:
         """The job to look at now, which has a slot from here on; None when there is none."""

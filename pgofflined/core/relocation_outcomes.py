@@ -30,8 +30,9 @@ class Relocated:
     """Every page of the job is offlined.
 
     ``new_domid`` is what the guest is called now on this host, None where it runs on another
-    or where nothing had to be migrated.  ``attempts`` counts migrations, ``seconds`` is the
-    duration of the one that succeeded.
+    or where nothing had to be migrated.  ``attempts`` counts migrations (0: the pages went
+    by themselves), ``seconds`` is the duration of the one that succeeded.  ``stuck`` says what
+    keeps the guest from running at its new place; an operator has to act then.
     """
 
     domain: DomainIdentity
@@ -40,6 +41,7 @@ class Relocated:
     new_domid: Domid | None
     attempts: int
     seconds: float
+    stuck: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

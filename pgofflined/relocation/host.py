@@ -1,0 +1,178 @@
+"""What is asked of and done to the host around a migration; synchronous, for worker threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, assert_never
+
+from pgofflined.core.aftermath import (
+    Ended,
+    Moved,
+    Resume,
+    RunsOn,
+    Stuck,
+    after_failure,
+    after_success,
+)
+from pgofflined.core.domains import DomainIdentity, DomainInfo
+from pgofflined.core.errors import DomainGone, PortError
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.offline import OfflineState
+from pgofflined.core.premigration import MigrationFacts, Way
+from pgofflined.core.xenversion import XenVersion
+
+
+class Host(Protocol):
+    """The part of ``ports.Hypervisor`` that migrations need."""
+
+    def version(self) -> XenVersion:
+        """Version of the running hypervisor."""
+        ...
+
+    def free_frames(self) -> int:
+        """Frames that the hypervisor could hand out now."""
+        ...
+
+    def query(self, mfn: Mfn) -> OfflineState:
+        """Offline state of a frame."""
+        ...
+
+    def domains(self) -> Sequence[DomainInfo]:
+        """All domains."""
+        ...
+
+    def domain(self, domid: Domid) -> DomainInfo:
+        """One domain.  Raises DomainGone."""
+        ...
+
+    def resume(self, domid: Domid) -> None:
+        """Let a suspended guest run on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """The pages after their owner has gone.  ``detail`` says what is with the remaining ones."""
+
+    offlined: frozenset[Mfn]
+    remaining: frozenset[Mfn]
+    new_domid: Domid | None
+    detail: str
+    stuck: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Care:
+    """Where the guest is after a failure.  None of ``moved``, ``ended``, ``stuck``: it runs on."""
+
+    moved: bool = False
+    ended: bool = False
+    stuck: str | None = None
+    note: str = ""
+
+
+class MigrationHost:
+    """Questions to a host, each answered at one go."""
+
+    def __init__(self, xen: Host) -> None:
+        self._xen = xen
+
+    def facts(self, domain: DomainIdentity, mfns: Iterable[Mfn], way: Way | None) -> MigrationFacts:
+        """What decides whether a domain may be migrated now.  Raises PortError."""
+        states = {mfn: self._xen.query(mfn) for mfn in sorted(mfns)}
+        free_frames = self._xen.free_frames()
+        version = self._xen.version()
+        info, twins = self._find(domain)
+        return MigrationFacts(
+            domain=info,
+            twins=twins,
+            version=version,
+            states=states,
+            free_frames=free_frames,
+            way=way,
+        )
+
+    def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:
+        """See where a guest is after a failed migration; resume it if that is certainly right.
+
+        Raises PortError where that cannot be seen.
+        """
+        info, twins = self._find(domain)
+        aftermath = after_failure(domain, info, twins, target=target, in_doubt=in_doubt)
+        match aftermath:
+            case RunsOn(note=note):
+                return Care(note=note)
+            case Ended():
+                return Care(ended=True)
+            case Moved():
+                return Care(moved=True)
+            case Stuck(what=what):
+                return Care(stuck=what)
+            case Resume():
+                return self._resume(domain)
+            case _:
+                assert_never(aftermath)
+
+    def settled(self, domain: DomainIdentity, mfns: Iterable[Mfn]) -> Settled:
+        """Which of the pages are offline now, and where the guest is on this host, if it is."""
+        offlined: set[Mfn] = set()
+        problems: dict[Mfn, str] = {}
+        for mfn in sorted(mfns):
+            try:
+                state = self._xen.query(mfn)
+            except PortError as error:
+                problems[mfn] = str(error)
+                continue
+            if OfflineState.OFFLINED in state:
+                offlined.add(mfn)
+            else:
+                problems[mfn] = f"mfn {mfn:#x} is {_words(state)}"
+        detail = "; ".join(list(problems.values())[:4])
+        new_domid: Domid | None = None
+        stuck: str | None = None
+        try:
+            domains = self._xen.domains()
+            new_domid, stuck = after_success(domain, domains)
+        except PortError as error:
+            domains = ()
+            detail = f"{detail}; {error}"
+        if problems and any(here.identity == domain for here in domains):
+            detail += (
+                f"; d{domain.domid} is still there, and holds them until `xl destroy "
+                f"{domain.domid}` has removed it"
+            )
+        return Settled(
+            offlined=frozenset(offlined),
+            remaining=frozenset(problems),
+            new_domid=new_domid,
+            detail=detail,
+            stuck=stuck,
+        )
+
+    def _resume(self, domain: DomainIdentity) -> Care:
+        domid = domain.domid
+        try:
+            self._xen.resume(domid)
+            still = self._xen.domain(domid).shutdown
+        except DomainGone:
+            return Care(ended=True)
+        except PortError as error:
+            return Care(stuck=f"d{domid} is left suspended and cannot be resumed: {error}")
+        if still is not None:
+            return Care(stuck=f"d{domid} is left suspended; `xl resume {domid}` lets it run")
+        return Care(note=f"xl left d{domid} suspended, so it was resumed")
+
+    def _find(self, domain: DomainIdentity) -> tuple[DomainInfo | None, tuple[DomainInfo, ...]]:
+        """The domain, and the others with its uuid."""
+        same = [info for info in self._xen.domains() if info.uuid == domain.uuid]
+        twins = tuple(info for info in same if info.domid != domain.domid and not info.dying)
+        return next((info for info in same if info.domid == domain.domid), None), twins
+
+
+def _words(state: OfflineState) -> str:
+    if OfflineState.OFFLINE_PENDING in state:
+        return "still in use (offline pending)"
+    if OfflineState.BROKEN in state:
+        return "broken and still in use"
+    return "in normal use"

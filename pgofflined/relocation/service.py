@@ -1,0 +1,400 @@
+"""The queue of migrations at work: one asyncio task per migration, hypercalls in threads.
+
+Nothing here polls: the service sleeps until the next job is due, and is woken by new pages, the
+end of a migration, another policy, or word from the kernel that a link or a route has changed.
+
+When the daemon stops, no new migration is started and one that runs gets ``stop_grace`` seconds
+to end.  After that it goes on without us, never half-way: what it frees goes offline by itself,
+and the next start finds the pages' state by asking Xen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from datetime import tzinfo
+from functools import partial
+from typing import Protocol, TypeVar, assert_never
+
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.errors import PortError
+from pgofflined.core.events import Event
+from pgofflined.core.frames import Mfn
+from pgofflined.core.policy import RelocationPolicy
+from pgofflined.core.premigration import (
+    Go,
+    Hindrance,
+    Never,
+    NothingLeft,
+    NotNow,
+    PreMigration,
+    Way,
+    judge,
+)
+from pgofflined.core.relocating import RelocationJob, RelocationQueue
+from pgofflined.core.relocation_outcomes import (
+    InDoubt,
+    Migrated,
+    MigrationOutcome,
+    NotMigrated,
+    NotRelocated,
+    Relocated,
+    RelocationOutcome,
+    RelocationReason,
+)
+from pgofflined.core.status import JobStatus
+from pgofflined.journal_log import event
+from pgofflined.ports import Clock
+from pgofflined.relocation.host import Host, MigrationHost, Settled
+from pgofflined.relocation.links import Links
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Sleep = Callable[[float], Awaitable[None]]
+Finished = Callable[[DomainIdentity, RelocationOutcome], None]
+
+# A destroyed domain's pages are freed in the background; backends may hold some a while longer.
+_SETTLE_FIRST = 0.25
+_SETTLE_LAST = 8.0
+_SETTLE_LIMIT = 120.0
+
+
+class InThread(Protocol):
+    """Runs a blocking call off the event loop, as ``asyncio.to_thread`` does."""
+
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
+        """The call's result."""
+        ...
+
+
+class Relocator(Protocol):
+    """A toolstack that can migrate a guest."""
+
+    async def migrate(
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+    ) -> MigrationOutcome:
+        """Migrate a guest to a host or to ``localhost``.
+
+        Comes back when the toolstack has ended.  Cancelling it must leave the migration to go
+        on by itself.  ``name`` is from xenstore and not to be trusted.
+        """
+        ...
+
+
+class RelocationService:
+    """Migrates HVM and PVH guests off their bad pages, as the policy allows.
+
+    All methods belong to the event loop's thread.  ``finished`` is called once per job.
+    ``migrations`` counts the results of single migrations: ``succeeded``, ``failed``,
+    ``timed_out``, ``in_doubt``.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: RelocationPolicy,
+        xen: Host,
+        relocator: Relocator,
+        links: Links,
+        clock: Clock,
+        zone: tzinfo,
+        finished: Finished,
+        sleep: Sleep = asyncio.sleep,
+        in_thread: InThread = asyncio.to_thread,
+        stop_grace: float = 20.0,
+    ) -> None:
+        self.migrations: Counter[str] = Counter()
+        self._queue = RelocationQueue(policy, zone)
+        self._host = MigrationHost(xen)
+        self._relocator = relocator
+        self._links = links
+        self._clock = clock
+        self._finished = finished
+        self._sleep = sleep
+        self._in_thread = in_thread
+        self._stop_grace = stop_grace
+        self._wake = asyncio.Event()
+        self._link_changes = 0
+        self._examining = 0
+
+    def submit(self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn]) -> bool:
+        """Queue a domain for migration off pages; False when there is no room."""
+        job = self._queue.submit(domain, name, mfns, self._clock.now())
+        self._wake.set()
+        return job is not None
+
+    def set_policy(self, policy: RelocationPolicy) -> None:
+        """Put another policy in force; a migration that runs goes on under the old one."""
+        self._queue.set_policy(policy, self._clock.now())
+        self._wake.set()
+
+    def snapshot(self) -> tuple[JobStatus, ...]:
+        """Every job that waits or runs."""
+        return self._queue.statuses(self._clock.now())
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    self._wake.clear()
+                    while (job := self._queue.take(self._clock.now())) is not None:
+                        tasks.create_task(self._work(job.domain), name=job.label)
+                    if not self._queue.waits_for_link() and not self._examining:
+                        self._links.unwatch()
+                    await self._until_next_event()
+        finally:
+            self._links.unwatch()
+
+    async def _until_next_event(self) -> None:
+        now = self._clock.now()
+        due = self._queue.next_event(now)
+        waits: list[asyncio.Future[object]] = [asyncio.ensure_future(self._wake.wait())]
+        if due is not None:
+            waits.append(asyncio.ensure_future(self._sleep(due - now)))
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _work(self, domain: DomainIdentity) -> None:
+        """Do what can be done for a job now; it has a slot until then."""
+        changes = self._link_changes
+        verdict = await self._examine(domain)
+        match verdict:
+            case Go():
+                await self._migrate(domain)
+            case NothingLeft():
+                await self._settle(domain, Migrated(), 0.0)
+            case NotNow(hindrance=hindrance, detail=detail):
+                self._defer(domain, hindrance, detail)
+                if changes != self._link_changes:
+                    self._queue.link_changed(self._clock.now())
+            case Never(reason=RelocationReason.DOMAIN_GONE as reason, detail=detail):
+                await self._settle(domain, NotMigrated(detail=detail), 0.0, otherwise=reason)
+            case Never(reason=reason, detail=detail):
+                self._give_up(domain, reason, detail)
+            case _:
+                assert_never(verdict)
+        self._wake.set()
+
+    async def _examine(self, domain: DomainIdentity) -> PreMigration:
+        policy = self._queue.policy
+        way: Way | None = None
+        self._examining += 1
+        try:
+            if policy.target and not policy.is_local:
+                # Watched first, so that nothing that changes from here on is missed.
+                self._links.watch(self._link_changed)
+                way = await self._links.way(policy.target)
+            mfns = self._queue.job(domain).mfns
+            facts = await self._in_thread(partial(self._host.facts, domain, mfns, way))
+        except PortError as error:
+            return NotNow(hindrance=Hindrance.CANNOT_ASK_XEN, detail=str(error))
+        finally:
+            self._examining -= 1
+            self._wake.set()
+        return judge(domain, facts, policy)
+
+    async def _migrate(self, domain: DomainIdentity) -> None:
+        policy = self._queue.policy
+        job = self._queue.started(domain)
+        self._queue.note(domain, f"is being migrated to {policy.target}")
+        log.info(
+            "d%d (%r) is being migrated to %s off %d bad pages, try %d",
+            domain.domid,
+            job.name,
+            policy.target,
+            len(job.mfns),
+            job.attempts,
+        )
+        start = self._clock.monotonic()
+        outcome = await self._let_finish(
+            self._relocator.migrate(domain, job.name, policy.target, policy.time_limit)
+        )
+        seconds = self._clock.monotonic() - start
+        match outcome:
+            case Migrated():
+                self.migrations["succeeded"] += 1
+                await self._settle(domain, outcome, seconds)
+            case NotMigrated(timed_out=timed_out):
+                self.migrations["timed_out" if timed_out else "failed"] += 1
+                await self._after_failure(domain, policy.target, outcome, seconds)
+            case InDoubt():
+                self.migrations["in_doubt"] += 1
+                await self._after_failure(domain, policy.target, outcome, seconds)
+            case _:
+                assert_never(outcome)
+
+    async def _let_finish(self, migration: Awaitable[MigrationOutcome]) -> MigrationOutcome:
+        """The outcome; when we are cancelled, wait a while for the migration to end first."""
+        task = asyncio.ensure_future(migration)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            grace = asyncio.ensure_future(self._sleep(self._stop_grace))
+            await asyncio.wait({task, grace}, return_when=asyncio.FIRST_COMPLETED)
+            grace.cancel()
+            if task.done():
+                log.info("a migration ended while we stop: %s", task.result())
+            task.cancel()
+            await asyncio.wait({task})
+            raise
+
+    async def _after_failure(
+        self,
+        domain: DomainIdentity,
+        target: str,
+        outcome: NotMigrated | InDoubt,
+        seconds: float,
+    ) -> None:
+        self._queue.note(domain, "its migration has failed; looking at where it is")
+        detail = outcome.detail
+        in_doubt = isinstance(outcome, InDoubt)
+        try:
+            care = await self._in_thread(
+                partial(self._host.aftercare, domain, target=target, in_doubt=in_doubt)
+            )
+        except PortError as error:
+            detail = f"{detail}; what became of d{domain.domid} cannot be seen: {error}"
+            self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=detail)
+            return
+        if care.note:
+            detail = f"{detail}; {care.note}"
+        if care.moved:
+            await self._settle(domain, Migrated(), seconds)
+        elif care.ended:
+            await self._settle(domain, outcome, 0.0, otherwise=RelocationReason.DOMAIN_GONE)
+        elif care.stuck is not None:
+            self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=care.stuck)
+        else:
+            self._retry(domain, detail)
+
+    def _retry(self, domain: DomainIdentity, detail: str) -> None:
+        now = self._clock.now()
+        job = self._queue.failed(domain, detail, now)
+        if job is None:
+            tries = self._queue.job(domain).attempts
+            self._give_up(domain, RelocationReason.GAVE_UP, f"{tries} migrations failed: {detail}")
+            return
+        event(
+            log,
+            logging.WARNING,
+            Event.MIGRATION_FAILED,
+            f"the migration of d{domain.domid} failed and it runs on: {detail}; the next try is "
+            f"in {job.due - now:.0f} s",
+            domid=domain.domid,
+            job=job.label,
+        )
+
+    async def _settle(
+        self,
+        domain: DomainIdentity,
+        outcome: MigrationOutcome,
+        seconds: float,
+        *,
+        otherwise: RelocationReason = RelocationReason.PAGES_REMAIN,
+    ) -> None:
+        """The old domain is gone: wait, not for ever, until Xen says that the pages are, too."""
+        settled = await self._settled(domain)
+        if settled.remaining:
+            detail = f"{len(settled.remaining)} pages are not offline: {settled.detail}"
+            if not isinstance(outcome, Migrated):
+                detail = f"{outcome.detail}; {detail}"
+            self._give_up(domain, otherwise, detail, stuck=settled.stuck, offlined=settled.offlined)
+            return
+        job = self._queue.finish(domain)
+        where = f" and is d{settled.new_domid} now" if settled.new_domid is not None else ""
+        event(
+            log,
+            logging.INFO,
+            Event.MIGRATION_DONE,
+            f"d{domain.domid} is off its {len(job.mfns)} bad pages, which are offline{where}",
+            domid=domain.domid,
+            job=job.label,
+        )
+        self._tell_stuck(job, settled.stuck)
+        self._finished(
+            domain,
+            Relocated(
+                domain=domain,
+                mfns=job.mfns,
+                target=self._queue.policy.target,
+                new_domid=settled.new_domid,
+                attempts=job.attempts,
+                seconds=seconds,
+                stuck=settled.stuck,
+            ),
+        )
+
+    async def _settled(self, domain: DomainIdentity) -> Settled:
+        self._queue.note(domain, "has left; its pages are being freed")
+        wait = _SETTLE_FIRST
+        waited = 0.0
+        while True:
+            mfns = self._queue.job(domain).mfns
+            settled = await self._in_thread(partial(self._host.settled, domain, mfns))
+            # Pages that came meanwhile must have been asked for, too.
+            late = self._queue.job(domain).mfns - mfns
+            if (not settled.remaining and not late) or waited >= _SETTLE_LIMIT:
+                return settled
+            await self._sleep(wait)
+            waited += wait
+            wait = min(2 * wait, _SETTLE_LAST)
+
+    def _defer(self, domain: DomainIdentity, hindrance: Hindrance, detail: str) -> None:
+        job = self._queue.defer(domain, hindrance, detail, self._clock.now())
+        event(
+            log,
+            logging.INFO if job.deferrals == 1 else logging.DEBUG,
+            Event.MIGRATION_DEFERRED,
+            f"the migration of d{domain.domid} is put off: {detail}",
+            domid=domain.domid,
+            job=job.label,
+        )
+
+    def _give_up(
+        self,
+        domain: DomainIdentity,
+        reason: RelocationReason,
+        detail: str,
+        *,
+        stuck: str | None = None,
+        offlined: frozenset[Mfn] = frozenset(),
+    ) -> None:
+        job = self._queue.finish(domain)
+        event(
+            log,
+            logging.ERROR,
+            Event.MIGRATION_FAILED,
+            f"d{domain.domid} is not migrated off its bad pages: {detail}",
+            domid=domain.domid,
+            job=job.label,
+        )
+        self._tell_stuck(job, stuck)
+        self._finished(
+            domain,
+            NotRelocated(
+                domain=domain,
+                mfns=job.mfns - offlined,
+                offlined=offlined,
+                reason=reason,
+                detail=detail,
+                attempts=job.attempts,
+                stuck=stuck,
+            ),
+        )
+
+    def _tell_stuck(self, job: RelocationJob, stuck: str | None) -> None:
+        if stuck is not None:
+            domid = job.domain.domid
+            event(log, logging.CRITICAL, Event.GUEST_STUCK, stuck, domid=domid, job=job.label)
+
+    def _link_changed(self) -> None:
+        self._link_changes += 1
+        self._queue.link_changed(self._clock.now())
+        self._wake.set()

@@ -1,0 +1,187 @@
+"""Migrates guests with Xen's own toolstack, xl."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import shlex
+from collections.abc import Awaitable, Callable
+from pathlib import PurePath
+from secrets import token_hex
+from typing import Any, Final
+
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.frames import Domid
+from pgofflined.core.relocation_outcomes import InDoubt, Migrated, MigrationOutcome, NotMigrated
+from pgofflined.relocation.processes import Found, Launcher, Run
+from pgofflined.relocation.transcript import Stage, Transcript
+
+log = logging.getLogger(__name__)
+
+LOCALHOST: Final = "localhost"
+
+# xl hands host and ssh command to a shell and to ssh, so no blank, no shell character and no
+# leading dash: a host name or address, with a user in front of it at most.
+_HOST: Final = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9.:_-]*")
+_SSH_COMMAND: Final = re.compile(r"[A-Za-z0-9/][A-Za-z0-9 /=.,:@%_+-]*")
+
+# Once told to stop, libxl cleans up and resumes the guest within seconds.
+_FIRST_GRACE: Final = 30.0
+_LAST_GRACE: Final = 480.0
+
+
+class XlRelocator:
+    """Runs ``xl migrate``.
+
+    At the time limit only libxl's own helper that sends the memory is told to stop, as libxl
+    itself does to abort a save: xl then fails in the regular way and resumes the guest.  xl is
+    never killed, and once the target may start the guest nothing is stopped at all.
+    """
+
+    def __init__(
+        self,
+        *,
+        launcher: Launcher,
+        sleep: Callable[[float], Awaitable[None]],
+        ssh_command: Callable[[], str] = lambda: "ssh",
+        xl: str = "xl",
+    ) -> None:
+        """``ssh_command`` gives what the policy says at the moment."""
+        self._launcher = launcher
+        self._sleep = sleep
+        self._ssh_command = ssh_command
+        self._xl = xl
+
+    async def migrate(
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+    ) -> MigrationOutcome:
+        """Migrate a guest; comes back when xl has ended.
+
+        Cancelled, it leaves xl to finish by itself.
+        """
+        del name  # it comes from xenstore and may look like an option: xl gets the domid
+        try:
+            argv = self.command(domain.domid, target)
+        except ValueError as error:
+            return NotMigrated(detail=str(error))
+        transcript = Transcript()
+        unit = f"pgofflined-migration-{domain.domid}-{token_hex(4)}"
+        try:
+            run = Run(argv, unit, self._launcher, transcript.feed)
+        except OSError as error:
+            return NotMigrated(detail=f"{self._xl} cannot be started: {error}")
+        try:
+            return await self._watch(run, transcript, domain.domid, time_limit)
+        except asyncio.CancelledError:
+            log.warning(
+                "the migration of d%d goes on without us (process %d)", domain.domid, run.pid
+            )
+            raise
+        finally:
+            run.close()
+
+    def command(self, domid: Domid, target: str) -> list[str]:
+        """The command for a target.  Raises ValueError for one that no shell may see."""
+        if target == LOCALHOST:
+            # With an empty ssh command xl runs the "host" as the receiving command.
+            receive = f"{shlex.quote(self._xl)} migrate-receive"
+            return [self._xl, "migrate", "-s", "", str(domid), receive]
+        ssh = self._ssh_command()
+        if not _HOST.fullmatch(target):
+            raise ValueError(
+                f"relocation.target {target!r} is no host name or address, so d{domid} stays"
+            )
+        if not _SSH_COMMAND.fullmatch(ssh):
+            raise ValueError(
+                f"relocation.ssh_command {ssh!r} is empty or has characters that a shell would "
+                f"interpret, so d{domid} stays; put such things into ssh's configuration file"
+            )
+        return [self._xl, "migrate", "-s", ssh, str(domid), target]
+
+    async def _watch(
+        self, run: Run, transcript: Transcript, domid: Domid, time_limit: float
+    ) -> MigrationOutcome:
+        ended = asyncio.create_task(run.ended())
+        try:
+            timed_out = not await self._within(ended, time_limit)
+            grace = _FIRST_GRACE
+            while not ended.done():
+                self._stop(run, transcript, domid, time_limit)
+                await self._within(ended, grace)
+                grace = min(2 * grace, _LAST_GRACE)
+            return _outcome(ended.result(), transcript, timed_out=timed_out, limit=time_limit)
+        finally:
+            ended.cancel()
+
+    async def _within(self, ended: asyncio.Future[Any], seconds: float) -> bool:
+        """Whether the end came within so many seconds."""
+        limit: asyncio.Future[Any] = asyncio.ensure_future(self._sleep(seconds))
+        try:
+            await asyncio.wait({ended, limit}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            limit.cancel()
+        return ended.done()
+
+    def _stop(self, run: Run, transcript: Transcript, domid: Domid, time_limit: float) -> None:
+        """Stop a migration that takes too long, as far as that is safe."""
+        victims: list[Found] = []
+        if transcript.stage is Stage.CONNECTING:
+            # xl waits for the other end; without its transport it gives up by itself.
+            victims = [found for found in run.processes() if _is_transport(found)]
+        elif transcript.stage is Stage.SAVING:
+            victims = [found for found in run.processes() if _is_saver(found, domid)]
+        if not victims:
+            log.error(
+                "the migration of d%d has exceeded its time limit of %g s and cannot be stopped "
+                "safely now; xl says: %s",
+                domid,
+                time_limit,
+                transcript.last_words(),
+            )
+        for found in victims:
+            log.warning(
+                "the migration of d%d has exceeded its time limit of %g s; ending process %d (%s)",
+                domid,
+                time_limit,
+                found.pid,
+                found.argv[0],
+            )
+            run.terminate(found)
+
+
+def _outcome(
+    status: int, transcript: Transcript, *, timed_out: bool, limit: float
+) -> MigrationOutcome:
+    if status == 0:
+        return Migrated()
+    how = f"was ended by signal {-status}" if status < 0 else f"failed with status {status}"
+    detail = f"xl {how}; it said: {transcript.last_words()}"
+    if transcript.in_doubt:
+        return InDoubt(detail=detail)
+    if timed_out:
+        detail = f"the time limit of {limit:g} s was exceeded; {detail}"
+    return NotMigrated(detail=detail, timed_out=timed_out)
+
+
+def _follows(found: Found, program: str, argument: str) -> int | None:
+    """Where in the arguments a program's first argument stands, if it is this one."""
+    for at, (before, here) in enumerate(zip(found.argv, found.argv[1:], strict=False), start=1):
+        if here == argument and PurePath(before).name == program:
+            return at
+    return None
+
+
+def _is_transport(found: Found) -> bool:
+    """Whether a process is neither xl's sending half nor a helper that touches the guest."""
+    return (
+        _follows(found, "xl", "migrate") is None
+        and _follows(found, "libxl-save-helper", "--save-domain") is None
+    )
+
+
+def _is_saver(found: Found, domid: Domid) -> bool:
+    """Whether a process is the helper that sends this domain's memory (libxl_save_helper.c)."""
+    at = _follows(found, "libxl-save-helper", "--save-domain")
+    # --save-domain IO_FD RECV_FD DOMID FLAGS ...
+    return at is not None and found.argv[at + 3 : at + 4] == (str(domid),)
