@@ -17,7 +17,6 @@ from pgofflined.core.reports import (
     report_class,
 )
 from pgofflined.core.telemetry import BankEntry, decode_mc_info, decode_xen_mce
-
 from tests.unit.mca_records import (
     ADDRV,
     AR,

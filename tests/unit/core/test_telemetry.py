@@ -18,7 +18,6 @@ from pgofflined.core.telemetry import (
     decode_mc_info,
     decode_xen_mce,
 )
-
 from tests.unit.mca_records import (
     BankError,
     bank_entry,
