@@ -1,0 +1,288 @@
+"""Metrics as Prometheus sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from pgofflined.core.frames import Mfn, Pfn
+from pgofflined.core.outcomes import Blackout, Exchanged, ExchangeReport, Refusal, RefusalReason
+from pgofflined.core.policy import TcpAddress, UnixAddress
+from pgofflined.core.relocation_outcomes import Migrated, Relocated
+from pgofflined.core.reports import REPORT_CLASSES, ErrorReport
+from pgofflined.core.status import Snapshot, SourceStatus
+from pgofflined.core.tally import Action, ActionOutcome
+from pgofflined.metrics import Metrics, MetricsServer
+from tests.unit.rim_samples import NOW, SNAPSHOT, WEB
+
+LOOPBACK = TcpAddress(host="127.0.0.1", port=0)
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def metrics_of(snapshot: Snapshot = SNAPSHOT) -> Metrics:
+    return Metrics(lambda: snapshot, lambda: NOW)
+
+
+def samples(text: str) -> Samples:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def read(metrics: Metrics) -> Samples:
+    return samples(generate_latest(metrics.registry).decode())
+
+
+def value(found: Samples, name: str, **labels: str) -> float:
+    named = {key.rstrip("_"): text for key, text in labels.items()}
+    return found[f"pgofflined_{name}", frozenset(named.items())]
+
+
+def test_the_snapshot_is_told_in_base_units() -> None:
+    found = read(metrics_of())
+    assert value(found, "errors_total", class_="corrected", source="mcelog") == 12
+    assert value(found, "records_lost_total", where="mcelog") == 3
+    assert value(found, "pages", state="waiting") == 1
+    assert value(found, "retired_bytes") == 3 * 4096
+    assert value(found, "retire_budget_bytes") == 16 << 20
+    assert value(found, "pages_pending_oldest_seconds") == 3600.0
+    assert value(found, "last_record_timestamp_seconds") == NOW - 90.0
+    assert value(found, "queue_pages") == 5
+    assert value(found, "workers_busy") == 1
+    assert value(found, "idle_scrub_pages") == 1
+    assert value(found, "attention") == 1
+    assert value(found, "source_up") == 1
+    assert value(found, "source_info", source="mcelog") == 1
+    assert value(found, "build_info", version="0.1.0", xen="4.20.4") == 1
+    assert value(found, "policy_info", digest="3f2a", dry_run="false") == 1
+
+
+def test_without_a_source_or_a_page_there_are_zeros() -> None:
+    degraded = replace(
+        SNAPSHOT,
+        source=SourceStatus(name=None, note="nothing there"),
+        oldest_unfinished=None,
+        dry_run=True,
+    )
+    found = read(metrics_of(degraded))
+    assert value(found, "source_up") == 0
+    assert value(found, "source_info", source="none") == 1
+    assert value(found, "last_record_timestamp_seconds") == 0
+    assert value(found, "pages_pending_oldest_seconds") == 0
+    assert value(found, "policy_info", digest="3f2a", dry_run="true") == 1
+
+
+def test_every_series_of_a_known_set_is_there_from_the_start() -> None:
+    found = read(metrics_of(replace(SNAPSHOT, reports={}, lost={}, pages_by_phase={})))
+    for report_class in REPORT_CLASSES:
+        assert value(found, "errors_total", class_=report_class, source="native") == 0
+    for reason in RefusalReason:
+        assert value(found, "exchange_pages_total", outcome=reason.value) == 0
+    assert value(found, "pages", state="left") == 0
+    assert value(found, "jobs_total", kind="relocation", outcome="failed") == 0
+    assert value(found, "migrations_total", outcome="in_doubt") == 0
+    assert value(found, "records_lost_total", where="undecodable") == 0
+    assert value(found, "actions_total", action="offline", outcome="pending") == 0
+    assert value(found, "guest_blackout_seconds_count") == 0
+
+
+def test_an_exchange_counts_its_job_its_pages_and_the_pause() -> None:
+    metrics = metrics_of()
+    metrics.observe_exchange(
+        ExchangeReport(
+            domain=WEB,
+            results=(
+                Exchanged(old=Mfn(1), new=Mfn(2), pfn=Pfn(3), references=1, offlined=True),
+                Refusal(mfn=Mfn(4), reason=RefusalReason.GRANTED, detail=""),
+            ),
+            blackout=Blackout(whole=0.3, ours=0.05),
+        )
+    )
+    metrics.observe_exchange(
+        ExchangeReport(domain=WEB, results=(), blackout=None, stuck="it does not resume")
+    )
+    found = read(metrics)
+    assert value(found, "jobs_total", kind="exchange", outcome="partly") == 1
+    assert value(found, "jobs_total", kind="exchange", outcome="failed") == 1
+    assert value(found, "exchange_pages_total", outcome="exchanged") == 1
+    assert value(found, "exchange_pages_total", outcome="granted") == 1
+    assert value(found, "guests_stuck_total") == 1
+    assert value(found, "guest_blackout_seconds_count") == 1
+    assert value(found, "guest_blackout_seconds_sum") == pytest.approx(0.3)
+    assert value(found, "guest_blackout_seconds_bucket", le="0.25") == 0
+    assert value(found, "guest_blackout_seconds_bucket", le="0.5") == 1
+    # A bound belongs to its bucket: less than or equal.
+    assert value(found, "guest_blackout_own_seconds_bucket", le="0.05") == 1
+    assert value(found, "guest_blackout_own_seconds_bucket", le="0.025") == 0
+    assert value(found, "guest_blackout_own_seconds_bucket", le="+Inf") == 1
+
+
+def test_relocations_migrations_and_actions_are_counted() -> None:
+    metrics = metrics_of()
+    metrics.observe_migration(Migrated())
+    metrics.observe_relocation(
+        Relocated(
+            domain=WEB,
+            mfns=frozenset({Mfn(1)}),
+            target="localhost",
+            new_domid=None,
+            attempts=1,
+            seconds=9.0,
+        )
+    )
+    metrics.action(Action.OFFLINE, ActionOutcome.PENDING)
+    found = read(metrics)
+    assert value(found, "migrations_total", outcome="migrated") == 1
+    assert value(found, "jobs_total", kind="relocation", outcome="done") == 1
+    assert value(found, "actions_total", action="offline", outcome="pending") == 1
+
+
+def test_names_follow_the_rules_and_labels_are_bounded() -> None:
+    metrics = metrics_of()
+    text = generate_latest(metrics.registry).decode()
+    labels: set[str] = set()
+    for family in text_string_to_metric_families(text):
+        assert family.name.startswith(("pgofflined_", "process_"))
+        assert family.documentation
+        labels.update(*(sample.labels for sample in family.samples))
+    assert labels == {
+        "class", "source", "where", "state", "kind", "outcome", "action", "le",
+        "version", "xen", "digest", "dry_run",
+    }  # fmt: skip
+    assert "_created" not in text
+    assert "web-1" not in text
+    assert "1a2b3" not in text
+
+
+def test_the_process_tells_of_itself() -> None:
+    found = read(metrics_of())
+    assert found["process_resident_memory_bytes", frozenset()] > 0
+
+
+def test_every_kind_of_report_has_a_class() -> None:
+    assert len(REPORT_CLASSES) == len(set(REPORT_CLASSES))
+    assert len(get_args(ErrorReport)) == 3
+
+
+@asynccontextmanager
+async def served(
+    address: TcpAddress | UnixAddress = LOOPBACK, metrics: Metrics | None = None
+) -> AsyncIterator[MetricsServer]:
+    server = MetricsServer.open(address, metrics or metrics_of())
+    task = asyncio.create_task(server.serve())
+    try:
+        yield server
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        server.close()
+
+
+async def exchange(
+    streams: tuple[asyncio.StreamReader, asyncio.StreamWriter], request: bytes
+) -> tuple[str, dict[str, str], bytes]:
+    reader, writer = streams
+    writer.write(request)
+    answer = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.split(": ", 1) for line in lines)
+    assert int(headers["Content-Length"]) == len(body)
+    assert headers["Connection"] == "close"
+    return status, headers, body
+
+
+async def ask(server: MetricsServer, request: bytes) -> tuple[str, dict[str, str], bytes]:
+    return await exchange(await asyncio.open_connection("127.0.0.1", server.port), request)
+
+
+async def test_a_scrape_gets_the_metrics() -> None:
+    async with served() as server:
+        status, headers, body = await ask(
+            server, b"GET /metrics HTTP/1.1\r\nHost: x\r\nAccept-Encoding: identity\r\n\r\n"
+        )
+    assert status == "HTTP/1.1 200 OK"
+    assert headers["Content-Type"].startswith("text/plain")
+    assert value(samples(body.decode()), "retired_bytes") == 12288
+
+
+async def test_a_scrape_may_be_compressed_and_in_openmetrics() -> None:
+    request = (
+        b"GET /metrics HTTP/1.1\r\nAccept: application/openmetrics-text; version=1.0.0\r\n"
+        b"Accept-Encoding: gzip\r\n\r\n"
+    )
+    async with served() as server:
+        _, headers, body = await ask(server, request)
+    assert headers["Content-Type"].startswith("application/openmetrics-text")
+    assert gzip.decompress(body).endswith(b"# EOF\n")
+
+
+async def test_a_unix_socket_serves_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.sock"
+    async with served(UnixAddress(path=str(path))):
+        streams = await asyncio.open_unix_connection(str(path))
+        status, _, _ = await exchange(streams, b"GET /metrics HTTP/1.0\r\n\r\n")
+    assert status == "HTTP/1.1 200 OK"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("request_head", "status"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "404 Not Found"),
+        (b"GET /metrics?x=1 HTTP/1.1\r\n\r\n", "200 OK"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", "405 Method Not Allowed"),
+        (b"GET /metrics HTTP/2.0\r\n\r\n", "505 HTTP Version Not Supported"),
+        (b"GET /metrics\r\n\r\n", "400 Bad Request"),
+        (b"G\xc3\x89T /metrics HTTP/1.1\r\n\r\n", "400 Bad Request"),
+        (b"\r\n\r\n", "400 Bad Request"),
+        (b"GET /metrics HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", "400 Bad Request"),
+        (b"GET /" + b"x" * 20_000 + b" HTTP/1.1\r\n\r\n", "431 Request Header Fields Too Large"),
+    ],
+)
+async def test_what_is_no_scrape_gets_its_status(request_head: bytes, status: str) -> None:
+    async with served() as server:
+        assert (await ask(server, request_head))[0] == f"HTTP/1.1 {status}"
+
+
+async def test_who_hangs_up_does_no_harm() -> None:
+    async with served() as server:
+        _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET /met")
+        writer.close()
+        await writer.wait_closed()
+        assert (await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 200 OK"
+
+
+async def test_a_snapshot_that_fails_costs_one_scrape(caplog: pytest.LogCaptureFixture) -> None:
+    snapshots = iter([SNAPSHOT])
+
+    def fail_then_work() -> Snapshot:
+        if "failed" not in seen:
+            seen.append("failed")
+            raise ZeroDivisionError
+        return next(snapshots)
+
+    seen: list[str] = []
+    async with served(metrics=Metrics(fail_then_work, lambda: NOW)) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+        assert await reader.read() == b""
+        writer.close()
+        await writer.wait_closed()
+        assert (await ask(server, b"GET /metrics HTTP/1.1\r\n\r\n"))[0] == "HTTP/1.1 200 OK"
+    assert re.search(r"a fault of ours \(metrics\)", caplog.text)
