@@ -55,6 +55,10 @@ class FrameControl(Protocol):
         """Highest frame of the host (XENMEM_maximum_ram_page)."""
         ...
 
+    def total_frames(self) -> int:
+        """Frames of memory that the host has (physinfo); there may be holes below ``max_mfn``."""
+        ...
+
     def free_frames(self) -> int:
         """Frames that the hypervisor could hand out now, dirty ones included (physinfo)."""
         ...

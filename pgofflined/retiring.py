@@ -26,6 +26,7 @@ from pgofflined.core.outcomes import (
     RefusalReason,
 )
 from pgofflined.core.policy import Backoff, Denied, Policy, domain_allowed
+from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
 from pgofflined.journal_log import event
 from pgofflined.ledger import Ledger, tell
 from pgofflined.ports import Clock, Hypervisor, SuspendLimits
@@ -63,8 +64,8 @@ class Exchanges(Protocol):
 class Relocations(Protocol):
     """Takes pages of HVM and PVH domains."""
 
-    def submit(self, domain: DomainIdentity, name: str, mfn: Mfn) -> bool:
-        """Queue a domain for migration off a page; False when there is no room."""
+    def submit(self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn]) -> bool:
+        """Queue a domain for migration off pages; False when there is no room."""
         ...
 
 
@@ -97,6 +98,7 @@ class Retirer:
         self._relocations: Relocations | None = None
         self._wake = asyncio.Event()
         self._stopping = False
+        self._triage_began: float | None = None
         # Whether a page may stay marked while somebody owns it; see XenVersion.
         self._marks_are_safe = False
 
@@ -143,12 +145,20 @@ class Retirer:
             self._wake.clear()
             due = self.ledger.due(_ROUND)
             if due:
-                for mfn, disposition in await asyncio.to_thread(self._triage_all, due):
+                self._triage_began = self._clock.monotonic()
+                settled = await asyncio.to_thread(self._triage_all, due)
+                self._triage_began = None
+                for mfn, disposition in settled:
                     self._apply(mfn, disposition)
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.ledger.seconds_to_next()):
                     await self._wake.wait()
+
+    def seconds_in_triage(self) -> float:
+        """For how long the triage under way has waited for Xen; 0 without one."""
+        began = self._triage_began
+        return 0.0 if began is None else self._clock.monotonic() - began
 
     def stop(self) -> None:
         """Begin nothing new; ``run`` returns."""
@@ -165,7 +175,14 @@ class Retirer:
             suspend=self.policy.exchange.suspend_timeout,
         )
         try:
-            report = exchange(domain, mfns, xen=self._xen, clock=self._clock, limits=limits)
+            report = exchange(
+                domain,
+                mfns,
+                never_read=self.poisoned,
+                xen=self._xen,
+                clock=self._clock,
+                limits=limits,
+            )
             if not self._marks_are_safe:
                 self._withdraw(report)
         except Exception:  # a fault in one job must not end the daemon of all other guests
@@ -205,16 +222,21 @@ class Retirer:
             self._exchange_result(job, report.domain, result)
         self._wake.set()
 
-    def relocation_finished(
-        self, domain: DomainIdentity, mfns: Iterable[Mfn], problem: str | None
-    ) -> None:
-        """Enter what became of a migration; ``problem`` None means that its pages are offline."""
-        for mfn in mfns:
-            if problem is None:
-                self._note_freed_dirty()
-                self.ledger.offlined(mfn, f"its owner d{domain.domid} was migrated off it")
-            else:
-                self.ledger.leave(mfn, "migration", problem, marked=True)
+    def relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
+        """Enter what became of the pages of one migration job."""
+        match outcome:
+            case Relocated(mfns=mfns):
+                gone = mfns
+            case NotRelocated(mfns=kept, offlined=gone):
+                if outcome.stuck is not None:
+                    self.stuck[domain] = outcome.stuck
+                for mfn in kept:
+                    self.ledger.leave(mfn, outcome.reason.value, outcome.detail, marked=True)
+            case _:
+                assert_never(outcome)
+        for mfn in gone:
+            self._note_freed_dirty()
+            self.ledger.offlined(mfn, f"its owner d{domain.domid} has left it")
         self._wake.set()
 
     def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:
@@ -273,7 +295,7 @@ class Retirer:
                 f"d{domain.domid} ends or is migrated by hand"
             )
             self.ledger.leave(mfn, "no_relocation", detail, marked=True)
-        elif self._relocations.submit(domain.identity, domain.name, mfn):
+        elif self._relocations.submit(domain.identity, domain.name, (mfn,)):
             self._handed_over(mfn, domain, Phase.RELOCATION)
         else:
             self._queue_full(mfn, "migrations")

@@ -73,7 +73,7 @@ def refuse_by_state(mfn: Mfn, state: OfflineState) -> Refusal | None:
         return Refusal(
             mfn=mfn,
             reason=RefusalReason.BROKEN,
-            detail="Xen holds it for broken; its contents must not be read",
+            detail="it has had an uncorrected error; its contents must not be read",
         )
     if not state & OfflineState.OFFLINE_PENDING:
         return Refusal(

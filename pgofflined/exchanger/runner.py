@@ -6,7 +6,7 @@ suspend.  Whatever happens between suspend and resume, the guest is let go on ev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -19,6 +19,7 @@ from pgofflined.core.domains import (
 )
 from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError
 from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import (
     Blackout,
     ExchangeReport,
@@ -60,15 +61,17 @@ def exchange(
     xen: Hypervisor,
     clock: Clock,
     limits: SuspendLimits,
+    never_read: Container[Mfn] = (),
 ) -> ExchangeReport:
     """Exchange pages of one PV domain, all in one suspend.
 
-    The pages are marked offline-pending already.  Gives a result for every page; raises only
-    for faults of our own.  Synchronous on purpose: doing and undoing happen in one thread, so
+    The pages are marked offline-pending already; those in ``never_read`` are known to hold an
+    uncorrected error and are refused, whatever Xen knows of them.  Gives a result for every page; raises
+    only for faults of our own.  Synchronous on purpose: doing and undoing happen in one thread, so
     no cancellation can make them overlap.
     """
     pages = tuple(dict.fromkeys(mfns))
-    early = _look(xen, domain, pages)
+    early = _look(xen, domain, pages, never_read)
     candidates = [mfn for mfn in pages if mfn not in early]
     if not candidates:
         return _report(domain, pages, early, None)
@@ -90,7 +93,9 @@ def exchange(
     return _report(domain, pages, results, letgo)
 
 
-def _look(xen: Hypervisor, domain: DomainIdentity, mfns: Sequence[Mfn]) -> dict[Mfn, PageResult]:
+def _look(
+    xen: Hypervisor, domain: DomainIdentity, mfns: Sequence[Mfn], never_read: Container[Mfn]
+) -> dict[Mfn, PageResult]:
     """Refusals that can be seen while the guest runs."""
     try:
         info = xen.domain(domain.domid)
@@ -104,7 +109,7 @@ def _look(xen: Hypervisor, domain: DomainIdentity, mfns: Sequence[Mfn]) -> dict[
                 RefusalReason.NO_FREE_MEMORY,
                 f"the host has fewer than {needed} free frames; free some memory",
             )
-        return _look_at_pages(xen, domain.domid, mfns)
+        return _look_at_pages(xen, domain.domid, mfns, never_read)
     except DomainGone as error:
         return _refuse_all(mfns, RefusalReason.DOMAIN_GONE, str(error))
     except PortError as error:
@@ -125,14 +130,17 @@ def _refuse_domain(domain: DomainIdentity, info: DomainInfo) -> tuple[RefusalRea
     return None
 
 
-def _look_at_pages(xen: Hypervisor, domid: Domid, mfns: Sequence[Mfn]) -> dict[Mfn, PageResult]:
+def _look_at_pages(
+    xen: Hypervisor, domid: Domid, mfns: Sequence[Mfn], never_read: Container[Mfn]
+) -> dict[Mfn, PageResult]:
     wanted = np.array(mfns, dtype=np.uint64)
     types = xen.page_types(domid, wanted)
     granted = np.isin(wanted, xen.granted_frames(domid))
     refusals: dict[Mfn, PageResult] = {}
     for position, mfn in enumerate(mfns):
         kind = decode_page_type(int(types[position])).kind
-        refusal = refuse_by_state(mfn, xen.query(mfn)) or refuse_by_kind(mfn, kind)
+        state = OfflineState.BROKEN if mfn in never_read else xen.query(mfn)
+        refusal = refuse_by_state(mfn, state) or refuse_by_kind(mfn, kind)
         if refusal is None and granted[position]:
             refusal = refuse_granted(mfn)
         if refusal is not None:

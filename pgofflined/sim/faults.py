@@ -103,6 +103,10 @@ class FaultyHypervisor:
         """See ``ports.FrameControl``."""
         return self._call("max_mfn", (), self.inner.max_mfn)
 
+    def total_frames(self) -> int:
+        """See ``ports.FrameControl``."""
+        return self._call("total_frames", (), self.inner.total_frames)
+
     def free_frames(self) -> int:
         """See ``ports.FrameControl``."""
         return self._call("free_frames", (), self.inner.free_frames)

@@ -24,6 +24,10 @@ class SimulatedFrameControl(HostState):
         """Highest frame of the host."""
         return Mfn(self.frames.count - 1)
 
+    def total_frames(self) -> int:
+        """Frames that are memory."""
+        return int(self.frames.ram.sum())
+
     def free_frames(self) -> int:
         """Frames in the heap."""
         with self.call("physinfo"):

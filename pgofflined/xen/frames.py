@@ -87,6 +87,10 @@ class Frames:
         self._control.sysctl(XEN_SYSCTL_physinfo, info, op="physinfo")
         return info
 
+    def total_frames(self) -> int:
+        """Frames of memory that the host has."""
+        return int(self.physinfo().total_pages)
+
     def free_frames(self) -> int:
         """Free frames less those claimed by domains being built, which an exchange cannot have."""
         info = self.physinfo()

@@ -67,6 +67,10 @@ class XenHypervisor:
         """Highest frame of the host."""
         return self._frames.max_mfn()
 
+    def total_frames(self) -> int:
+        """Frames of memory that the host has."""
+        return self._frames.total_frames()
+
     def free_frames(self) -> int:
         """Frames that the hypervisor could hand out now."""
         return self._frames.free_frames()

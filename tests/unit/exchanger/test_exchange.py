@@ -7,6 +7,8 @@ from pgofflined.core.frames import Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Exchanged, Refusal, RefusalReason
 from pgofflined.core.pages import PTE_PRESENT
+from pgofflined.exchanger import exchange
+from pgofflined.ports import SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.linux import ARCH_MAX_PFN, ARCH_P2M_CR3, ARCH_P2M_GENERATION, ARCH_P2M_VADDR
@@ -128,6 +130,22 @@ def test_a_broken_page_is_refused_and_never_read(bench: Bench) -> None:
     assert result.reason is RefusalReason.BROKEN
     assert "read_frames" not in xen.trace.methods
     assert "suspend" not in xen.trace.methods
+
+
+def test_a_page_that_only_we_know_to_be_poisoned_is_never_read(bench: Bench) -> None:
+    [mfn] = bench.mark(bench.layout.plain[0])
+    bench.host.poison(mfn)
+    report = exchange(
+        bench.identity,
+        [mfn],
+        xen=bench.host,
+        clock=bench.host.clock,
+        limits=SuspendLimits(),
+        never_read={mfn},
+    )
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.BROKEN
 
 
 def test_a_page_of_another_domain_is_refused(bench: Bench) -> None:

@@ -1,0 +1,336 @@
+"""The daemon's parts put together, whatever host they run on: the real one or the simulated."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import tzinfo
+from typing import NoReturn
+
+from pgofflined import __version__
+from pgofflined.control import ControlServer
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.errors import PortError
+from pgofflined.core.events import Event
+from pgofflined.core.frames import Mfn
+from pgofflined.core.history import History
+from pgofflined.core.machine import Machine
+from pgofflined.core.outcomes import ExchangeReport
+from pgofflined.core.policy import Policy
+from pgofflined.core.relocation_outcomes import RelocationOutcome
+from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
+from pgofflined.intake import Intake
+from pgofflined.jobs import ExchangePool
+from pgofflined.journal_log import event
+from pgofflined.ledger import Ledger
+from pgofflined.mce_listener import (
+    IntakeCounters,
+    MceListener,
+    SourceChoice,
+    SourceFactory,
+    keep_source,
+)
+from pgofflined.metrics import Metrics, MetricsServer
+from pgofflined.notify import Notifier
+from pgofflined.ports import Clock, Hypervisor, TelemetrySource
+from pgofflined.relocation import Links, RelocationService, Relocator
+from pgofflined.report import attention, policy_digest
+from pgofflined.retiring import Retirer
+from pgofflined.store import Store
+from pgofflined.triage import find_pv_owner
+
+log = logging.getLogger(__name__)
+
+# How much longer than the guest's own limits an exchange may take before it counts as stuck.
+_STUCK_MARGIN = 180.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Everything outside that the service works with.
+
+    ``source_opened`` is told of every source that was opened, so that its descriptor can be kept
+    over a restart.
+    """
+
+    xen: Hypervisor
+    clock: Clock
+    machine: Machine
+    sources: Sequence[SourceFactory]
+    relocator: Relocator
+    links: Links
+    zone: tzinfo
+    store: Store
+    notifier: Notifier
+    source_opened: Callable[[TelemetrySource], None] = lambda _source: None
+
+
+class Service:
+    """The running daemon.  Made on the event loop that it runs on."""
+
+    def __init__(self, world: World, policy: Policy) -> None:
+        self._world = world
+        self._policy = policy
+        self._started = world.clock.now()
+        self._source = SourceStatus(name=None, note="no source has been tried yet")
+        self._xen_version = world.xen.version()
+        self.counters = IntakeCounters()
+        self.retirer = Retirer(
+            xen=world.xen,
+            clock=world.clock,
+            policy=policy,
+            ledger=Ledger(world.store, world.clock, world.store.load_pages()),
+        )
+        self.retirer.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
+        self.intake = Intake(
+            xen=world.xen,
+            clock=world.clock,
+            policy=policy,
+            history=self._load_history(),
+            retirer=self.retirer,
+            store=world.store,
+            host_frames=world.xen.total_frames(),
+        )
+        self.pool = ExchangePool(
+            self.retirer.run_exchange,
+            self._exchange_finished,
+            clock=world.clock,
+            workers=policy.exchange.workers,
+            max_pages=policy.exchange.max_pages_per_suspend,
+            queue_limit=policy.exchange.max_queued,
+        )
+        self.metrics = Metrics(self.snapshot, world.clock.now)
+        self.relocation = RelocationService(
+            policy=policy.relocation,
+            xen=world.xen,
+            relocator=world.relocator,
+            links=world.links,
+            clock=world.clock,
+            zone=world.zone,
+            finished=self._relocation_finished,
+        )
+        self._connect(policy)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serve until ``stop`` is set, then end what is under way and come back."""
+        async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
+            intake = tasks.create_task(self._listen(), name="intake")
+            work = [
+                tasks.create_task(self.retirer.run(), name="retirer"),
+                tasks.create_task(self.pool.run(), name="exchanges"),
+            ]
+            rest = [
+                tasks.create_task(self.relocation.run(), name="relocations"),
+                tasks.create_task(self._feed_watchdog(), name="watchdog"),
+                *(tasks.create_task(serve(), name="server") for serve in servers),
+            ]
+            self._world.notifier.ready(self._status_line())
+            await stop.wait()
+            self._world.notifier.stopping("finishing the exchanges under way")
+            intake.cancel()
+            self.retirer.stop()
+            self.pool.stop()
+            await asyncio.wait(work)
+            for task in rest:
+                task.cancel()
+
+    def apply(self, policy: Policy) -> None:
+        """Put a new policy in force; what needs a restart keeps its old value and is named."""
+        old = self._policy
+        fixed = [
+            name
+            for name, was, now in (
+                ("metrics", old.metrics, policy.metrics),
+                ("control", old.control, policy.control),
+                ("sources", old.sources, policy.sources),
+                ("exchange.workers", old.exchange.workers, policy.exchange.workers),
+            )
+            if was != now
+        ]
+        if fixed:
+            log.warning("%s take effect with the next start of the daemon", ", ".join(fixed))
+        self._policy = replace(
+            policy, metrics=old.metrics, control=old.control, sources=old.sources
+        )
+        self.retirer.policy = self.intake.policy = policy
+        self.intake.history.adapt(
+            window=policy.retire.window,
+            threshold=policy.retire.corrected_errors,
+            max_pages=policy.retire.max_tracked_pages,
+        )
+        self.relocation.set_policy(policy.relocation)
+        self._connect(policy)
+
+    # What the control socket asks.
+
+    def snapshot(self) -> Snapshot:
+        """The daemon at this moment."""
+        book = self.retirer.ledger.book
+        snapshot = Snapshot(
+            version=__version__,
+            started=self._started,
+            xen_version=str(self._xen_version),
+            dry_run=self._policy.retire.dry_run,
+            source=replace(self._source, last_record=self.counters.last_record),
+            reports=dict(self.counters.reports),
+            lost=self.counters.lost_by_place(),
+            pages_by_phase={phase.value: count for phase, count in book.by_phase().items()},
+            retired_frames=book.marked(),
+            cap_frames=self.intake.cap_frames(),
+            tracked_pages=len(self.intake.history),
+            evicted_pages=self.intake.history.evicted,
+            idle_scrub=self.retirer.idle_scrub,
+            oldest_unfinished=book.oldest_unfinished(),
+            workers=self.pool.status(),
+            jobs=(*self.pool.jobs(), *self.relocation.snapshot()),
+            policy_digest=policy_digest(self._policy),
+            pages=tuple(book),
+        )
+        return replace(
+            snapshot,
+            attention=attention(
+                snapshot,
+                stuck=self.retirer.stuck,
+                version=self._xen_version,
+                trouble=self._world.store.trouble,
+            ),
+        )
+
+    def max_mfn(self) -> Mfn:
+        """Highest frame of the host."""
+        return self._world.machine.max_mfn
+
+    async def query(self, mfn: Mfn) -> FrameAnswer:
+        """Xen's state of a frame, its owner as far as that can be told, and our entry."""
+        state, owner, note = await asyncio.to_thread(self._ask, mfn)
+        return FrameAnswer(
+            mfn=mfn,
+            state=state,
+            owner=owner,
+            hits_in_window=self.intake.history.hits(mfn, self._world.clock.now()),
+            entry=self.retirer.ledger.book.get(mfn),
+            note=note,
+        )
+
+    async def offline(self, mfn: Mfn) -> OfflineAnswer:
+        """Take a frame in hand as an operator wishes, through the same policy as any other."""
+        accepted, detail = self.intake.request(mfn)
+        return OfflineAnswer(mfn=mfn, accepted=accepted, detail=detail)
+
+    # Inner workings.
+
+    def _connect(self, policy: Policy) -> None:
+        migrates = policy.relocation.enabled and bool(policy.relocation.target)
+        self.retirer.connect(self.pool, self.relocation if migrates else None)
+
+    def _load_history(self) -> History:
+        retire = self._policy.retire
+        history = History(
+            window=retire.window,
+            threshold=retire.corrected_errors,
+            max_pages=retire.max_tracked_pages,
+        )
+        since = self._world.clock.now() - retire.window
+        self._world.store.prune(before=since)
+        history.load(self._world.store.load_hits(since))
+        return history
+
+    @contextlib.asynccontextmanager
+    async def _sockets(self) -> AsyncIterator[list[Callable[[], object]]]:
+        """Open what others reach us by, before we say that we are ready."""
+        with contextlib.ExitStack() as stack:
+            servers: list[Callable[[], object]] = []
+            if self._policy.metrics.listen is not None:
+                metrics = MetricsServer.open(self._policy.metrics.listen, self.metrics)
+                stack.callback(metrics.close)
+                servers.append(metrics.serve)
+            control = ControlServer.open(self._policy.control.socket, self)
+            stack.callback(control.close)
+            servers.append(control.serve)
+            yield servers
+
+    async def _listen(self) -> NoReturn:
+        await keep_source(
+            self._world.sources,
+            listen=self._listen_to,
+            chosen=self._source_chosen,
+            retry=self._policy.sources.retry,
+        )
+
+    async def _listen_to(self, source: TelemetrySource) -> NoReturn:
+        listener = MceListener(
+            source,
+            machine=self._world.machine,
+            clock=self._world.clock,
+            deliver=self.intake.take,
+            counters=self.counters,
+        )
+        await listener.run()
+
+    def _source_chosen(self, choice: SourceChoice) -> None:
+        name = choice.source.name if choice.source is not None else None
+        self._source = SourceStatus(name=name, note=choice.describe())
+        if choice.source is not None:
+            self._world.source_opened(choice.source)
+        self._world.notifier.status(self._status_line())
+
+    def _exchange_finished(self, job: str, report: ExchangeReport) -> None:
+        self.metrics.observe_exchange(report)
+        self.retirer.exchange_finished(job, report)
+        self._keep_counters()
+
+    def _relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
+        self.metrics.observe_relocation(outcome)
+        self.retirer.relocation_finished(domain, outcome)
+        self._keep_counters()
+
+    def _keep_counters(self) -> None:
+        self._world.store.set_meta(_IDLE_SCRUB, str(self.retirer.idle_scrub))
+        self._world.notifier.status(self._status_line())
+
+    def _ask(self, mfn: Mfn) -> tuple[str, str, str]:
+        try:
+            state = self._world.xen.query(mfn).name or "UNKNOWN"
+            owner = find_pv_owner(mfn, self._world.xen)
+            if owner is not None:
+                return state, f"d{owner.domid} ({owner.kind.value}) {owner.name}".strip(), ""
+            if self._world.xen.m2p(mfn) is None:
+                return state, "free, or Xen's own", ""
+        except PortError as error:
+            return "unknown", "unknown", str(error)
+        return state, "an HVM or PVH guest", "Xen names it only when the page is marked"
+
+    async def _feed_watchdog(self) -> None:
+        interval = self._world.notifier.watchdog_interval
+        if interval is None:
+            return
+        while True:
+            problem = self._stuck_worker()
+            if problem is None:
+                self._world.notifier.watchdog()
+            else:
+                event(log, logging.CRITICAL, Event.WORKER_STUCK, problem)
+            await asyncio.sleep(interval)
+
+    def _stuck_worker(self) -> str | None:
+        exchange = self._policy.exchange
+        limit = exchange.acknowledge_timeout + exchange.suspend_timeout + _STUCK_MARGIN
+        busy = max(self.pool.longest_busy(), self.retirer.seconds_in_triage())
+        if busy <= limit:
+            return None
+        return (
+            f"a worker has waited for Xen for {busy:.0f} s, {limit:.0f} s are allowed; "
+            "systemd will restart the daemon, look at `xl dmesg`"
+        )
+
+    def _status_line(self) -> str:
+        book = self.retirer.ledger.book
+        unfinished = sum(not entry.phase.is_final for entry in book)
+        source = self._source.name or "NO SOURCE of machine checks"
+        return f"{source}; {book.marked()} pages retired or pending, {unfinished} under way"
+
+
+_IDLE_SCRUB = "idle_scrub"
