@@ -54,7 +54,7 @@ class ArchDomainConfig(AbiStructure):
 
 _INFO_UP_TO_CPUPOOL: Final[list[tuple[str, Any]]] = [
     ("domain", ctypes.c_uint16),
-    ("pad1", ctypes.c_uint16),
+    ("_pad1", ctypes.c_uint16),
     ("flags", ctypes.c_uint32),
     ("tot_pages", ctypes.c_uint64),
     ("max_pages", ctypes.c_uint64),
@@ -86,7 +86,7 @@ class GetDomainInfo(AbiStructure):
     _fields_: ClassVar = [
         *_INFO_UP_TO_CPUPOOL,
         ("gpaddr_bits", ctypes.c_uint8),
-        ("pad2", ctypes.c_uint8 * 7),
+        ("_pad2", ctypes.c_uint8 * 7),
         ("arch_config", ArchDomainConfig),
     ]
 

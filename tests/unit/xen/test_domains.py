@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from pgofflined.core.domains import GuestKind, ShutdownReason
+from pgofflined.core.errors import DomainGone
+from pgofflined.core.frames import Domid
+from pgofflined.xen.abi.domctl import GetDomainInfo
+from pgofflined.xen.abi.sysctl import GetDomainInfoList
+from pgofflined.xen.abi.xen import HYPERVISOR_domctl
+from pgofflined.xen.control import Control
+from pgofflined.xen.domains import Domains
+
+from .recorder import INTERFACE, calling, domain_info, domctl_at, put, sysctl_at
+
+
+class Names:
+    """A xenstore with names only."""
+
+    def __init__(self, names: dict[int, bytes]) -> None:
+        self.names = names
+
+    def read(self, path: str) -> bytes | None:
+        return self.names.get(int(path.split("/")[3]))
+
+
+def domains_of(infos: list[GetDomainInfo], names: dict[int, bytes] | None = None) -> Domains:
+    def answer(number: int, arguments: tuple[int, ...]) -> int:
+        if number == HYPERVISOR_domctl:
+            request, place = domctl_at(arguments[0])
+            # Like Xen up to 4.17: the next domain, when this one does not exist.
+            put(place, next(info for info in infos if info.domain >= request.domain))
+            return 0
+        _, place = sysctl_at(arguments[0])
+        ask = GetDomainInfoList.from_address(place)
+        found = [info for info in infos if info.domain >= ask.first_domain][: ask.max_domains]
+        for index, info in enumerate(found):
+            put(ask.buffer + index * ctypes.sizeof(GetDomainInfo), info)
+        ask.num_domains = len(found)
+        return 0
+
+    @contextmanager
+    def stores() -> Iterator[Names]:
+        yield Names(names or {})
+
+    call, _ = calling(answer)
+    return Domains(call, Control(call, INTERFACE), stores=stores)  # type: ignore[arg-type]
+
+
+def test_domains_come_in_order_over_several_calls() -> None:
+    infos = [domain_info(domid) for domid in range(0, 600, 2)]
+    assert [info.domid for info in domains_of(infos).domains()] == list(range(0, 600, 2))
+
+
+def test_domain_is_decoded() -> None:
+    info = domain_info(4, flags=1 << 2 | 1 << 3 | 2 << 16)
+    info.handle[:] = list(range(16))
+    info.shared_info_frame = 0x4321
+    found = domains_of([info], {4: b"web"}).domain(Domid(4))
+    assert (found.name, found.kind, found.shutdown) == ("web", GuestKind.PV, ShutdownReason.SUSPEND)
+    assert (found.paused, found.dying, found.max_vcpu_id) == (True, False, 1)
+    assert (found.shared_info, str(found.uuid)) == (0x4321, "00010203-0405-0607-0809-0a0b0c0d0e0f")
+
+
+def test_domain_without_vcpus_has_no_highest_one() -> None:
+    info = domain_info(4)
+    info.max_vcpu_id = 0xFFFFFFFF
+    assert domains_of([info]).domain(Domid(4)).max_vcpu_id == -1
+
+
+def test_next_domain_is_not_mistaken_for_the_one_asked_for() -> None:
+    with pytest.raises(DomainGone):
+        domains_of([domain_info(0), domain_info(9)]).domain(Domid(4))
+
+
+@pytest.mark.parametrize(
+    ("untrusted", "name"),
+    [
+        (b"a\x1b[31mb\n", "a?[31mb?"),
+        (b"\xff\xfe", "??".replace("?", "\N{REPLACEMENT CHARACTER}")),
+        (b"n" * 4000, "n" * 64),
+        (b"", ""),
+    ],
+)
+def test_names_are_printable_and_short(untrusted: bytes, name: str) -> None:
+    assert domains_of([domain_info(0)], {0: untrusted}).domains()[0].name == name

@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from pgofflined.core.errors import PortError, XenError
+from pgofflined.core.frames import PAGE_SIZE, Domid, Mfn
+from pgofflined.xen.abi.domctl import GetPageFrameInfo3, XEN_DOMCTL_getpageframeinfo3
+from pgofflined.xen.abi.grant_table import (
+    GnttabGetVersion,
+    GNTTABOP_get_version,
+    GNTTABOP_query_size,
+    GnttabQuerySize,
+)
+from pgofflined.xen.abi.xen import HYPERVISOR_grant_table_op
+from pgofflined.xen.control import Control
+from pgofflined.xen.memory import Memory
+
+from .recorder import INTERFACE, Answer, calling, domctl_at
+
+GUEST = Domid(6)
+
+
+class Pages:
+    """A domain's frames and resources; counts what is mapped at any one time."""
+
+    def __init__(self, contents: dict[int, bytes] | None = None) -> None:
+        self.store = {
+            mfn: ctypes.create_string_buffer(data, PAGE_SIZE)
+            for mfn, data in (contents or {}).items()
+        }
+        self.resources: dict[int, bytes] = {}
+        self.mapped = 0
+        self.batches: list[int] = []
+
+    @contextmanager
+    def frames(self, domid: Domid, mfns: Sequence[int], *, writable: bool = False) -> Iterator[int]:
+        assert domid == GUEST
+        for mfn in mfns:
+            if mfn not in self.store:
+                raise XenError(22, op="xenforeignmemory_map", domid=domid, mfn=Mfn(mfn))
+        self.batches.append(len(mfns))
+        area = ctypes.create_string_buffer(b"".join(bytes(self.store[m]) for m in mfns))
+        self.mapped += 1
+        yield ctypes.addressof(area)
+        self.mapped -= 1
+        if writable:
+            for index, mfn in enumerate(mfns):
+                data = ctypes.string_at(ctypes.addressof(area) + index * PAGE_SIZE, PAGE_SIZE)
+                self.store[mfn] = ctypes.create_string_buffer(data, PAGE_SIZE)
+
+    @contextmanager
+    def resource(self, domid: Domid, kind: int, number: int, frames: int) -> Iterator[int]:
+        assert (domid, kind) == (GUEST, 1)
+        # Asking for more than there is would make a real table grow.
+        assert frames * PAGE_SIZE == len(self.resources[number])
+        area = ctypes.create_string_buffer(self.resources[number])
+        yield ctypes.addressof(area)
+
+
+def memory(pages: Pages, answer: Answer | None = None) -> Memory:
+    def unasked(_number: int, _arguments: tuple[int, ...]) -> int:
+        raise AssertionError("no hypercall is needed for this")
+
+    call, _ = calling(answer or unasked)
+    return Memory(call=call, control=Control(call, INTERFACE), pages=pages)  # type: ignore[arg-type]
+
+
+def frames(*mfns: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    return np.array(mfns, dtype=np.uint64)
+
+
+def page(number: int) -> bytes:
+    return np.full(512, number, dtype=np.uint64).tobytes()
+
+
+def test_contents_come_in_the_order_asked_for() -> None:
+    pages = Pages({mfn: page(mfn) for mfn in range(100)})
+    contents = memory(pages).read_frames(GUEST, frames(7, 99, 7, 3))
+    assert contents.shape == (4, 512)
+    assert contents[:, 0].tolist() == [7, 99, 7, 3]
+    assert contents[:, 511].tolist() == [7, 99, 7, 3]
+    assert pages.mapped == 0
+
+
+def test_many_frames_are_mapped_in_batches() -> None:
+    pages = Pages({mfn: page(mfn) for mfn in range(5000)})
+    contents = memory(pages).read_frames(GUEST, np.arange(5000, dtype=np.uint64))
+    assert contents[:, 17].tolist() == list(range(5000))
+    assert max(pages.batches) <= 2048
+
+
+def test_no_frames_are_no_contents() -> None:
+    assert memory(Pages()).read_frames(GUEST, frames()).shape == (0, 512)
+
+
+def test_words_are_written_where_they_belong() -> None:
+    pages = Pages({5: page(1)})
+    memory(pages).write_words(GUEST, Mfn(5), 510, frames(8, 9))
+    words = np.frombuffer(bytes(pages.store[5]), dtype=np.uint64)
+    assert words[508:].tolist() == [1, 1, 8, 9]
+
+
+@pytest.mark.parametrize(("index", "count"), [(-1, 1), (511, 2), (512, 1), (0, 513)])
+def test_words_outside_the_frame_are_refused(index: int, count: int) -> None:
+    with pytest.raises(XenError):
+        memory(Pages({5: page(1)})).write_words(
+            GUEST, Mfn(5), index, np.zeros(count, dtype=np.uint64)
+        )
+
+
+def test_types_are_asked_for_in_calls_of_1024() -> None:
+    sizes: list[int] = []
+
+    def answer(_number: int, arguments: tuple[int, ...]) -> int:
+        request, place = domctl_at(arguments[0])
+        assert (request.cmd, request.domain) == (XEN_DOMCTL_getpageframeinfo3, GUEST)
+        ask = GetPageFrameInfo3.from_address(place)
+        sizes.append(ask.num)
+        array = (ctypes.c_uint64 * ask.num).from_address(ask.array)
+        for index in range(ask.num):
+            array[index] = (array[index] % 5) << 28
+        return 0
+
+    types = memory(Pages(), answer).page_types(GUEST, np.arange(2500, dtype=np.uint64))
+    assert sizes == [1024, 1024, 452]
+    assert types.dtype == np.uint32
+    assert types.tolist() == [mfn % 5 << 28 for mfn in range(2500)]
+
+
+def test_types_that_are_not_understood_are_an_error() -> None:
+    def answer(_number: int, arguments: tuple[int, ...]) -> int:
+        ask = GetPageFrameInfo3.from_address(domctl_at(arguments[0])[1])
+        ctypes.c_uint64.from_address(ask.array).value = 1 << 40
+        return 0
+
+    with pytest.raises(PortError):
+        memory(Pages(), answer).page_types(GUEST, frames(1))
+
+
+def granted(version: int, table: bytes, status: bytes = b"") -> list[int]:
+    pages = Pages()
+    pages.resources = {0: table, 1: status}
+
+    def answer(number: int, arguments: tuple[int, ...]) -> int:
+        command, address, count = arguments
+        assert (number, count) == (HYPERVISOR_grant_table_op, 1)
+        if command == GNTTABOP_query_size:
+            size = GnttabQuerySize.from_address(address)
+            assert size.dom == GUEST
+            size.nr_frames, size.max_nr_frames, size.status = len(table) // PAGE_SIZE, 64, 0
+        else:
+            assert command == GNTTABOP_get_version
+            GnttabGetVersion.from_address(address).version = version
+        return 0
+
+    found: list[int] = memory(pages, answer).granted_frames(GUEST).tolist()
+    return found
+
+
+def v1(*entries: tuple[int, int]) -> bytes:
+    """Entries of (flags, frame)."""
+    table = np.zeros(512, dtype=[("flags", "<u2"), ("domid", "<u2"), ("frame", "<u4")])
+    for index, (flags, frame) in enumerate(entries):
+        table[index * 3] = (flags, 0, frame)
+    return table.tobytes()
+
+
+def v2(*entries: tuple[int, int]) -> bytes:
+    table = np.zeros(
+        256, dtype=[("flags", "<u2"), ("domid", "<u2"), ("other", "<u4"), ("frame", "<u8")]
+    )
+    for index, (flags, frame) in enumerate(entries):
+        table[index] = (flags, 0, 0xFFFF, frame)
+    return table.tobytes()
+
+
+def test_version_1_offers_every_entry_that_is_not_invalid() -> None:
+    table = v1((1, 0x900), (0, 0x111), (1 | 4, 0x800), (2, 0x700), (1, 0x900))
+    assert granted(1, table) == [0x700, 0x800, 0x900]
+
+
+def test_version_1_entry_taken_back_while_mapped_counts() -> None:
+    assert granted(1, v1((1 << 3, 0x900), (1 << 4, 0x901), (1 << 2, 0x902))) == [0x900, 0x901]
+
+
+def test_version_2_offers_whole_and_partial_pages_but_no_transitive_entry() -> None:
+    table = v2((1, 0x1_0000_0001), (1 | 1 << 8, 0x900), (3, 0x111), (2, 0x700), (0, 0x112))
+    assert granted(2, table, bytes(PAGE_SIZE)) == [0x700, 0x900, 0x1_0000_0001]
+
+
+def test_version_2_entry_taken_back_while_mapped_counts() -> None:
+    status = np.zeros(PAGE_SIZE // 2, dtype=np.uint16)
+    status[1] = 1 << 3
+    assert granted(2, v2((0, 0x111), (0, 0x900)), status.tobytes()) == [0x900]
+
+
+def test_version_2_status_is_as_long_as_the_table_needs() -> None:
+    # 9 pages of 256 entries have 2304 status words, which fill one page and begin a second.
+    assert granted(2, v2((1, 0x5)) * 9, bytes(2 * PAGE_SIZE)) == [0x5]
+
+
+def test_unknown_version_is_an_error() -> None:
+    with pytest.raises(PortError, match="unknown version 3"):
+        granted(3, v1())
+
+
+def test_domain_without_a_table_grants_nothing() -> None:
+    assert granted(1, b"") == []

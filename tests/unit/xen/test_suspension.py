@@ -1,0 +1,287 @@
+"""The suspend protocol against a guest and a store that behave as the test says."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, XenError
+from pgofflined.core.frames import Domid
+from pgofflined.ports import SuspendLimits
+from pgofflined.xen.abi.domctl import (
+    AddressSize,
+    VcpuContext,
+    XEN_DOMCTL_get_address_size,
+    XEN_DOMCTL_getdomaininfo,
+    XEN_DOMCTL_getvcpucontext,
+    XEN_DOMCTL_resumedomain,
+    XEN_DOMCTL_setvcpucontext,
+)
+from pgofflined.xen.abi.vcpu import VcpuGuestContext
+from pgofflined.xen.control import Control
+from pgofflined.xen.domains import Domains
+from pgofflined.xen.store import StorePort
+from pgofflined.xen.suspension import Suspension
+
+from .recorder import INTERFACE, calling, domain_info, domctl_at, failing, put
+
+GUEST = Domid(3)
+NODE = "/local/domain/3/control/shutdown"
+SUSPENDED = 1 << 2 | 2 << 16
+CRASHED = 1 << 2 | 3 << 16
+LIMITS = SuspendLimits(acknowledge=10, suspend=30)
+
+
+@dataclass
+class Guest:
+    """A domain, its control node and the time; ``script`` says what happens when."""
+
+    script: dict[float, Callable[[Guest], None]] = field(default_factory=dict)
+    flags: int = 0
+    node: bytes | None = b""
+    rax: int = 0
+    width: int = 64
+    now: float = 0.0
+    log: list[str] = field(default_factory=list)
+    fail: dict[int, list[int]] = field(default_factory=dict)
+    store_fails: int = 0
+    watched: set[str] = field(default_factory=set)
+
+    # xenstore
+
+    def read(self, path: str) -> bytes | None:
+        assert path == NODE
+        return self.node
+
+    def replace(self, path: str, *, expected: frozenset[bytes], value: bytes) -> bytes:
+        assert path == NODE
+        before = self.node or b""
+        if before in expected:
+            self.log.append(f"write {value.decode()!r}")
+            self.node = value
+        return before
+
+    def watch(self, path: str) -> None:
+        self.watched.add(path)
+
+    def wait(self, seconds: float) -> None:
+        assert seconds > 0
+        assert self.watched == {NODE, "@releaseDomain"}
+        until = self.now + seconds
+        due = [time for time in sorted(self.script) if time <= until]
+        if due:
+            self.now = max(self.now, due[0])
+            self.script.pop(due[0])(self)
+        else:
+            self.now = until
+
+    def resume_domain(self, domid: Domid) -> None:
+        assert domid == GUEST
+        if self.store_fails:
+            self.store_fails -= 1
+            raise XenError(errno.EIO, op="xs_resume_domain")
+        self.log.append("told xenstored")
+
+    # Xen
+
+    def answer(self, _number: int, arguments: tuple[int, ...]) -> int:
+        request, place = domctl_at(arguments[0])
+        if self.fail.get(request.cmd):
+            raise failing(self.fail[request.cmd].pop(0))
+        if request.cmd == XEN_DOMCTL_getdomaininfo:
+            put(place, domain_info(GUEST, flags=self.flags))
+        elif request.cmd == XEN_DOMCTL_get_address_size:
+            put(place, AddressSize(size=self.width))
+        elif request.cmd == XEN_DOMCTL_resumedomain:
+            self.log.append("resumed")
+            self.flags = 0
+        else:
+            argument = VcpuContext.from_address(place)
+            context = VcpuGuestContext.from_address(argument.ctxt)
+            assert argument.vcpu == 0
+            if request.cmd == XEN_DOMCTL_getvcpucontext:
+                ctypes.memset(argument.ctxt, 0x5A, ctypes.sizeof(VcpuGuestContext))
+                context.user_regs.rax = self.rax
+            else:
+                assert request.cmd == XEN_DOMCTL_setvcpucontext
+                # The rest of the context goes back as it came.
+                assert bytes(context)[:512] == b"\x5a" * 512
+                self.rax = context.user_regs.rax
+                self.log.append(f"rax {self.rax}")
+        return 0
+
+
+def suspension(guest: Guest) -> Suspension:
+    @contextmanager
+    def stores() -> Iterator[StorePort]:
+        yield guest
+
+    call, _ = calling(guest.answer)
+    control = Control(call, INTERFACE)
+    return Suspension(
+        call=call,
+        control=control,
+        domains=Domains(call, control),
+        stores=stores,
+        monotonic=lambda: guest.now,
+    )
+
+
+def acknowledges(guest: Guest) -> None:
+    guest.node = b""
+
+
+def suspends(guest: Guest) -> None:
+    guest.node = b""
+    guest.flags = SUSPENDED
+
+
+def crashes(guest: Guest) -> None:
+    guest.flags = CRASHED
+
+
+def test_guest_acknowledges_and_suspends() -> None:
+    guest = Guest({0.5: acknowledges, 2.0: suspends})
+    suspension(guest).suspend(GUEST, LIMITS)
+    assert guest.now == 2.0
+    assert guest.log == ["write 'suspend'"]
+
+
+def test_guest_that_removes_the_node_has_acknowledged() -> None:
+    def removes(guest: Guest) -> None:
+        guest.node = None
+
+    guest = Guest({0.5: removes, 2.0: suspends})
+    suspension(guest).suspend(GUEST, LIMITS)
+
+
+def test_request_is_withdrawn_from_a_guest_that_does_not_answer() -> None:
+    guest = Guest()
+    with pytest.raises(GuestDidNotSuspend) as caught:
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert (caught.value.stage, guest.now) == ("acknowledge", 10)
+    assert guest.node == b""
+
+
+def test_guest_that_takes_the_request_at_the_last_moment_is_waited_for() -> None:
+    class Late(Guest):
+        def replace(self, path: str, *, expected: frozenset[bytes], value: bytes) -> bytes:
+            if value == b"":
+                self.node = b""  # it was quicker than our transaction
+            return super().replace(path, expected=expected, value=value)
+
+    guest = Late({12.0: suspends})
+    suspension(guest).suspend(GUEST, LIMITS)
+    assert guest.now == 12.0
+
+
+def test_guest_that_acknowledged_and_then_hangs() -> None:
+    guest = Guest({0.5: acknowledges})
+    with pytest.raises(GuestDidNotSuspend) as caught:
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert caught.value.stage == "suspend"
+
+
+def test_suspend_that_no_watch_reports_is_seen_all_the_same() -> None:
+    """As after another toolstack's resume that xenstored was not told of."""
+
+    class Silent(Guest):
+        def wait(self, seconds: float) -> None:
+            self.now += seconds
+            if self.now > 2.5:
+                suspends(self)
+
+    guest = Silent()
+    suspension(guest).suspend(GUEST, LIMITS)
+    assert guest.now < 5
+
+
+@pytest.mark.parametrize("when", ["before the acknowledgement", "after it"])
+def test_guest_that_ends_meanwhile_is_gone(when: str) -> None:
+    script: dict[float, Callable[[Guest], None]]
+    script = {1.0: crashes} if when.startswith("before") else {0.5: acknowledges, 1.0: crashes}
+    guest = Guest(script)
+    with pytest.raises(DomainGone):
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert guest.node == b""
+
+
+@pytest.mark.parametrize("node", [b"poweroff", b"suspend", b"reboot"])
+def test_request_of_somebody_else_is_not_overwritten(node: bytes) -> None:
+    guest = Guest(node=node)
+    with pytest.raises(XenError) as caught:
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert (caught.value.errno, guest.node, guest.log) == (errno.EBUSY, node, [])
+
+
+@pytest.mark.parametrize(
+    ("guest", "code"),
+    [
+        (Guest(flags=SUSPENDED), errno.EBUSY),
+        (Guest(flags=1 << 1), errno.EOPNOTSUPP),
+        (Guest(width=32), errno.EOPNOTSUPP),
+    ],
+)
+def test_unfit_domains_are_not_asked(guest: Guest, code: int) -> None:
+    with pytest.raises(XenError) as caught:
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert (caught.value.errno, guest.log) == (code, [])
+
+
+def test_failure_while_waiting_leaves_no_request_behind() -> None:
+    class Broken(Guest):
+        def wait(self, seconds: float) -> None:
+            self.now += seconds
+            raise XenError(errno.EIO, op="xs_check_watch")
+
+    guest = Broken()
+    with pytest.raises(XenError, match="xs_check_watch"):
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert guest.node == b""
+
+
+def test_resume_tells_guest_then_xen_then_xenstored() -> None:
+    guest = Guest(flags=SUSPENDED)
+    suspension(guest).resume(GUEST)
+    assert guest.log == ["rax 1", "resumed", "told xenstored"]
+
+
+@pytest.mark.parametrize("flags", [0, CRASHED, 1 << 2])
+def test_domain_that_is_not_suspended_is_left_alone(flags: int) -> None:
+    guest = Guest(flags=flags)
+    suspension(guest).resume(GUEST)
+    assert guest.log == []
+
+
+@pytest.mark.parametrize("command", [XEN_DOMCTL_getvcpucontext, XEN_DOMCTL_setvcpucontext])
+def test_guest_whose_context_cannot_be_written_stays_suspended(command: int) -> None:
+    """Resumed without the 1 in rax it would be lost; suspended it can be resumed later."""
+    guest = Guest(flags=SUSPENDED, fail={command: [errno.ENOMEM] * 3})
+    with pytest.raises(XenError):
+        suspension(guest).resume(GUEST)
+    assert guest.flags == SUSPENDED
+    assert "resumed" not in guest.log
+
+
+@pytest.mark.parametrize("command", [XEN_DOMCTL_setvcpucontext, XEN_DOMCTL_resumedomain])
+def test_passing_failures_of_a_resume_are_overcome(command: int) -> None:
+    guest = Guest(flags=SUSPENDED, fail={command: [errno.ENOMEM, errno.EAGAIN]})
+    suspension(guest).resume(GUEST)
+    assert guest.log == ["rax 1", "resumed", "told xenstored"]
+
+
+def test_xenstored_is_told_with_the_next_resume_if_it_could_not_be(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    guest = Guest(flags=SUSPENDED, store_fails=3)
+    resuming = suspension(guest)
+    resuming.resume(GUEST)
+    assert guest.log == ["rax 1", "resumed"]
+    assert "could not be told" in caplog.text
+    resuming.resume(GUEST)
+    assert guest.log == ["rax 1", "resumed", "told xenstored"]
