@@ -1,0 +1,231 @@
+"""Running xl, with an executable in its place that behaves as it does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.frames import Domid
+from pgofflined.core.relocation_outcomes import InDoubt, Migrated, MigrationOutcome, NotMigrated
+from pgofflined.relocation import xl as xl_module
+from pgofflined.relocation.processes import SessionLauncher, UnitLauncher
+from pgofflined.relocation.transcript import Transcript
+from pgofflined.relocation.xl import XlRelocator
+from tests.unit.relocation.doubles import VirtualTime, quiet
+
+GUEST = DomainIdentity(Domid(7), UUID(int=7))
+LIMIT = 1800.0
+
+
+class FakeXl:
+    """The executable, its folder, and a relocator that uses it."""
+
+    def __init__(self, folder: Path, time: VirtualTime) -> None:
+        self.folder = folder
+        self.path = folder / "xl"
+        self.time = time
+        source = Path(__file__).with_name("fake_xl.py").read_text()
+        self.path.write_text(f"#!{sys.executable}\n{source}")
+        self.path.chmod(0o755)
+        self.ssh = "ssh"
+
+    def relocator(self) -> XlRelocator:
+        return XlRelocator(
+            launcher=SessionLauncher(),
+            sleep=self.time.sleep,
+            ssh_command=lambda: self.ssh,
+            xl=str(self.path),
+        )
+
+    def migrate(
+        self, scenario: str, *, target: str = "localhost", name: str = "web"
+    ) -> asyncio.Task[MigrationOutcome]:
+        (self.folder / "scenario").write_text(scenario)
+        return asyncio.create_task(self.relocator().migrate(GUEST, name, target, LIMIT))
+
+    @property
+    def argv(self) -> list[str]:
+        found: list[str] = json.loads((self.folder / "argv.json").read_text())
+        return found
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[FakeXl]:
+    yield FakeXl(tmp_path, VirtualTime())
+    # What the fake still runs must not outlive the test.
+    if (tmp_path / "pid").exists():
+        pid = int((tmp_path / "pid").read_text())
+        with suppress(ChildProcessError):  # the usual case: it has been waited for
+            if os.waitpid(pid, os.WNOHANG) == (0, 0):
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def ready(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set once the relocator has read "ready" from xl."""
+    event = asyncio.Event()
+
+    class Observed(Transcript):
+        def feed(self, untrusted_output: bytes) -> None:
+            super().feed(untrusted_output)
+            if b"ready" in untrusted_output:
+                event.set()
+
+    monkeypatch.setattr(xl_module, "Transcript", Observed)
+    return event
+
+
+async def test_success(fake: FakeXl) -> None:
+    assert await fake.migrate("success") == Migrated()
+    assert fake.time.sleepers == []
+
+
+async def test_this_host_is_a_receiving_command_without_ssh(fake: FakeXl) -> None:
+    await fake.migrate("success")
+    assert fake.argv == ["migrate", "-s", "", "7", f"{fake.path} migrate-receive"]
+
+
+async def test_another_host_is_reached_by_the_ssh_command(fake: FakeXl) -> None:
+    fake.ssh = "ssh -i /root/key"
+    await fake.migrate("success", target="root@spare.example")
+    assert fake.argv == ["migrate", "-s", "ssh -i /root/key", "7", "root@spare.example"]
+
+
+@pytest.mark.parametrize("name", ["--debug", "-C /etc/shadow", "a; reboot", "", "x\n\x1b[2J"])
+async def test_a_name_from_outside_never_reaches_xl(fake: FakeXl, name: str) -> None:
+    assert await fake.migrate("success", name=name) == Migrated()
+    assert fake.argv[3] == "7"
+    assert not name or name not in fake.argv
+
+
+@pytest.mark.parametrize(
+    "target", ["-oProxyCommand=reboot", "spare; reboot", "spare host", "$(reboot)", "a@b@c", ""]
+)
+async def test_a_target_that_a_shell_would_interpret_is_refused(fake: FakeXl, target: str) -> None:
+    outcome = await fake.migrate("success", target=target)
+    assert isinstance(outcome, NotMigrated)
+    assert "relocation.target" in outcome.detail
+    assert not (fake.folder / "argv.json").exists()
+
+
+@pytest.mark.parametrize("ssh", ["", "ssh; reboot", "ssh `reboot`", "ssh 'a'", "-s"])
+async def test_an_ssh_command_that_a_shell_would_interpret_is_refused(
+    fake: FakeXl, ssh: str
+) -> None:
+    fake.ssh = ssh
+    outcome = await fake.migrate("success", target="spare")
+    assert isinstance(outcome, NotMigrated)
+    assert "relocation.ssh_command" in outcome.detail
+
+
+@pytest.mark.parametrize(
+    ("scenario", "said"),
+    [
+        ("failure", "no assigned devices"),
+        ("refuses", "No config file"),
+        ("startup_failure", "Resumed OK"),
+        ("killed", "signal 9"),
+        ("talks_too_much", "the end of it"),
+        ("pretends", "failed"),
+    ],
+)
+async def test_a_failure_says_what_xl_said(fake: FakeXl, scenario: str, said: str) -> None:
+    outcome = await fake.migrate(scenario)
+    assert isinstance(outcome, NotMigrated)
+    assert said in outcome.detail
+    assert not outcome.timed_out
+    assert len(outcome.detail) < 20_000
+
+
+async def test_after_permission_was_given_a_failure_is_in_doubt(fake: FakeXl) -> None:
+    outcome = await fake.migrate("final_handshake")
+    assert isinstance(outcome, InDoubt)
+
+
+async def test_no_xl_is_a_failure_with_its_reason(fake: FakeXl) -> None:
+    fake.path.unlink()
+    outcome = await fake.migrate("success")
+    assert isinstance(outcome, NotMigrated)
+    assert "cannot be started" in outcome.detail
+
+
+async def test_at_the_time_limit_a_connection_that_hangs_is_given_up(
+    fake: FakeXl, ready: asyncio.Event
+) -> None:
+    migration = fake.migrate("hangs_connecting", target="spare")
+    await ready.wait()
+    await fake.time.advance(LIMIT)
+    outcome = await migration
+    assert isinstance(outcome, NotMigrated)
+    assert outcome.timed_out
+    assert "unexpected EOF" in outcome.detail  # xl ended by itself
+
+
+async def test_at_the_time_limit_only_the_helper_that_saves_this_guest_is_stopped(
+    fake: FakeXl, ready: asyncio.Event
+) -> None:
+    migration = fake.migrate("hangs_saving")
+    await ready.wait()
+    await fake.time.advance(LIMIT - 1)
+    assert not migration.done()
+    await fake.time.advance(1)
+    outcome = await migration
+    assert isinstance(outcome, NotMigrated)
+    assert outcome.timed_out
+    assert "resuming at sender" in outcome.detail
+    assert "the bystander was spared: True" in outcome.detail
+
+
+async def test_in_the_handshake_nothing_is_stopped_however_long_it_takes(
+    fake: FakeXl, ready: asyncio.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(fake.folder / "release")
+    migration = fake.migrate("hangs_in_the_handshake", target="spare")
+    await ready.wait()
+    await fake.time.advance(LIMIT)
+    await fake.time.advance(3600)
+    assert not migration.done()
+    assert "cannot be stopped safely" in caplog.text
+    (fake.folder / "release").open("w").close()
+    assert await migration == Migrated()
+
+
+async def test_what_xl_leaves_running_is_not_waited_for(fake: FakeXl) -> None:
+    try:
+        assert await fake.migrate("leaves_a_daemon") == Migrated()
+    finally:
+        os.kill(int((fake.folder / "daemon.pid").read_text()), signal.SIGTERM)
+
+
+async def test_cancelled_it_leaves_xl_alone(fake: FakeXl, ready: asyncio.Event) -> None:
+    migration = fake.migrate("hangs_saving")
+    await ready.wait()
+    migration.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await migration
+    await quiet()
+    pid = int((fake.folder / "pid").read_text())
+    os.kill(pid, 0)  # it is still there
+
+
+def test_under_systemd_xl_gets_a_unit_of_its_own() -> None:
+    command = UnitLauncher().command(["xl", "migrate", "7"], "unit-1")
+    assert command[0] == "systemd-run"
+    assert "--unit=unit-1.service" in command
+    assert "--property=KillMode=process" in command
+    assert command[command.index("--") + 1 :] == ["xl", "migrate", "7"]
+
+
+def test_a_unit_owns_no_process_of_ours() -> None:
+    assert not UnitLauncher().owns(os.getpid(), os.getpid(), "pgofflined-migration-7-00000000")
