@@ -54,8 +54,7 @@ def event(
 ) -> None:
     """Log one event, with its MESSAGE_ID and the fields that are given.
 
-    The page, or else the domain, is put in front of the message, which need not name it: "is
-    offline" becomes "mfn 0x1a2b3 of d7 is offline".
+    The message is a whole sentence: who reads it need not know the fields.
     """
     fields = {_MESSAGE_ID: kind.message_id}
     if mfn is not None:
@@ -65,14 +64,7 @@ def event(
     if job is not None:
         fields["JOB"] = job
     # The message goes in as an argument: a per cent sign in a domain's name is no format.
-    text = _subject(mfn, domid) + message
-    logger.log(level, "%s", text, extra={_FIELDS: fields}, stacklevel=2)
-
-
-def _subject(mfn: Mfn | None, domid: Domid | None) -> str:
-    if mfn is None:
-        return "" if domid is None else f"d{domid}: "
-    return f"mfn {mfn:#x} " if domid is None else f"mfn {mfn:#x} of d{domid} "
+    logger.log(level, "%s", message, extra={_FIELDS: fields}, stacklevel=2)
 
 
 def setup_logging(level: int) -> None:

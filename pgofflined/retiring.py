@@ -220,7 +220,20 @@ class Retirer:
             )
         for result in report.results:
             self._exchange_result(job, report.domain, result)
+        self._tell_exchange(job, report)
         self._wake.set()
+
+    def _tell_exchange(self, job: str, report: ExchangeReport) -> None:
+        domid = report.domain.domid
+        moved = sum(isinstance(result, Exchanged) for result in report.results)
+        pause = "was not suspended"
+        if report.blackout is not None:
+            pause = (
+                f"stood still for {report.blackout.whole:.3f} s, "
+                f"{report.blackout.ours:.3f} s of them for our work"
+            )
+        what = f"d{domid} was moved off {moved} of {len(report.results)} pages and {pause}"
+        event(log, logging.INFO, Event.EXCHANGE_DONE, what, domid=domid, job=job)
 
     def relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         """Enter what became of the pages of one migration job."""
@@ -313,11 +326,9 @@ class Retirer:
         domid = domain.domid
         match result:
             case Exchanged(old=old, new=new, offlined=offlined):
-                what = f"was exchanged for mfn {new:#x}"
-                tell(logging.WARNING, Event.EXCHANGE_DONE, what, old, domid=domid, job=job)
                 if offlined:
                     self._note_freed_dirty()
-                    self.ledger.offlined(old, f"its owner d{domid} was moved off it in place")
+                    self.ledger.offlined(old, f"d{domid} was moved from it to mfn {new:#x}")
                 else:
                     self.ledger.wait(old, _SOON, "not_confirmed", "Xen has yet to take it out")
             case Refusal():

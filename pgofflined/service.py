@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from datetime import tzinfo
 from typing import NoReturn
@@ -48,12 +48,15 @@ log = logging.getLogger(__name__)
 _STUCK_MARGIN = 180.0
 
 
+Serve = Callable[[], Coroutine[object, object, NoReturn]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class World:
     """Everything outside that the service works with.
 
-    ``source_opened`` is told of every source that was opened, so that its descriptor can be kept
-    over a restart.
+    ``source_opened`` and ``source_broken`` are told of every source, so that its descriptor can
+    be kept over a restart.
     """
 
     xen: Hypervisor
@@ -66,6 +69,7 @@ class World:
     store: Store
     notifier: Notifier
     source_opened: Callable[[TelemetrySource], None] = lambda _source: None
+    source_broken: Callable[[TelemetrySource], None] = lambda _source: None
 
 
 class Service:
@@ -73,8 +77,10 @@ class Service:
 
     def __init__(self, world: World, policy: Policy) -> None:
         self._world = world
-        self._policy = policy
+        self.policy = policy
         self._started = world.clock.now()
+        self.metrics_port = 0
+        self.ready = asyncio.Event()
         self._source = SourceStatus(name=None, note="no source has been tried yet")
         self._xen_version = world.xen.version()
         self.counters = IntakeCounters()
@@ -127,7 +133,8 @@ class Service:
                 tasks.create_task(self._feed_watchdog(), name="watchdog"),
                 *(tasks.create_task(serve(), name="server") for serve in servers),
             ]
-            self._world.notifier.ready(self._status_line())
+            self._world.notifier.ready(self.status_line())
+            self.ready.set()
             await stop.wait()
             self._world.notifier.stopping("finishing the exchanges under way")
             intake.cancel()
@@ -139,7 +146,7 @@ class Service:
 
     def apply(self, policy: Policy) -> None:
         """Put a new policy in force; what needs a restart keeps its old value and is named."""
-        old = self._policy
+        old = self.policy
         fixed = [
             name
             for name, was, now in (
@@ -152,9 +159,7 @@ class Service:
         ]
         if fixed:
             log.warning("%s take effect with the next start of the daemon", ", ".join(fixed))
-        self._policy = replace(
-            policy, metrics=old.metrics, control=old.control, sources=old.sources
-        )
+        self.policy = replace(policy, metrics=old.metrics, control=old.control, sources=old.sources)
         self.retirer.policy = self.intake.policy = policy
         self.intake.history.adapt(
             window=policy.retire.window,
@@ -173,7 +178,7 @@ class Service:
             version=__version__,
             started=self._started,
             xen_version=str(self._xen_version),
-            dry_run=self._policy.retire.dry_run,
+            dry_run=self.policy.retire.dry_run,
             source=replace(self._source, last_record=self.counters.last_record),
             reports=dict(self.counters.reports),
             lost=self.counters.lost_by_place(),
@@ -186,7 +191,7 @@ class Service:
             oldest_unfinished=book.oldest_unfinished(),
             workers=self.pool.status(),
             jobs=(*self.pool.jobs(), *self.relocation.snapshot()),
-            policy_digest=policy_digest(self._policy),
+            policy_digest=policy_digest(self.policy),
             pages=tuple(book),
         )
         return replace(
@@ -227,7 +232,7 @@ class Service:
         self.retirer.connect(self.pool, self.relocation if migrates else None)
 
     def _load_history(self) -> History:
-        retire = self._policy.retire
+        retire = self.policy.retire
         history = History(
             window=retire.window,
             threshold=retire.corrected_errors,
@@ -239,15 +244,16 @@ class Service:
         return history
 
     @contextlib.asynccontextmanager
-    async def _sockets(self) -> AsyncIterator[list[Callable[[], object]]]:
+    async def _sockets(self) -> AsyncIterator[list[Serve]]:
         """Open what others reach us by, before we say that we are ready."""
         with contextlib.ExitStack() as stack:
-            servers: list[Callable[[], object]] = []
-            if self._policy.metrics.listen is not None:
-                metrics = MetricsServer.open(self._policy.metrics.listen, self.metrics)
+            servers: list[Serve] = []
+            if self.policy.metrics.listen is not None:
+                metrics = MetricsServer.open(self.policy.metrics.listen, self.metrics)
                 stack.callback(metrics.close)
+                self.metrics_port = metrics.port
                 servers.append(metrics.serve)
-            control = ControlServer.open(self._policy.control.socket, self)
+            control = ControlServer.open(self.policy.control.socket, self)
             stack.callback(control.close)
             servers.append(control.serve)
             yield servers
@@ -257,7 +263,7 @@ class Service:
             self._world.sources,
             listen=self._listen_to,
             chosen=self._source_chosen,
-            retry=self._policy.sources.retry,
+            retry=self.policy.sources.retry,
         )
 
     async def _listen_to(self, source: TelemetrySource) -> NoReturn:
@@ -268,14 +274,18 @@ class Service:
             deliver=self.intake.take,
             counters=self.counters,
         )
-        await listener.run()
+        try:
+            await listener.run()
+        except PortError:
+            self._world.source_broken(source)
+            raise
 
     def _source_chosen(self, choice: SourceChoice) -> None:
         name = choice.source.name if choice.source is not None else None
         self._source = SourceStatus(name=name, note=choice.describe())
         if choice.source is not None:
             self._world.source_opened(choice.source)
-        self._world.notifier.status(self._status_line())
+        self._world.notifier.status(self.status_line())
 
     def _exchange_finished(self, job: str, report: ExchangeReport) -> None:
         self.metrics.observe_exchange(report)
@@ -289,7 +299,7 @@ class Service:
 
     def _keep_counters(self) -> None:
         self._world.store.set_meta(_IDLE_SCRUB, str(self.retirer.idle_scrub))
-        self._world.notifier.status(self._status_line())
+        self._world.notifier.status(self.status_line())
 
     def _ask(self, mfn: Mfn) -> tuple[str, str, str]:
         try:
@@ -316,7 +326,7 @@ class Service:
             await asyncio.sleep(interval)
 
     def _stuck_worker(self) -> str | None:
-        exchange = self._policy.exchange
+        exchange = self.policy.exchange
         limit = exchange.acknowledge_timeout + exchange.suspend_timeout + _STUCK_MARGIN
         busy = max(self.pool.longest_busy(), self.retirer.seconds_in_triage())
         if busy <= limit:
@@ -326,7 +336,8 @@ class Service:
             "systemd will restart the daemon, look at `xl dmesg`"
         )
 
-    def _status_line(self) -> str:
+    def status_line(self) -> str:
+        """The daemon in one line."""
         book = self.retirer.ledger.book
         unfinished = sum(not entry.phase.is_final for entry in book)
         source = self._source.name or "NO SOURCE of machine checks"

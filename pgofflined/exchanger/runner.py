@@ -66,9 +66,9 @@ def exchange(
     """Exchange pages of one PV domain, all in one suspend.
 
     The pages are marked offline-pending already; those in ``never_read`` are known to hold an
-    uncorrected error and are refused, whatever Xen knows of them.  Gives a result for every page; raises
-    only for faults of our own.  Synchronous on purpose: doing and undoing happen in one thread, so
-    no cancellation can make them overlap.
+    uncorrected error and are refused, whatever Xen knows of them.  Gives a result for every
+    page; raises only for faults of our own.  Synchronous on purpose: doing and undoing happen
+    in one thread, so no cancellation can make them overlap.
     """
     pages = tuple(dict.fromkeys(mfns))
     early = _look(xen, domain, pages, never_read)

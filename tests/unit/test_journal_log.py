@@ -54,7 +54,7 @@ def handler(journal: Journal) -> Iterator[FieldHandler]:
 @pytest.mark.usefixtures("handler")
 def test_an_event_has_its_fields(journal: Journal) -> None:
     event(
-        log, logging.WARNING, Event.PAGE_OFFLINED, "is out of use",
+        log, logging.WARNING, Event.PAGE_OFFLINED, "mfn 0x1a2b3 of d7 is out of use",
         mfn=Mfn(0x1A2B3), domid=Domid(7), job="x3",
     )  # fmt: skip
     ((message, fields),) = journal.entries
@@ -70,7 +70,7 @@ def test_fields_that_are_not_known_are_not_sent(journal: Journal) -> None:
     event(log, logging.INFO, Event.STARTED, "100 %s", domid=Domid(0))
     log.debug("plain %d", 3)
     (first, fields), (second, plain) = journal.entries
-    assert (first, second) == ("d0: 100 %s", "plain 3")
+    assert (first, second) == ("100 %s", "plain 3")
     assert fields["DOMID"] == "0"
     assert not {"MFN", "JOB"} & fields.keys()
     assert "MESSAGE_ID" not in plain
@@ -110,7 +110,7 @@ def test_what_the_journal_does_not_take_goes_to_stderr(
 
 def test_lines_have_the_fields_behind(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(logging.INFO)
-    event(log, logging.INFO, Event.PAGE_MARKED, "is marked", mfn=Mfn(16), job="x\n1")
+    event(log, logging.INFO, Event.PAGE_MARKED, "mfn 0x10 is marked", mfn=Mfn(16), job="x\n1")
     log.debug("too fine")
     out, err = capsys.readouterr()
     assert out == ""
