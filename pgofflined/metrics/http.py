@@ -82,6 +82,8 @@ class MetricsServer:
             environ = _parse(untrusted_request)
         except _BadRequest as error:
             return _plain(str(error))
+        if environ["REQUEST_METHOD"] != "GET":
+            return _plain("405 Method Not Allowed")
         if environ["PATH_INFO"] != _PATH:
             return _plain("404 Not Found", f"the metrics are at {_PATH}\n")
         began: list[tuple[str, list[tuple[str, str]]]] = []

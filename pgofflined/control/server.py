@@ -1,0 +1,182 @@
+"""The daemon's end of the control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import struct
+from collections.abc import Collection
+from typing import Final, NoReturn, Protocol, Self, assert_never
+
+from pgofflined.control.protocol import (
+    MAX_REQUEST,
+    ErrorReply,
+    JobsRequest,
+    OfflineRequest,
+    QueryRequest,
+    Reply,
+    StatusRequest,
+    decode_request,
+    encode,
+    jobs_reply,
+    offline_reply,
+    query_reply,
+    status_reply,
+)
+from pgofflined.core.errors import PortError
+from pgofflined.core.frames import Mfn, parse_mfn
+from pgofflined.core.policy import UnixAddress
+from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot
+from pgofflined.serving import Listener
+
+_log = logging.getLogger(__name__)
+
+_SOCKET_MODE: Final = 0o600
+_MAX_CONNECTIONS: Final = 16
+_REQUEST_TIMEOUT: Final = 10.0
+_REPLY_TIMEOUT: Final = 10.0
+# Questions that wait for Xen.  If Xen does not answer, ``status`` must still find a connection.
+_MAX_WAITING_FOR_XEN: Final = 8
+
+_PEER: Final = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class _NoRequest(Exception):
+    """No request is to be had from a connection any more; ``reply`` is to be sent."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.reply = ErrorReply(code=code, message=message)
+
+
+class Operations(Protocol):
+    """What can be asked of the daemon."""
+
+    def snapshot(self) -> Snapshot:
+        """The daemon at this moment."""
+        ...
+
+    def max_mfn(self) -> Mfn:
+        """Highest frame of the host."""
+        ...
+
+    async def query(self, mfn: Mfn) -> FrameAnswer:
+        """What is known of a frame.  Raises PortError."""
+        ...
+
+    async def offline(self, mfn: Mfn) -> OfflineAnswer:
+        """Take a frame in hand, or say why not.  Raises PortError."""
+        ...
+
+
+class ControlServer:
+    """Answers requests on a unix socket, those of root and of the daemon's own user."""
+
+    def __init__(
+        self, listener: Listener, operations: Operations, allowed_uids: Collection[int]
+    ) -> None:
+        self._listener = listener
+        self._operations = operations
+        self._allowed_uids = allowed_uids
+        self._waiting_for_xen = 0
+
+    @classmethod
+    def open(
+        cls, path: str, operations: Operations, *, allowed_uids: Collection[int] | None = None
+    ) -> Self:
+        """Listen at a path.  Raises CannotListen, as when another daemon listens there."""
+        listener = Listener.open(
+            UnixAddress(path=path), mode=_SOCKET_MODE, setting="control.socket"
+        )
+        allowed = {0, os.geteuid()} if allowed_uids is None else allowed_uids
+        return cls(listener, operations, allowed)
+
+    async def serve(self) -> NoReturn:
+        """Answer requests for ever."""
+        await self._listener.serve(
+            self._attend, most=_MAX_CONNECTIONS, limit=MAX_REQUEST, name="control"
+        )
+
+    def close(self) -> None:
+        """Stop listening and remove the socket."""
+        self._listener.close()
+
+    async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        uid = _peer_uid(writer)
+        if uid not in self._allowed_uids:
+            _log.warning("uid %d was turned away from the control socket", uid)
+            message = "only root may ask; use sudo"
+            writer.write(encode(ErrorReply(code="not_allowed", message=message)))
+            return
+        try:
+            while untrusted_line := await _next_line(reader):
+                await _send(writer, await self._reply(untrusted_line))
+        except _NoRequest as error:
+            await _send(writer, error.reply)
+
+    async def _reply(self, untrusted_line: bytes) -> Reply:
+        try:
+            return await self._perform(untrusted_line)
+        except ValueError as error:
+            return ErrorReply(code="bad_request", message=str(error))
+        except PortError as error:
+            return ErrorReply(code="failed", message=str(error))
+        except Exception:  # noqa: BLE001 - a fault in answering a question must not end the daemon
+            _log.exception("a request on the control socket met a fault of ours")
+            message = "a fault of the daemon's; see its journal: journalctl -u pgofflined"
+            return ErrorReply(code="internal", message=message)
+
+    async def _perform(self, untrusted_line: bytes) -> Reply:
+        request = decode_request(untrusted_line)
+        match request:
+            case StatusRequest(pages=pages):
+                return status_reply(self._operations.snapshot(), pages=pages)
+            case JobsRequest():
+                return jobs_reply(self._operations.snapshot())
+            case QueryRequest() | OfflineRequest():
+                return await self._ask_xen(request)
+            case _:
+                assert_never(request)
+
+    async def _ask_xen(self, request: QueryRequest | OfflineRequest) -> Reply:
+        mfn = parse_mfn(request.mfn, max_mfn=self._operations.max_mfn())
+        if self._waiting_for_xen >= _MAX_WAITING_FOR_XEN:
+            message = f"{self._waiting_for_xen} requests wait for Xen already; try again later"
+            return ErrorReply(code="busy", message=message)
+        self._waiting_for_xen += 1
+        try:
+            if isinstance(request, QueryRequest):
+                return query_reply(await self._operations.query(mfn))
+            return offline_reply(await self._operations.offline(mfn))
+        finally:
+            self._waiting_for_xen -= 1
+
+
+async def _next_line(reader: asyncio.StreamReader) -> bytes:
+    """The next request, empty at the end.  Raises _NoRequest."""
+    try:
+        async with asyncio.timeout(_REQUEST_TIMEOUT):
+            return await reader.readuntil(b"\n")
+    except asyncio.IncompleteReadError as error:
+        if not error.partial:
+            return b""
+        raise _NoRequest("bad_request", "a request ends with a line break") from None
+    except asyncio.LimitOverrunError:
+        raise _NoRequest("bad_request", f"a request has at most {MAX_REQUEST} bytes") from None
+    except TimeoutError:
+        raise _NoRequest("timeout", f"no request came within {_REQUEST_TIMEOUT:g} s") from None
+
+
+async def _send(writer: asyncio.StreamWriter, reply: Reply) -> None:
+    async with asyncio.timeout(_REPLY_TIMEOUT):
+        writer.write(encode(reply))
+        await writer.drain()
+
+
+def _peer_uid(writer: asyncio.StreamWriter) -> int:
+    peer = writer.get_extra_info("socket")
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+    _, uid, _ = _PEER.unpack(credentials)
+    return int(uid)
