@@ -226,6 +226,11 @@ class HostState:
         self.frames.poisoned[mfn] = True
         self.frames.broken[mfn] |= known
 
+    def set_m2p(self, mfn: int, pfn: int) -> None:
+        """Change an M2P entry, as a PV guest may for its own frames (MMU_MACHPHYS_UPDATE)."""
+        with self.lock:
+            self.frames.m2p[mfn] = pfn
+
     # Inner workings.
 
     @contextmanager

@@ -23,7 +23,7 @@ from pgofflined.sim.errors import PoisonRead, Refused, UnsafeUpdate
 from pgofflined.sim.frames import FrameState, FrameType
 from pgofflined.sim.guests import SimulatedDomain
 from pgofflined.sim.host import HostState
-from pgofflined.sim.references import adjust_entry
+from pgofflined.sim.references import adjust_entry, check_flags, needs_no_check
 
 if TYPE_CHECKING:
     from pgofflined.ports import FrameArray, TypeArray, Words
@@ -181,14 +181,17 @@ class SimulatedMemory(HostState):
             if level == FrameType.L4 and write.index in L4_XEN_SLOTS:
                 raise Refused(EINVAL)
             value = adjust_entry(write.value, level)
+            old = frames.contents.word(write.table, write.index)
             if value & PTE_PRESENT:
+                check_flags(value, level)
+                if needs_no_check(old, value):
+                    frames.contents.page(write.table)[write.index] = value
+                    return
                 references.take_entry(value, level, int(domid))
             else:
                 words = np.array([value], dtype=np.uint64)
                 references.check_l1tf(words, level, int(domid))
-            page = frames.contents.page(write.table)
-            old = int(page[write.index])
-            page[write.index] = value
+            frames.contents.page(write.table)[write.index] = value
             if old & PTE_PRESENT:
                 references.drop_entry(old, level, int(domid))
         finally:

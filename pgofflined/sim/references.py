@@ -37,6 +37,10 @@ _DISALLOW_L1: Final = _DISALLOW_UPPER & ~PTE_GLOBAL
 # __PAGE_HYPERVISOR_RW with NX, as in slot 258 of every L4.
 _XEN_SLOT_FLAGS: Final = PTE_NX | PTE_DIRTY | PTE_ACCESSED | PTE_RW | PTE_PRESENT
 _SELF_MAP_SLOT: Final = 258
+# FASTPATH_FLAG_WHITELIST: NX, the software bits, GLOBAL, DIRTY, ACCESSED and USER.
+_UNCHECKED_FLAGS: Final = (
+    PTE_NX | 0x7FF << 52 | 0xE00 | PTE_GLOBAL | PTE_DIRTY | PTE_ACCESSED | PTE_USER
+)
 
 _PRESENT = np.uint64(PTE_PRESENT)
 _RW = np.uint64(PTE_RW)
@@ -65,6 +69,21 @@ def adjust_entry(entry: int, level: int) -> int:
     if level > 1:
         return entry | PTE_USER
     return int(adjust_l1(np.array([entry], dtype=np.uint64))[0])
+
+
+def check_flags(entry: int, level: int) -> None:
+    """Refuse the flags that no present entry of a guest may have."""
+    if entry & (_DISALLOW_L1 if level == 1 else _DISALLOW_UPPER):
+        raise Refused(EINVAL)
+
+
+def needs_no_check(old: int, new: int) -> bool:
+    """Whether Xen takes a changed entry as it is (the fast path of mod_l*_entry).
+
+    So an entry that maps another domain's frame by grant can be written again as it was, although
+    it could not be made anew.
+    """
+    return bool(old & new & PTE_PRESENT) and not (old ^ new) & ~_UNCHECKED_FLAGS
 
 
 class References:
@@ -153,9 +172,7 @@ class References:
 
     def take_entry(self, entry: int, level: int, domid: int) -> None:
         """Take what a present entry of a validated table refers to."""
-        disallowed = _DISALLOW_L1 if level == 1 else _DISALLOW_UPPER
-        if entry & disallowed:
-            raise Refused(EINVAL)
+        check_flags(entry, level)
         mfn = target_of(entry)
         if level > 1:
             self.get_both(mfn, domid, FrameType(level - 1))

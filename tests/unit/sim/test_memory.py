@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from errno import EINVAL, ENOMEM, ERESTART
+from errno import EBUSY, EINVAL, ENOMEM, ERESTART
 
 import numpy as np
 import pytest
@@ -232,6 +232,25 @@ def test_table_with_an_entry_of_another_domains_frame_cannot_be_validated_again(
 
     with pytest.raises(XenError):
         set_entry(small, entry, entry.value)
+
+
+def test_entry_of_another_domains_frame_can_be_written_as_it_was_but_not_made_anew() -> None:
+    small = still()
+    entry = direct_entry(small, small.host.pv(small.pv).layout.foreign[0])
+    set_entry(small, entry, entry.value)
+    set_entry(small, entry, 0)
+
+    with pytest.raises(XenError) as caught:
+        set_entry(small, entry, entry.value)
+    assert caught.value.errno == EBUSY
+
+
+def test_m2p_entry_is_what_the_guest_makes_it() -> None:
+    small = small_host()
+    mfn = small.host.frame_of(small.pv, 9)
+    small.host.set_m2p(mfn, 12345)
+
+    assert small.host.m2p(mfn) == 12345
 
 
 def test_frame_of_nobody_cannot_be_named() -> None:
