@@ -165,3 +165,12 @@ def test_guest_does_not_migrate_to_where_there_is_no_room() -> None:
 
     with pytest.raises(XenError):
         small.host.migrate_to_self(small.pvh)
+
+
+def test_marked_page_of_a_destroyed_guest_leaves_an_idle_cpu_spinning() -> None:
+    """A dying domain's pages are freed dirty."""
+    small = small_host()
+    small.host.offline(small.host.frame_of(small.pv, 9))
+    small.host.destroy(small.pv)
+
+    assert small.host.idle_scrub_spinning
