@@ -12,6 +12,7 @@ marked `fresh_host` gets one that nobody used before and nobody uses after.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def pytest_runtest_makereport(
     running = getattr(item, "funcargs", {}).get("host")
     if report.failed and isinstance(running, Host):
         folder = EVIDENCE / re.sub(r"[^\w.\[\]-]+", "_", item.nodeid.split("/")[-1])
+        shutil.rmtree(folder / call.when, ignore_errors=True)
         running.collect(folder / call.when)
         report.sections.append(("evidence", str(folder.relative_to(EVIDENCE.parents[1]))))
     if report.failed and call.excinfo is not None and call.excinfo.errisinstance(RigError):

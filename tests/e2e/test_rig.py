@@ -150,8 +150,8 @@ def test_guest_that_ignores_suspend_does_not_watch_for_it(host: Host) -> None:
 def test_guest_that_listens_suspends_and_goes_on(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="pv1"))
     # A checkpoint suspends the guest by the same request, and resumes it.
-    host.run(["xl", "save", "-c", "pv1", "/tmp/pv1.save"], timeout=120)
-    host.run("rm /tmp/pv1.save")
+    host.run(["xl", "save", "-c", "pv1", "/root/pv1.save"], timeout=120)
+    host.run("rm /root/pv1.save")
     guest.wait_passes(2)
     guest.assert_clean()
 

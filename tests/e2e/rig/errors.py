@@ -15,10 +15,6 @@ class BuildFailed(RigError):
     """The dom0 image, the guest or the payload could not be made."""
 
 
-class PayloadFailed(RigError):
-    """dom0 booted, but what is under test could not be installed in it."""
-
-
 class BootFailed(RigError):
     """The host did not come up; the message ends with its serial console's tail."""
 

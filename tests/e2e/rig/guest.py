@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .host import Host
 
 KERNEL = "/opt/rig/vmlinux"
-RAMDISK = "/run/rig/guest.cpio.gz"
+RAMDISK = "/opt/rig/guest.cpio.gz"
 CONSOLES = "/var/log/xen/console"
 START_LIMIT = 180.0
 PASS_LIMIT = 60.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -19,7 +18,6 @@ from .errors import (
     CommandFailed,
     CommandTimeout,
     HostLost,
-    PayloadFailed,
     RigError,
 )
 from .frames import CHUNK, Frame
@@ -28,7 +26,7 @@ from .image import Image
 from .payload import Payload
 from .qemu import Flavour, Machine, Qemu, Source
 
-BOOT_LIMIT = 300.0
+BOOT_LIMIT = 400.0
 """Seconds from QEMU's start until dom0 must be up; about ten times what it takes."""
 AGENT_GRACE = 30.0
 """Seconds that the agent has beyond a command's own limit to report."""
@@ -93,7 +91,7 @@ class Host:
     def __init__(self, spec: HostSpec, image: Image, logs: Path) -> None:
         """Boot; the serial console's log is kept in the folder `logs`.
 
-        BootFailed when it does not come up, PayloadFailed when the project cannot be installed.
+        BuildFailed when the project cannot be built, BootFailed when dom0 does not come up.
         """
         self.spec = spec
         self.guests: dict[str, Guest] = {}
@@ -283,9 +281,6 @@ class Host:
             disk.unlink()
             self._channel = Channel(self._qemu.agent, check=self._check)
             self._channel.wait_hello(BOOT_LIMIT)
-            report = json.loads(self.read_text("/run/rig-install.json"))
-            if not report["ok"]:
-                raise PayloadFailed(report["message"])
             left = max(1.0, deadline - time.monotonic())
             # "degraded" is an answer too: a test may have wanted a unit to fail.
             self.run(["systemctl", "is-system-running", "--wait"], timeout=left, check=False)

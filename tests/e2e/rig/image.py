@@ -50,7 +50,6 @@ PACKAGES = (
     "python3",
     "python3-click",
     "python3-hypothesis",
-    "python3-installer",
     "python3-msgspec",
     "python3-numpy",
     "python3-prometheus-client",
@@ -228,9 +227,6 @@ def _customise(root: Path) -> None:
     (root / "etc/machine-id").write_text(f"{uuid.uuid4().hex}\n")
     # xenconsoled does not make it by itself.
     (root / "var/log/xen/console").mkdir(parents=True)
-    # Newer than /usr: systemd has nothing to bring up to date at boot.
-    for name in ("etc/.updated", "var/.updated"):
-        (root / name).touch()
 
 
 def _export(root: Path, output: Path) -> None:

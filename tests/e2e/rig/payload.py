@@ -1,13 +1,14 @@
 """The second disk: what is under test, made anew for each run in seconds.
 
-It holds the project's wheel, its systemd units, configuration and tests, the
-agent, and the guest's initramfs.
+Its tree is copied over dom0's root file system before systemd starts, as if
+packages had been installed: the project, its units and configuration, its
+tests, the agent, and the guest's initramfs.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -18,76 +19,126 @@ from .image import Image, cache_directory
 from .tools import call, timed
 
 REPOSITORY = Path(__file__).parents[3]
-IN_DOM0 = ("__init__.py", "frames.py", "agent.py", "install.py")
-WHEEL_SOURCES = ("pyproject.toml", "README.md", "LICENSE", "pgofflined")
+AGENT = ("__init__.py", "frames.py", "agent.py")
+PROJECT = ("pyproject.toml", "README.md", "LICENSE", "pgofflined")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", "*.egg-info")
-KEPT_WHEELS = 4
+SERVICE = "pgofflined.service"
+UNITS = Path("usr/lib/systemd/system")
+UNIT_SUFFIXES = (".service", ".socket", ".timer", ".target", ".slice")
+KEPT_BUILDS = 4
 SIZE = "64M"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payload:
-    """What goes onto the disk beside the project itself."""
+    """What is to be so in dom0 beside the project's mere presence."""
 
     start_service: bool
+    """Whether pgofflined.service is enabled, so that the boot starts it."""
 
 
 def build(payload: Payload, image: Image, scratch: Path) -> Path:
     """Make the payload disk in `scratch`; its path. BuildFailed when it cannot be made."""
-    folder = scratch / "payload"
+    tree = scratch / "payload"
     with timed("make the payload disk"):
-        _fill(folder, payload, image, scratch)
+        tree.mkdir()
+        if (project := _project(scratch)) is not None:
+            shutil.copytree(project, tree, dirs_exist_ok=True)
+        _place_units(tree)
+        if payload.start_service:
+            _enable(tree)
+        _place("config", tree / "etc/pgofflined")
+        _place("tests", tree / "opt/pgofflined-tests/tests")
+        shutil.copy(REPOSITORY / "pyproject.toml", tree / "opt/pgofflined-tests")
+        agent = tree / "opt/rig/lib/rig"
+        agent.mkdir(parents=True)
+        for name in AGENT:
+            shutil.copy(Path(__file__).with_name(name), agent)
+        initramfs.build(image.guest_modules, scratch, tree / "opt/rig/guest.cpio.gz")
         disk = scratch / "payload.img"
-        options = ["-q", "-t", "ext4", "-O", "^has_journal", "-d", str(folder)]
+        options = ["-q", "-t", "ext4", "-O", "^has_journal", "-d", str(tree)]
         call(["mke2fs", *options, str(disk), SIZE])
-        shutil.rmtree(folder)
+        shutil.rmtree(tree)
     return disk
 
 
-def _fill(folder: Path, payload: Payload, image: Image, scratch: Path) -> None:
-    library = folder / "lib" / "rig"
-    library.mkdir(parents=True)
-    for name in IN_DOM0:
-        shutil.copy(Path(__file__).with_name(name), library)
-    for name in ("systemd", "config", "tests"):
-        if (REPOSITORY / name).is_dir():
-            shutil.copytree(REPOSITORY / name, folder / name, ignore=IGNORED)
-    if (wheel := _wheel(scratch)) is not None:
-        (folder / "wheel").mkdir()
-        shutil.copy(wheel, folder / "wheel")
-    initramfs.build(image.guest_modules, scratch, folder / "guest.cpio.gz")
-    (folder / "payload.json").write_text(json.dumps({"start_service": payload.start_service}))
+def _place(name: str, target: Path) -> None:
+    if (REPOSITORY / name).is_dir():
+        shutil.copytree(REPOSITORY / name, target, ignore=IGNORED)
 
 
-def _wheel(scratch: Path) -> Path | None:
-    """The project's wheel, built when its sources changed; None while there is no project."""
+def _place_units(tree: Path) -> None:
+    for suffix in UNIT_SUFFIXES:
+        for unit in (REPOSITORY / "systemd").glob(f"*{suffix}"):
+            (tree / UNITS).mkdir(parents=True, exist_ok=True)
+            shutil.copy(unit, tree / UNITS)
+    for catalog in (REPOSITORY / "systemd").glob("*.catalog"):
+        (tree / "usr/lib/systemd/catalog").mkdir(parents=True, exist_ok=True)
+        shutil.copy(catalog, tree / "usr/lib/systemd/catalog")
+
+
+def _enable(tree: Path) -> None:
+    """What `systemctl enable` does, from outside of dom0."""
+    unit = tree / UNITS / SERVICE
+    if not unit.exists():
+        return
+    for target in re.findall(r"^WantedBy=(\S+)", unit.read_text(), re.MULTILINE):
+        wants = tree / "etc/systemd/system" / f"{target}.wants"
+        wants.mkdir(parents=True, exist_ok=True)
+        (wants / SERVICE).symlink_to(f"/{UNITS}/{SERVICE}")
+
+
+def _project(scratch: Path) -> Path | None:
+    """The project as installed below a folder, built when its sources changed; None if none."""
     if not (REPOSITORY / "pgofflined" / "__init__.py").exists():
         return None
-    wheels = cache_directory() / "wheels"
-    kept = wheels / _wheel_key()
+    builds = cache_directory() / "projects"
+    kept = builds / _project_key()
     if not kept.is_dir():
-        # A copy, since setuptools leaves stale files in a tree that it builds in.
-        source = scratch / "source"
-        source.mkdir()
-        for name in WHEEL_SOURCES:
-            path = REPOSITORY / name
-            if path.is_dir():
-                shutil.copytree(path, source / name, ignore=IGNORED)
-            elif path.exists():
-                shutil.copy(path, source)
-        built = scratch / "wheel"
-        with timed("build the project's wheel"):
-            options = ["--quiet", "--no-deps", "--wheel-dir", str(built)]
-            call([sys.executable, "-m", "pip", "wheel", *options, str(source)])
-        wheels.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(built, kept, dirs_exist_ok=True)
-        _forget_old(wheels)
-    return next(kept.glob("*.whl"))
+        with timed("build and install the project"):
+            installed = _install(_build_wheel(scratch), scratch)
+        builds.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(installed, kept, dirs_exist_ok=True)
+        _forget_old(builds)
+    return kept
 
 
-def _wheel_key() -> str:
+def _build_wheel(scratch: Path) -> Path:
+    # From a copy, since setuptools leaves stale files in a tree that it builds in.
+    source = scratch / "source"
+    source.mkdir()
+    for name in PROJECT:
+        path = REPOSITORY / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=IGNORED)
+        elif path.exists():
+            shutil.copy(path, source)
+    folder = scratch / "wheel"
+    options = ["--quiet", "--no-deps", "--wheel-dir", str(folder)]
+    call([sys.executable, "-m", "pip", "wheel", *options, str(source)])
+    return next(folder.glob("*.whl"))
+
+
+def _install(wheel: Path, scratch: Path) -> Path:
+    """Install the wheel below a folder, as Debian's Python in dom0 expects it."""
+    root = scratch / "installed"
+    options = ["--quiet", "--no-deps", "--no-compile", "--ignore-installed"]
+    options += ["--no-warn-script-location", "--root", str(root), "--prefix", "/usr"]
+    call([sys.executable, "-m", "pip", "install", *options, str(wheel)])
+    (found,) = root.glob("usr/lib/python3*/site-packages")
+    target = root / "usr/lib/python3/dist-packages"
+    target.parent.mkdir()
+    found.rename(target)
+    found.parent.rmdir()
+    for script in (root / "usr/bin").iterdir():
+        lines = script.read_text().split("\n", 1)
+        script.write_text("\n".join(["#!/usr/bin/python3", *lines[1:]]))
+    return root
+
+
+def _project_key() -> str:
     digest = hashlib.sha256()
-    for name in WHEEL_SOURCES:
+    for name in PROJECT:
         path = REPOSITORY / name
         for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and "__pycache__" not in file.parts:
@@ -96,7 +147,7 @@ def _wheel_key() -> str:
     return digest.hexdigest()[:16]
 
 
-def _forget_old(wheels: Path) -> None:
-    folders = sorted(wheels.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    for folder in folders[KEPT_WHEELS:]:
+def _forget_old(builds: Path) -> None:
+    folders = sorted(builds.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for folder in folders[KEPT_BUILDS:]:
         shutil.rmtree(folder, ignore_errors=True)

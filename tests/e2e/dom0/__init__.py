@@ -1,0 +1,1 @@
+"""Programs that tests run inside dom0, where the project is installed."""
