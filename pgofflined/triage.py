@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from errno import EINVAL
 
 from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone, OfflineCallUnsafe
+from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, XenError
 from pgofflined.core.frames import DOM0, DOMID_COW, DOMID_IO, DOMID_XEN, Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineReply, OfflineState
 from pgofflined.core.pages import PageKind, decode_page_type
@@ -108,7 +109,13 @@ def triage(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition:
     Marks the page unless the result is ``Left`` or ``Later`` with ``marked`` False.  Raises
     PortError when Xen cannot be asked.
     """
-    settled = _settled_by_state(mfn, xen.query(mfn)) or _settled_by_owner(mfn, xen, rules)
+    try:
+        state = xen.query(mfn)
+    except XenError as error:
+        if error.errno != EINVAL:
+            raise
+        return Left(mfn=mfn, reason=LeftReason.NOT_RAM, detail="it is no memory of this host")
+    settled = _settled_by_state(mfn, state) or _settled_by_owner(mfn, xen, rules)
     if settled is not None:
         return settled
     try:

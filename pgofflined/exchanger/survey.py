@@ -80,7 +80,7 @@ class PageFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _P2m:
+class P2m:
     """The guest's list: ``entries`` by pfn, and the frames that hold it, 512 entries each."""
 
     entries: FrameArray
@@ -92,7 +92,7 @@ def survey(xen: Hypervisor, domain: DomainInfo, mfns: Sequence[Mfn]) -> tuple[Pa
 
     The guest has to be suspended and paused.  Raises GuestLayoutError, XenError.
     """
-    p2m = _read_p2m(xen, domain)
+    p2m = read_p2m(xen, domain)
     references = _scan_tables(xen, domain.domid, p2m, mfns)
     wanted = np.array(mfns, dtype=np.uint64)
     types = xen.page_types(domain.domid, wanted)
@@ -118,11 +118,12 @@ def survey(xen: Hypervisor, domain: DomainInfo, mfns: Sequence[Mfn]) -> tuple[Pa
     return tuple(facts)
 
 
-def _slot(p2m: _P2m, pfn: Pfn) -> P2mSlot:
+def _slot(p2m: P2m, pfn: Pfn) -> P2mSlot:
     return P2mSlot(frame=Mfn(int(p2m.leaf_mfns[pfn // WORDS_PER_PAGE])), index=pfn % WORDS_PER_PAGE)
 
 
-def _read_p2m(xen: Hypervisor, domain: DomainInfo) -> _P2m:
+def read_p2m(xen: Hypervisor, domain: DomainInfo) -> P2m:
+    """The guest's p2m as it publishes it.  Raises GuestLayoutError, XenError."""
     shared = xen.read_frames(domain.domid, np.array([domain.shared_info], dtype=np.uint64))[0]
     arch = shared[_ARCH_WORD : _ARCH_WORD + 6]
     max_pfn = int(arch[_MAX_PFN])
@@ -140,7 +141,7 @@ def _read_p2m(xen: Hypervisor, domain: DomainInfo) -> _P2m:
     else:
         raise GuestLayoutError("it publishes no p2m (neither p2m_cr3 nor a frame list)")
     pages = [xen.read_frames(domain.domid, part) for part in _batches(leaf_mfns)]
-    return _P2m(entries=np.concatenate(pages).reshape(-1)[:max_pfn], leaf_mfns=leaf_mfns)
+    return P2m(entries=np.concatenate(pages).reshape(-1)[:max_pfn], leaf_mfns=leaf_mfns)
 
 
 def _walk(xen: Hypervisor, domid: Domid, cr3: int, vaddr: int, leaves: int) -> FrameArray:
@@ -186,7 +187,7 @@ def _read_believed(xen: Hypervisor, domid: Domid, mfns: FrameArray, what: str) -
 
 
 def _scan_tables(
-    xen: Hypervisor, domid: Domid, p2m: _P2m, mfns: Sequence[Mfn]
+    xen: Hypervisor, domid: Domid, p2m: P2m, mfns: Sequence[Mfn]
 ) -> dict[Mfn, tuple[PteReference, ...]]:
     """Every present entry of every page table of the domain that maps one of ``mfns``."""
     own = np.unique(p2m.entries[guest_frames(p2m.entries)])

@@ -36,7 +36,7 @@ def main(domid: Domid, kind: str, count: int) -> None:
         case _:
             raise SystemExit(f"unknown kind {kind}")
     chosen = np.flatnonzero(wanted).tolist()
-    chosen = random.sample(chosen, min(count, len(chosen)))  # noqa: S311 - no secret
+    chosen = random.sample(chosen, min(count, len(chosen)))
     print(json.dumps([[int(pfns[index]), int(mfns[index])] for index in chosen]))
 
 
