@@ -13,6 +13,7 @@ from typing import Final
 
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.text import printable
 
 _IDENTIFIER: Final = "pgofflined"
 _FIELDS: Final = "pgofflined_fields"
@@ -112,15 +113,8 @@ def _priority(level: int) -> int:
     return next((number for least, number in _PRIORITIES if level >= least), _PRIORITY_DEBUG)
 
 
-def _printable(text: str) -> str:
-    """The text on one line, without control characters: names in it come from outside."""
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
-
-
 def _text(record: logging.LogRecord) -> str:
-    text = _printable(record.getMessage())
+    text = printable(record.getMessage())
     if record.exc_info:
         text += "\n" + logging.Formatter().formatException(record.exc_info)
     return text
@@ -165,7 +159,7 @@ class LineHandler(logging.Handler):
         """Write one entry."""
         fields = _fields_of(record)
         fields.pop(_MESSAGE_ID, None)
-        behind = "".join(f" {name}={_printable(value)}" for name, value in fields.items())
+        behind = "".join(f" {name}={printable(value)}" for name, value in fields.items())
         first, *more = _text(record).splitlines() or [""]
         start = (
             f"<{_priority(record.levelno)}>"

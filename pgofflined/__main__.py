@@ -1,0 +1,7 @@
+"""``python -m pgofflined``."""
+
+import sys
+
+from pgofflined.cli import main
+
+sys.exit(main())

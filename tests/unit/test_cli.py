@@ -1,0 +1,301 @@
+"""The command line, as it is called, against a control server that listens for real."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pgofflined import __version__
+from pgofflined.cli import main, view
+from pgofflined.control import ControlServer
+from pgofflined.control.protocol import status_reply
+from pgofflined.core.frames import Mfn
+from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
+from tests.unit.rim_samples import NOW, OFFLINED_PAGE, SNAPSHOT, WAITING_PAGE
+
+ROOT = Path(__file__).parents[2]
+
+
+class Daemon:
+    """Answers as the daemon would; knows one page, and retires even ones only."""
+
+    def snapshot(self) -> Snapshot:
+        return SNAPSHOT
+
+    def max_mfn(self) -> Mfn:
+        return Mfn(0xFFFFF)
+
+    async def query(self, mfn: Mfn) -> FrameAnswer:
+        entry = WAITING_PAGE if mfn == WAITING_PAGE.mfn else None
+        return FrameAnswer(
+            mfn=mfn, state="OFFLINE_PENDING", owner="d7 (pv) web-1", hits_in_window=2, entry=entry
+        )
+
+    async def offline(self, mfn: Mfn) -> OfflineAnswer:
+        if mfn % 2:
+            return OfflineAnswer(mfn=mfn, accepted=False, detail="retire.max_retired is reached")
+        return OfflineAnswer(mfn=mfn, accepted=True, detail="its owner is looked for")
+
+
+def serve(path: Path, allowed_uids: set[int] | None, up: threading.Event) -> None:
+    async def until_stopped() -> None:
+        server = ControlServer.open(str(path), Daemon(), allowed_uids=allowed_uids)
+        task = asyncio.create_task(server.serve())
+        stops[path] = (asyncio.get_running_loop(), task)
+        up.set()
+        await asyncio.wait([task])
+        server.close()
+
+    asyncio.run(until_stopped())
+
+
+stops: dict[Path, tuple[asyncio.AbstractEventLoop, asyncio.Task[None]]] = {}
+
+
+def served(path: Path, allowed_uids: set[int] | None = None) -> Iterator[Path]:
+    up = threading.Event()
+    thread = threading.Thread(target=serve, args=(path, allowed_uids, up))
+    thread.start()
+    assert up.wait(10)
+    yield path
+    loop, task = stops.pop(path)
+    loop.call_soon_threadsafe(task.cancel)
+    thread.join()
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Path]:
+    yield from served(tmp_path / "control.sock")
+
+
+@pytest.fixture
+def picky(tmp_path: Path) -> Iterator[Path]:
+    yield from served(tmp_path / "control.sock", {os.geteuid() + 1})
+
+
+def test_status_tells_first_what_needs_somebody(
+    running: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--socket", str(running)]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[2:4] == [
+        "ATTENTION",
+        "  ! mfn 0x1a2b3 belongs to dom0: plan a reboot with badpage=",
+    ]
+    assert "source    mcelog (VIRQ_MCA is the kernel's), last record" in out
+    assert "retired   3 of 4096 pages that may be (12 KiB of 16 MiB)" in out
+    assert "errors    12 corrected (mcelog)" in out
+    assert "LOST      3 records: 3 mcelog" in out
+    mfns = [line.split()[0] for line in lines[lines.index("PAGES") + 2 :]]
+    assert mfns == ["0x1a2b3", "0x2000", "0x3000"]
+
+
+def text(snapshot: Snapshot, pages: int = 50) -> str:
+    return "\n".join(view.status(status_reply(snapshot, pages=pages), NOW))
+
+
+def test_a_calm_status_says_so() -> None:
+    calm = replace(SNAPSHOT, attention=(), jobs=(), pages=(), lost={}, oldest_unfinished=None)
+    shown = text(calm)
+    assert "All is well: nothing needs you." in shown
+    assert "up 2 h 0 min" in shown
+    for absent in ("ATTENTION", "JOBS", "PAGES", "LOST", "DRY RUN"):
+        assert absent not in shown
+
+
+def test_a_dry_run_and_a_missing_source_stand_out() -> None:
+    shown = text(
+        replace(SNAPSHOT, dry_run=True, source=SourceStatus(name=None, note="mcelog is taken"))
+    )
+    assert "DRY RUN: verdicts are told, nothing is done" in shown
+    assert "source    NONE (mcelog is taken), no record yet" in shown
+
+
+def test_pages_and_jobs_tell_why_and_when() -> None:
+    shown = text(SNAPSHOT)
+    assert (
+        "0x2000   waiting   d7 web-1  1 h 0 min   the page is granted to d0; try 3 in 5 min 0 s"
+        in shown
+    )
+    assert "x4   exchange  d7 web-1  5      running  3 s" in shown
+
+
+def test_what_was_left_out_is_counted() -> None:
+    assert text(SNAPSHOT, pages=1).endswith("\n  and 2 more")
+
+
+def test_a_guests_name_cannot_take_over_the_terminal() -> None:
+    page = replace(WAITING_PAGE, domain_name="\x1b[2Jall\nwell")
+    shown = text(replace(SNAPSHOT, pages=(page,)))
+    assert "\x1b" not in shown
+    assert "d7 \\x1b[2Jall\\nwell" in shown
+
+
+@pytest.mark.parametrize("command", ["status", "jobs"])
+def test_json_is_one_document(
+    running: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert main([command, "--json", "--socket", str(running)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["reply"] == command
+    assert document["jobs"][0]["domain_name"] == "web-1"
+
+
+def test_the_fields_of_status_are_an_interface(
+    running: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["status", "--json", "--socket", str(running)])
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == {
+        "reply", "version", "started", "xen_version", "dry_run", "attention", "source", "errors",
+        "lost", "pages_by_state", "retired_frames", "cap_frames", "tracked_pages",
+        "evicted_pages", "idle_scrub", "oldest_unfinished", "workers", "jobs", "jobs_omitted",
+        "policy", "policy_digest", "pages", "pages_omitted",
+    }  # fmt: skip
+    assert document["errors"] == [{"class": "corrected", "source": "mcelog", "count": 12}]
+    assert document["pages"][0]["mfn"] == 0x1A2B3
+
+
+def test_a_query_tells_of_the_page(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["query", "0x2000", "--socket", str(running)]) == 0
+    out = capsys.readouterr().out
+    assert "Xen says  offline_pending" in out
+    assert "owner     d7 (pv) web-1" in out
+    assert "in hand   waiting, for" in out
+    assert "detail    the page is granted to d0; try 3" in out
+    assert main(["query", "5", "--socket", str(running)]) == 0
+    assert "in hand   no" in capsys.readouterr().out
+
+
+def test_offline_says_whether_it_is_done(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["offline", "0x2000", "--socket", str(running)]) == 0
+    assert "mfn 0x2000 is taken in hand: its owner is looked for" in capsys.readouterr().out
+    assert main(["offline", "0x2001", "--socket", str(running)]) == 1
+    out = capsys.readouterr().out
+    assert out == "mfn 0x2001 is not retired: retire.max_retired is reached\n"
+
+
+def test_a_frame_beyond_the_host_fails(running: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["offline", "0xfffffff", "--socket", str(running)]) == 1
+    assert "beyond the host's last frame 0xfffff" in capsys.readouterr().err
+
+
+def test_the_socket_is_the_configurations(
+    running: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "pgofflined.toml"
+    config.write_text(f'[control]\nsocket = "{running}"\n')
+    assert main(["jobs", "--config", str(config)]) == 0
+    assert "web-1" in capsys.readouterr().out
+
+
+def test_without_a_daemon_the_status_is_69(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--socket", str(tmp_path / "none")]) == os.EX_UNAVAILABLE
+    assert "systemctl start pgofflined" in capsys.readouterr().err
+
+
+def test_who_is_turned_away_gets_77(picky: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["jobs", "--socket", str(picky)]) == os.EX_NOPERM
+    assert "only root" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: COMMAND"),
+        (["dance"], "invalid choice"),
+        (["query"], "required: MFN"),
+        (["query", "0xzz"], "no mfn"),
+        (["offline", "1", "2"], "unrecognized arguments: 2"),
+        (["status", "--pages", "501"], "from 0 to 500"),
+        (["status", "--pages", "-1"], "from 0 to 500"),
+        (["status", "--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_wrong_usage_is_64(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == os.EX_USAGE
+    assert said in capsys.readouterr().err
+
+
+def test_a_good_configuration_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good.toml").write_text('[retire]\nwindow = "24 h"\n')
+    assert main(["check-config", str(tmp_path / "good.toml")]) == 0
+    assert "retire.window = 86400 s" in capsys.readouterr().out
+
+
+def test_a_bad_configuration_is_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.toml").write_text("[retire]\nwindow = 24\nwindows = 3\n")
+    assert main(["check-config", str(tmp_path / "bad.toml")]) == os.EX_CONFIG
+    err = capsys.readouterr().err
+    assert "retire.window: found 24" in err
+    assert "retire.windows" in err
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_daemon_refuses_a_bad_configuration_with_78(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("[retire]\nwindow = 24\n")
+    done = run("-m", "pgofflined", "run", "--config", str(tmp_path / "bad.toml"))
+    assert done.returncode == os.EX_CONFIG
+    assert "retire.window: found 24" in done.stderr
+    assert done.stdout == ""
+
+
+def test_the_module_is_a_program() -> None:
+    done = run("-m", "pgofflined", "--version")
+    assert (done.returncode, done.stdout) == (0, f"pgofflined {__version__}\n")
+
+
+def test_the_demos_options_are_its_own() -> None:
+    done = run("-m", "pgofflined", "demo", "--help")
+    assert done.returncode == 0
+    assert "--seconds" in done.stdout
+
+
+def test_a_reader_that_had_enough_is_no_error(running: Path) -> None:
+    program = (
+        "import os, sys; from pgofflined.cli import main; r, w = os.pipe(); os.close(r);"
+        f"os.dup2(w, 1); sys.exit(main(['status', '--socket', {str(running)!r}]))"
+    )
+    done = run("-c", program)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_asking_the_daemon_loads_nothing_heavy() -> None:
+    done = run(
+        "-c",
+        "import sys, pgofflined.cli; print({'numpy', 'pyroute2', 'prometheus_client', 'systemd', "
+        "'sqlite3'} & set(sys.modules))",
+    )
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0 s"), (59.4, "59 s"), (61, "1 min 1 s"), (7199, "1 h 59 min"), (90000, "1 d 1 h")],
+)
+def test_durations_have_two_units(seconds: float, shown: str) -> None:
+    page = replace(OFFLINED_PAGE, since=NOW - seconds)
+    assert f"-       {shown}" in text(replace(SNAPSHOT, pages=(page,)))
