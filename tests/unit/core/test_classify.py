@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from pgofflined.core.classify import classify, classify_bank
-from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.frames import Mfn
 from pgofflined.core.machine import CpuVendor, Machine
 from pgofflined.core.reports import (
     CorrectedPageError,
@@ -29,11 +29,7 @@ from tests.unit.mca_records import (
     VAL,
     BankError,
     S,
-    bank_entry,
-    global_entry,
-    mc_info,
     mc_info_of,
-    recovery_entry,
     xen_mce_of,
 )
 
@@ -297,72 +293,6 @@ def test_unknown_vendor_is_accounted_only() -> None:
 def test_record_that_names_another_vendor_than_the_host_is_not_believed() -> None:
     telemetry = decode_xen_mce(xen_mce_of(BankError(), cpuvendor=2))
     assert kind(classify(telemetry, INTEL)[0]) is OtherKind.UNKNOWN_VENDOR
-
-
-class TestRecoveryEntries:
-    SRAO = BankError(status=USABLE | UC | S | EN | 0x17A, bank=7, addr=0x5000, domid=1)
-
-    def reports(self, *entries: bytes) -> tuple[ErrorReport, ...]:
-        blob = mc_info(global_entry(self.SRAO), *entries)
-        return classify(decode_mc_info(blob), INTEL)
-
-    def test_frame_and_owner_are_those_of_the_recovery_entry(self) -> None:
-        [report] = self.reports(
-            bank_entry(self.SRAO), recovery_entry(bank=7, mfn=0xB481E, status=0x23004)
-        )
-        assert isinstance(report, HypervisorActed)
-        assert (report.mfn, report.domid, report.broken) == (0xB481E, Domid(2), True)
-        assert (report.result, report.status) == (HypervisorResult.PENDING, self.SRAO.status)
-
-    def test_its_bank_is_not_counted_again_even_where_it_looks_corrected(self) -> None:
-        [report] = self.reports(
-            bank_entry(BankError(bank=7)), recovery_entry(bank=7, mfn=0xB481E, status=0x2002)
-        )
-        assert isinstance(report, HypervisorActed)
-
-    def test_corrected_error_of_another_bank_still_counts(self) -> None:
-        acted, corrected = self.reports(
-            bank_entry(self.SRAO),
-            bank_entry(BankError(bank=9)),
-            recovery_entry(bank=7, mfn=0xB481E, status=0x13004),
-        )
-        assert isinstance(acted, HypervisorActed)
-        assert isinstance(corrected, CorrectedPageError)
-        assert corrected.mfn == MFN
-
-    @pytest.mark.parametrize(
-        ("status", "result", "broken"),
-        [
-            (0x2002, HypervisorResult.OFFLINED, True),
-            (0x13004, HypervisorResult.PENDING, True),
-            (0x0010, HypervisorResult.REPEATED, False),
-            (0x0108, HypervisorResult.FAILED, False),
-            (0x0001, HypervisorResult.FAILED, False),
-            (0x0000, HypervisorResult.UNKNOWN, False),
-            (0x01010101, HypervisorResult.UNKNOWN, False),
-        ],
-    )
-    def test_result_is_what_the_status_word_says(
-        self,
-        status: int,
-        result: HypervisorResult,
-        broken: bool,  # noqa: FBT001
-    ) -> None:
-        [report] = self.reports(recovery_entry(bank=7, mfn=0x100, status=status))
-        assert isinstance(report, HypervisorActed)
-        assert (report.result, report.broken, report.mfn) == (result, broken, 0x100)
-
-    def test_frame_beyond_the_host_is_not_passed_on(self) -> None:
-        [report] = self.reports(recovery_entry(bank=7, mfn=0x100000, status=0x2002))
-        assert isinstance(report, HypervisorActed)
-        assert (report.mfn, report.broken) == (None, False)
-
-    def test_owner_of_the_bank_entry_serves_where_the_status_names_none(self) -> None:
-        [report] = self.reports(
-            bank_entry(self.SRAO), recovery_entry(bank=7, mfn=0x100, status=0x2002)
-        )
-        assert isinstance(report, HypervisorActed)
-        assert report.domid == Domid(1)
 
 
 @pytest.mark.parametrize(

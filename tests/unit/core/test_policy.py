@@ -17,6 +17,7 @@ from pgofflined.core.policy import (
     DryRun,
     Ignore,
     Policy,
+    RelocationPolicy,
     Retire,
     RetirePolicy,
     TcpAddress,
@@ -172,6 +173,11 @@ def test_waits_double_up_to_the_last_and_end() -> None:
 
 def test_waits_without_a_limit_never_end() -> None:
     assert Backoff(first=1.0, last=300.0).delay(10**9) == 300.0
+
+
+@pytest.mark.parametrize("target", ["", "localhost", "xen2"])
+def test_only_localhost_is_this_host(target: str) -> None:
+    assert RelocationPolicy(target=target).is_local == (target == "localhost")
 
 
 def test_effective_policy_is_in_plain_units() -> None:
