@@ -38,7 +38,7 @@ _XENCALL: Final[_Prototypes] = {
     "xencall_alloc_buffer": (_ADDRESS, [_HANDLE, ctypes.c_size_t]),
     "xencall_free_buffer": (None, [_HANDLE, _ADDRESS]),
 }
-# Since Xen 4.15 (VERS_1.3): the same with a result of 64 bits.
+# Since Xen 4.16 (VERS_1.3): the same with a result of 64 bits.
 _XENCALL_LONG: Final[_Prototypes] = {
     "xencall2L": (ctypes.c_long, [_HANDLE, ctypes.c_uint, _U64, _U64]),
 }
@@ -74,7 +74,7 @@ _EVENT_CHANNELS: Final[_Prototypes] = {
     "xenevtchn_pending": (ctypes.c_int, [_HANDLE]),
     "xenevtchn_unmask": (ctypes.c_int, [_HANDLE, ctypes.c_uint32]),
 }
-# Since Xen 4.14 (VERS_1.2).
+# Since Xen 4.15 (VERS_1.2).
 _EVENT_CHANNELS_ADOPT: Final[_Prototypes] = {
     "xenevtchn_fdopen": (_HANDLE, [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint]),
 }

@@ -80,7 +80,11 @@ class Memory:
             ctypes.memmove(address + index * 8, flat.ctypes.data, flat.nbytes)
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
-        """XEN_DOMCTL_PFINFO_* words of a PV domain's frames, in order, 1024 in a call."""
+        """XEN_DOMCTL_PFINFO_* words of a PV domain's frames, in order, 1024 in a call.
+
+        Not for looking for a domain's frames among others': for each that is not its own Xen logs a
+        line at guest level (get_page in arch/x86/mm.c), which on a serial console takes a while.
+        """
         types = np.empty(len(mfns), dtype=np.uint32)
         for start in range(0, len(mfns), GETPAGEFRAMEINFO3_MAX):
             batch = np.ascontiguousarray(
@@ -105,6 +109,8 @@ class Memory:
         taken it back.  Transitive entries of version 2 name a grant of a third domain and no frame
         of this one.  A mapped grant whose frame the guest has overwritten is not seen here; the
         reference it holds makes Xen refuse an exchange.
+
+        Raises XenError, EPERM for dom0: Xen maps no domain's own table for it in this way.
         """
         frames = self._table_size(domid)
         if frames == 0:

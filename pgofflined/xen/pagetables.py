@@ -29,7 +29,10 @@ class PageTables:
     def update_ptes(self, domid: Domid, writes: Sequence[PteWrite]) -> None:
         """Set entries in order; the tables and the frames they name are the domain's.
 
-        The domain is paused by the caller: nothing flushes stale translations of a running one.
+        The caller has paused the domain, since nothing flushes stale translations of a running
+        one, and has seen that each table is one: into a frame that is no page table Xen writes the
+        value as plain data (seen on 4.20), and that is no error.
+
         Raises XenError with ``done``, and with the table whose entry was refused.
         """
         for write in writes:

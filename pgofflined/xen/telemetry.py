@@ -11,7 +11,7 @@ import select
 import struct
 from typing import TYPE_CHECKING, Final
 
-from pgofflined.core.errors import SourceUnavailable, XenError
+from pgofflined.core.errors import PortError, SourceUnavailable, XenError
 from pgofflined.ports import RecordFormat, TelemetryBatch
 from pgofflined.xen.abi.mca import (
     VIRQ_MCA,
@@ -69,12 +69,12 @@ class NativeSource:
         call = _call()
         try:
             channels = EventChannels()
-        except XenError as error:
+        except PortError as error:
             call.close()
             raise _unavailable(error) from error
         try:
             port = channels.bind_virq(VIRQ_MCA)
-        except XenError as error:
+        except PortError as error:
             channels.close()
             call.close()
             raise _unavailable(error) from error
@@ -85,13 +85,13 @@ class NativeSource:
         """Go on with a descriptor of an earlier run, on which VIRQ_MCA is bound to ``port``.
 
         The descriptor is ours from then on.  The port is unmasked: the earlier run may have ended
-        between taking an event and unmasking.  Raises SourceUnavailable; the descriptor is then
-        still the caller's.
+        between taking an event and unmasking.  Raises SourceUnavailable (ENOSYS: Xen 4.14's library
+        cannot adopt); the descriptor is then still the caller's.
         """
         call = _call()
         try:
             channels = EventChannels(fd=fd)
-        except XenError as error:
+        except PortError as error:
             call.close()
             raise _unavailable(error) from error
         source = cls(call=call, channels=channels, port=port)
@@ -192,11 +192,11 @@ class NativeSource:
 def _call() -> XenCall:
     try:
         return XenCall()
-    except XenError as error:
+    except PortError as error:
         raise _unavailable(error) from error
 
 
-def _unavailable(error: XenError) -> SourceUnavailable:
+def _unavailable(error: PortError) -> SourceUnavailable:
     reasons = {
         errno.EEXIST: "another has bound VIRQ_MCA, as a rule dom0's kernel (CONFIG_XEN_MCE_LOG); "
         "start dom0 with initcall_blacklist=xen_late_init_mcelog for the whole telemetry",
@@ -205,8 +205,9 @@ def _unavailable(error: XenError) -> SourceUnavailable:
         errno.EACCES: "it needs root",
         errno.EPERM: "it needs root in dom0",
     }
-    reason = reasons.get(error.errno, str(error))
-    return SourceUnavailable(error.errno, source="native", reason=reason)
+    # What is no XenError is a library that is missing, or too old for what is wanted of it.
+    code = error.errno if isinstance(error, XenError) else errno.ENOSYS
+    return SourceUnavailable(code, source="native", reason=reasons.get(code, str(error)))
 
 
 class McelogSource:
