@@ -39,7 +39,9 @@ def main() -> int:
     """Print every broken link; 1 if there is any."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        check=True, capture_output=True, text=True,
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split()
     problems = [line for name in listed if Path(name).exists() for line in broken_links(Path(name))]
     print("\n".join(problems) or f"links: {len(listed)} pages, all fine")
