@@ -1,0 +1,52 @@
+"""The service unit agrees with the daemon."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from pathlib import Path, PurePath
+
+from pgofflined.core.policy import ControlPolicy, ExchangePolicy, RelocationPolicy
+from pgofflined.daemon import EX_UNAVAILABLE
+
+UNIT = Path(__file__).parents[2] / "systemd" / "pgofflined.service"
+
+
+def settings() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for line in UNIT.read_text(encoding="utf-8").splitlines():
+        if "=" in line and not line.startswith("#"):
+            name, _, value = line.partition("=")
+            found[name] += value.split()
+    return found
+
+
+def test_the_daemon_may_bring_an_exchange_to_its_end() -> None:
+    exchange = ExchangePolicy()
+    longest = exchange.acknowledge_timeout + exchange.suspend_timeout
+    assert int(settings()["TimeoutStopSec"][0]) >= 2 * longest
+    assert settings()["KillMode"] == ["mixed"]
+
+
+def test_a_bad_configuration_is_not_tried_again_and_a_missing_xen_is() -> None:
+    final = {int(code) for code in settings()["RestartPreventExitStatus"]}
+    assert os.EX_CONFIG in final
+    assert EX_UNAVAILABLE not in final
+
+
+def test_the_control_socket_lies_where_the_service_may_write() -> None:
+    folder = PurePath("/run", *settings()["RuntimeDirectory"])
+    assert PurePath(ControlPolicy().socket).parent == folder
+    assert settings()["RuntimeDirectoryMode"] == ["0700"]
+
+
+def test_what_the_daemon_speaks_is_allowed() -> None:
+    families = settings()["RestrictAddressFamilies"]
+    assert {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"} == set(families)
+    assert int(settings()["FileDescriptorStoreMax"][0]) >= 1
+    assert settings()["Type"] == ["notify"]
+
+
+def test_migrations_have_units_of_their_own_and_need_no_right_here() -> None:
+    assert RelocationPolicy().time_limit > int(settings()["TimeoutStopSec"][0])
+    assert settings()["ReadWritePaths"] == []
