@@ -89,7 +89,7 @@ class Store:
         self._trouble: str | None = None
 
     @classmethod
-    def open(cls, path: Path, boot_id: str, *, max_hits: int = 1_000_000) -> Self:
+    def open(cls, path: Path, boot_id: str, *, max_hits: int = 250_000) -> Self:
         """Open the state of this boot of the host, or begin it.
 
         The state of another boot is discarded.  A damaged file, or one of another version, is
