@@ -130,6 +130,38 @@ def test_addresses_to_listen_on(listen: str, expected: TcpAddress | None) -> Non
 
 
 @pytest.mark.parametrize(
+    ("key", "least", "most"),
+    [
+        ("retire.corrected_errors", 1, 1000),
+        ("retire.max_tracked_pages", 1, 10_000_000),
+        ("exchange.workers", 1, 64),
+        ("exchange.max_queued", 1, 1_000_000),
+        ("exchange.max_pages_per_suspend", 1, 4096),
+        ("exchange.attempts", 1, 1000),
+        ("relocation.parallel", 1, 16),
+        ("relocation.max_queued", 1, 32_768),
+        ("relocation.attempts", 1, 1000),
+        ("sources.max_queued", 1, 1_000_000),
+    ],
+)
+def test_whole_numbers_are_taken_up_to_their_limits(key: str, least: int, most: int) -> None:
+    section, field = key.split(".")
+    for value in (least, most):
+        policy = parse(f"{key} = {value}", name="x")
+        assert getattr(getattr(policy, section), field) == value
+    for value in (least - 1, most + 1):
+        assert f"from {least} to {most}" in problems_of(f"{key} = {value}")[key]
+
+
+def test_longest_socket_path_and_highest_port_are_taken() -> None:
+    path = "/" + "x" * 106
+    assert parse(f'control.socket = "{path}"', name="x").control.socket == path
+    assert parse('metrics.listen = "h:65535"', name="x").metrics.listen == TcpAddress(
+        host="h", port=65535
+    )
+
+
+@pytest.mark.parametrize(
     ("line", "key", "found", "allowed"),
     [
         ('retire.window = "72"', "retire.window", '"72"', '"72h"'),

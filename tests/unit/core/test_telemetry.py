@@ -181,6 +181,17 @@ def test_entry_that_starts_beyond_the_end_is_dropped() -> None:
     assert flaws(telemetry) == [Flaw.BEYOND_END]
 
 
+def test_entry_that_ends_with_the_record_is_whole() -> None:
+    filler = struct.pack("<HH", 2, 760 - 48).ljust(760 - 48, b"\0")
+    telemetry = decode_mc_info(mc_info(filler, bank_entry(ERROR)))
+    assert (len(telemetry.banks), telemetry.flaws) == (1, ())
+
+
+def test_as_many_entries_as_can_fit_are_walked() -> None:
+    smallest = struct.pack("<HH", 2, 4)
+    assert decode_mc_info(mc_info(*[smallest] * 190)).flaws == ()
+
+
 def test_unknown_entry_type_is_stepped_over() -> None:
     unknown = struct.pack("<HH", 9, 64).ljust(64, b"\xff")
     telemetry = decode_mc_info(mc_info(global_entry(ERROR), unknown, bank_entry(ERROR)))
@@ -200,7 +211,10 @@ def test_several_banks_share_the_global_entry() -> None:
 
 def test_record_without_global_entry_still_gives_its_bank() -> None:
     [entry] = decode_mc_info(mc_info(bank_entry(ERROR))).banks
-    assert (entry.bank, entry.apicid, entry.socket) == (9, None, None)
+    assert entry == BankEntry(
+        bank=9, status=ERROR.status, addr=ERROR.addr, misc=ERROR.misc, domid=Domid(7)
+    )
+    assert (entry.apicid, entry.socket, entry.gstatus, entry.flags) == (None, None, 0, 0)
 
 
 def test_incomplete_flag_is_passed_on() -> None:
