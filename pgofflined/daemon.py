@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import os
 import signal
@@ -109,6 +110,8 @@ class NativeFactory:
 def run(config_path: Path) -> int:
     """Run the daemon until it is told to stop; gives the exit status."""
     setup_logging(logging.INFO)
+    # Where the watchdog ends us with SIGABRT, the journal is to tell what every thread waited for.
+    faulthandler.enable()
     try:
         policy = load(config_path)
     except ConfigError as error:
@@ -158,7 +161,6 @@ async def _serve(config_path: Path, policy: Policy, notifier: Notifier, clock: H
         await service.run(stop)
     finally:
         store.close()
-    event(log, logging.INFO, Event.STOPPING, "pgofflined has stopped")
     return 0
 
 
@@ -192,8 +194,10 @@ def _tell_started(policy: Policy, xen: XenHypervisor, service: Service) -> None:
     message = f"pgofflined {__version__} on Xen {xen.version()}"
     event(log, logging.INFO, Event.STARTED, message)
     _tell_policy(policy, service)
-    for line in service.snapshot().attention:
-        log.warning("%s", line)
+    snapshot = service.snapshot()
+    for line in snapshot.attention:
+        if line != snapshot.source.note:  # no source has been tried at this point
+            log.warning("%s", line)
 
 
 def _tell_policy(policy: Policy, service: Service) -> None:

@@ -19,8 +19,8 @@ from pgofflined.core.frames import Mfn
 from pgofflined.core.history import History
 from pgofflined.core.machine import Machine
 from pgofflined.core.outcomes import ExchangeReport
-from pgofflined.core.policy import Policy
-from pgofflined.core.relocation_outcomes import RelocationOutcome
+from pgofflined.core.policy import Policy, effective
+from pgofflined.core.relocation_outcomes import MigrationOutcome, RelocationOutcome
 from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
@@ -72,6 +72,22 @@ class World:
     source_broken: Callable[[TelemetrySource], None] = lambda _source: None
 
 
+class _Counted:
+    """A relocator whose migrations are counted."""
+
+    def __init__(self, inner: Relocator, metrics: Metrics) -> None:
+        self._inner = inner
+        self._metrics = metrics
+
+    async def migrate(
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+    ) -> MigrationOutcome:
+        """Migrate, and count what came of it."""
+        outcome = await self._inner.migrate(domain, name, target, time_limit)
+        self._metrics.observe_migration(outcome)
+        return outcome
+
+
 class Service:
     """The running daemon.  Made on the event loop that it runs on."""
 
@@ -112,7 +128,7 @@ class Service:
         self.relocation = RelocationService(
             policy=policy.relocation,
             xen=world.xen,
-            relocator=world.relocator,
+            relocator=_Counted(world.relocator, self.metrics),
             links=world.links,
             clock=world.clock,
             zone=world.zone,
@@ -136,6 +152,8 @@ class Service:
             self._world.notifier.ready(self.status_line())
             self.ready.set()
             await stop.wait()
+            message = "pgofflined stops when the exchanges under way have ended"
+            event(log, logging.INFO, Event.STOPPING, message)
             self._world.notifier.stopping("finishing the exchanges under way")
             intake.cancel()
             self.retirer.stop()
@@ -191,6 +209,7 @@ class Service:
             oldest_unfinished=book.oldest_unfinished(),
             workers=self.pool.status(),
             jobs=(*self.pool.jobs(), *self.relocation.snapshot()),
+            policy=tuple(effective(self.policy, host_frames=self.intake.host_frames)),
             policy_digest=policy_digest(self.policy),
             pages=tuple(book),
         )

@@ -10,7 +10,7 @@ from pgofflined.core.book import PageEntry
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceStatus:
-    """Where machine checks come from now; ``name`` is None while degraded, and ``note`` says why."""
+    """Where machine checks come from; ``name`` is None while degraded, ``note`` says why."""
 
     name: str | None
     note: str

@@ -47,22 +47,6 @@ class MigrationResult(StrEnum):
     IN_DOUBT = "in_doubt"
 
 
-class Action(StrEnum):
-    """What Xen was asked to do with a frame."""
-
-    OFFLINE = "offline"
-    ONLINE = "online"
-
-
-class ActionOutcome(StrEnum):
-    """What came of it: ``REFUSED`` is an answer of Xen's, ``FAILED`` the lack of one."""
-
-    DONE = "done"
-    PENDING = "pending"
-    REFUSED = "refused"
-    FAILED = "failed"
-
-
 EXCHANGED = "exchanged"
 DAMAGED = "damaged"
 

@@ -32,8 +32,6 @@ from pgofflined.core.status import Snapshot
 from pgofflined.core.tally import (
     DAMAGED,
     EXCHANGED,
-    Action,
-    ActionOutcome,
     JobKind,
     JobOutcome,
     MigrationResult,
@@ -84,7 +82,6 @@ class Metrics(Collector):
         self._jobs = Counter(dict.fromkeys(product(JobKind, JobOutcome), 0))
         self._pages = Counter(dict.fromkeys(_PAGE_OUTCOMES, 0))
         self._migrations = Counter(dict.fromkeys(MigrationResult, 0))
-        self._actions = Counter(dict.fromkeys(product(Action, ActionOutcome), 0))
         self._stuck = 0
         self._whole = _Durations()
         self._ours = _Durations()
@@ -111,10 +108,6 @@ class Metrics(Collector):
     def observe_migration(self, outcome: MigrationOutcome) -> None:
         """Count one migration, of which a relocation job may need several."""
         self._migrations[migration_result(outcome)] += 1
-
-    def action(self, action: Action, outcome: ActionOutcome) -> None:
-        """Count one call that changes a frame's state."""
-        self._actions[action, outcome] += 1
 
     def collect(self) -> Iterator[Metric]:
         """All series at this moment."""
@@ -145,12 +138,6 @@ class Metrics(Collector):
             "Migrations of guests off bad pages.",
             ("outcome",),
             _single(self._migrations),
-        )
-        yield _counter(
-            "actions",
-            "Calls to Xen that change the state of a frame.",
-            ("action", "outcome"),
-            self._actions.items(),
         )
         yield _counter(
             "guests_stuck",

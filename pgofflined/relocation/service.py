@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import tzinfo
 from functools import partial
@@ -88,8 +87,6 @@ class RelocationService:
     """Migrates HVM and PVH guests off their bad pages, as the policy allows.
 
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
-    ``migrations`` counts the results of single migrations: ``succeeded``, ``failed``,
-    ``timed_out``, ``in_doubt``.
     """
 
     def __init__(
@@ -106,7 +103,6 @@ class RelocationService:
         in_thread: InThread = asyncio.to_thread,
         stop_grace: float = 20.0,
     ) -> None:
-        self.migrations: Counter[str] = Counter()
         self._queue = RelocationQueue(policy, zone)
         self._host = MigrationHost(xen)
         self._relocator = relocator
@@ -219,13 +215,8 @@ class RelocationService:
         seconds = self._clock.monotonic() - start
         match outcome:
             case Migrated():
-                self.migrations["succeeded"] += 1
                 await self._settle(domain, outcome, seconds)
-            case NotMigrated(timed_out=timed_out):
-                self.migrations["timed_out" if timed_out else "failed"] += 1
-                await self._after_failure(domain, policy.target, outcome, seconds)
-            case InDoubt():
-                self.migrations["in_doubt"] += 1
+            case NotMigrated() | InDoubt():
                 await self._after_failure(domain, policy.target, outcome, seconds)
             case _:
                 assert_never(outcome)

@@ -21,7 +21,6 @@ from pgofflined.core.policy import TcpAddress, UnixAddress
 from pgofflined.core.relocation_outcomes import Migrated, Relocated
 from pgofflined.core.reports import REPORT_CLASSES, ErrorReport
 from pgofflined.core.status import Snapshot, SourceStatus
-from pgofflined.core.tally import Action, ActionOutcome
 from pgofflined.metrics import Metrics, MetricsServer
 from tests.unit.rim_samples import NOW, SNAPSHOT, WEB
 
@@ -94,7 +93,6 @@ def test_every_series_of_a_known_set_is_there_from_the_start() -> None:
     assert value(found, "jobs_total", kind="relocation", outcome="failed") == 0
     assert value(found, "migrations_total", outcome="in_doubt") == 0
     assert value(found, "records_lost_total", where="undecodable") == 0
-    assert value(found, "actions_total", action="offline", outcome="pending") == 0
     assert value(found, "guest_blackout_seconds_count") == 0
 
 
@@ -129,7 +127,7 @@ def test_an_exchange_counts_its_job_its_pages_and_the_pause() -> None:
     assert value(found, "guest_blackout_own_seconds_bucket", le="+Inf") == 1
 
 
-def test_relocations_migrations_and_actions_are_counted() -> None:
+def test_relocations_and_migrations_are_counted() -> None:
     metrics = metrics_of()
     metrics.observe_migration(Migrated())
     metrics.observe_relocation(
@@ -142,11 +140,9 @@ def test_relocations_migrations_and_actions_are_counted() -> None:
             seconds=9.0,
         )
     )
-    metrics.action(Action.OFFLINE, ActionOutcome.PENDING)
     found = read(metrics)
     assert value(found, "migrations_total", outcome="migrated") == 1
     assert value(found, "jobs_total", kind="relocation", outcome="done") == 1
-    assert value(found, "actions_total", action="offline", outcome="pending") == 1
 
 
 def test_names_follow_the_rules_and_labels_are_bounded() -> None:
@@ -158,7 +154,7 @@ def test_names_follow_the_rules_and_labels_are_bounded() -> None:
         assert family.documentation
         labels.update(*(sample.labels for sample in family.samples))
     assert labels == {
-        "class", "source", "where", "state", "kind", "outcome", "action", "le",
+        "class", "source", "where", "state", "kind", "outcome", "le",
         "version", "xen", "digest", "dry_run",
     }  # fmt: skip
     assert "_created" not in text
