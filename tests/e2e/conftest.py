@@ -118,6 +118,8 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     pool = config.stash[POOL]
+    # All tests are done: the last host's remarks are wanted as well.
+    pool.stop()
     if pool.boots:
         terminalreporter.write_line(f"rig: booted {', '.join(pool.boots)}")
     for remark in pool.remarks:

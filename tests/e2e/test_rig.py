@@ -109,6 +109,16 @@ def test_pv_guest_with_two_vcpus_checks_its_memory(host: Host) -> None:
     assert not guest.exists()
 
 
+@pytest.mark.hosts(INTEL)
+def test_pages_of_the_checker_can_be_found_in_the_machine(host: Host) -> None:
+    guest = host.start_guest(GuestSpec(name="pv1"))
+    p2m = guest.p2m()
+    mfns = {p2m[pfn] for pfn in guest.checker_pfns()}
+    assert len(mfns) == 64
+    # The machine's 3 GiB are below the PCI hole.
+    assert max(mfns) < (3 << 30) >> 12
+
+
 @pytest.mark.hosts(AMD)
 @pytest.mark.parametrize("kind", ["pvh", "hvm"])
 def test_guest_with_second_level_tables_checks_its_memory(host: Host, kind: str) -> None:

@@ -23,6 +23,10 @@ class HostLost(RigError):
     """The host went away or hangs; the message says where its CPUs are."""
 
 
+class GuestFailed(RigError):
+    """A guest did not boot; the message ends with its console's tail."""
+
+
 class CommandFailed(AssertionError):
     """A command in dom0 ended with a status other than 0."""
 

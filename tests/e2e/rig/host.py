@@ -96,6 +96,8 @@ class Host:
         self.spec = spec
         self.guests: dict[str, Guest] = {}
         self.lost: str | None = None
+        self.remarks: list[str] = []
+        """What did not go smoothly, for the run's summary."""
         self._logs = logs
         self._scratch = Path(tempfile.mkdtemp(prefix="pgofflined-rig-"))
         self._qemu: Qemu | None = None

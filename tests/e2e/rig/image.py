@@ -242,6 +242,7 @@ def _export(root: Path, output: Path) -> None:
     # Guests boot it uncompressed: dom0 need not unpack it under emulation for each.
     guest_files = root / "opt/rig"
     guest_files.mkdir(parents=True)
+    shutil.copy(vmlinuz, guest_files / "vmlinuz")
     (guest_files / "vmlinux").write_bytes(kernel.uncompressed(vmlinuz.read_bytes()))
     _only(root / "boot", "xen-*.efi").unlink()
     call(["mke2fs", "-q", "-t", "ext4", "-d", str(root), str(image.disk), SIZE])

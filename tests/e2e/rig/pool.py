@@ -38,6 +38,7 @@ class HostPool:
     def stop(self) -> None:
         """Stop the running host, if there is one."""
         if self._host is not None:
+            self.remarks += [f"{self._host.spec}: {remark}" for remark in self._host.remarks]
             if self._host.lost is not None:
                 self.remarks.append(f"host lost: {self._host.lost.splitlines()[0]}")
             self._host.stop()
