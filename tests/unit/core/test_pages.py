@@ -88,6 +88,38 @@ def test_xens_own_slots_are_passed_over_in_an_l4_only() -> None:
     assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [(0, 272), (1, 258)]
 
 
+@pytest.mark.parametrize("frames", [0, 1, 12, 13, 64])
+@pytest.mark.parametrize("count", [0, 1, 128, 300])
+def test_many_tables_and_frames_are_searched_as_one_by_one(count: int, frames: int) -> None:
+    # Both ways of telling candidates, one block and several, the last one cut short.
+    chance = np.random.default_rng(count * 100 + frames)
+    wanted = chance.choice(1 << 20, size=frames, replace=False).astype(np.uint64)
+    tables = chance.integers(0, 1 << 20, size=(count, 512), dtype=np.uint64)
+    if frames:
+        planted = chance.random(tables.shape) < 0.01
+        tables[planted] = chance.choice(wanted, size=int(planted.sum()))
+    tables = tables << np.uint64(12) | chance.integers(0, 2, size=tables.shape, dtype=np.uint64)
+    levels = chance.integers(1, 5, size=count).astype(np.uint8)
+    members = set(wanted.tolist())
+    expected = [
+        (row, column)
+        for row, table in enumerate(tables.tolist())
+        for column, entry in enumerate(table)
+        if entry & 1 and entry >> 12 in members
+        if levels[row] != 4 or not 256 <= column < 272
+    ]
+    rows, columns = find_references(tables, levels, wanted)
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
+
+
+def test_the_last_entry_of_the_last_table_is_seen() -> None:
+    tables = _tables({(299, 511): 0x123 << 12 | 1}, 300)
+    rows, columns = find_references(
+        tables, np.ones(300, dtype=np.uint8), np.array([0x123], dtype=np.uint64)
+    )
+    assert (rows.tolist(), columns.tolist()) == ([299], [511])
+
+
 def test_missing_identity_and_foreign_entries_of_a_p2m_are_not_the_guests_frames() -> None:
     p2m = np.array([0x123, (1 << 64) - 1, 1 << 62 | 5, 1 << 63 | 5, 1 << 40], dtype=np.uint64)
     assert guest_frames(p2m).tolist() == [True, False, False, False, False]
