@@ -10,16 +10,20 @@ import argparse
 import asyncio
 import itertools
 import logging
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
+from typing import Final
 
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
-from pgofflined.core.frames import PAGE_SIZE
+from pgofflined.core.events import Event
+from pgofflined.core.frames import PAGE_SIZE, Maddr
 from pgofflined.core.machine import CpuVendor, Machine
 from pgofflined.core.policy import (
     ControlPolicy,
@@ -30,17 +34,70 @@ from pgofflined.core.policy import (
     TcpAddress,
 )
 from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome, NotMigrated
-from pgofflined.journal_log import setup_logging
+from pgofflined.journal_log import FieldHandler
 from pgofflined.notify import NullNotifier
 from pgofflined.relocation import KernelLinks
 from pgofflined.service import Service, World
 from pgofflined.serving import CannotListen
 from pgofflined.sim.clock import WallClock
+from pgofflined.sim.dimm import FailingDimm
 from pgofflined.sim.scenarios import DemoHost, demo_host
 from pgofflined.store import Store
 
-_ERROR_EVERY = 0.25
-_SETTLE = 5.0
+_ERROR_EVERY: Final = 0.4
+# Every so many errors strike the PVH guest, whichever rows of the module are weak.
+_PVH_TURN: Final = 5
+_PVH_PFNS: Final = range(4096, 4099)
+_SETTLE: Final = 20.0
+_LOOK: Final = 0.1
+
+_HIDDEN: Final = frozenset(
+    kind.message_id
+    for kind in (
+        Event.ERROR_SEEN,  # a line about the verdict follows
+        Event.PAGE_MARKED,
+        Event.STOPPING,
+    )
+)
+_WORDS: Final = {
+    kind.message_id: word
+    for kind, word in {
+        Event.SOURCE_CHOSEN: "source",
+        Event.PAGE_TO_RETIRE: "retire",
+        Event.PAGE_OFFLINED: "offline",
+        Event.PAGE_REFUSED: "refused",
+        Event.PAGE_LEFT: "left",
+        Event.EXCHANGE_DONE: "guest",
+        Event.MIGRATION_DONE: "guest",
+        Event.IDLE_SCRUB_HAZARD: "note",
+    }.items()
+}
+_WORDS_OF_LOGGERS: Final = {
+    "pgofflined.intake": "error",
+    "pgofflined.relocation.service": "guest",
+}
+_WARNING: Final = 4
+
+
+class Screen:
+    """Shows the daemon's journal as it is written: seconds, what it is about, the message."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def show(self, message: str, **fields: object) -> None:
+        """Print one entry; takes what ``systemd.journal.send`` takes."""
+        kind = str(fields.get("MESSAGE_ID", ""))
+        if kind in _HIDDEN:
+            return
+        word = _WORDS.get(kind) or _WORDS_OF_LOGGERS.get(str(fields.get("LOGGER")))
+        if word is None:
+            word = "warning" if int(str(fields.get("PRIORITY"))) <= _WARNING else "info"
+        self.say(f"{time.monotonic() - self._start:5.1f} s  {word:<8}{message}")
+
+    def say(self, text: str) -> None:
+        """Print a line of our own."""
+        print(text, file=sys.stderr, flush=True)
 
 
 class SimulatedRelocator:
@@ -68,18 +125,33 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="how long errors keep coming")
     parser.add_argument("--seed", type=int, default=1, help="another failing module")
     parser.add_argument(
-        "--port", type=int, default=9709, help="port of the metrics on 127.0.0.1 (0: any free one)"
+        "--port",
+        type=_port,
+        default=9709,
+        help="port of the metrics on 127.0.0.1 (0: any free one)",
     )
     options = parser.parse_args(arguments)
-    setup_logging(logging.INFO)
+    screen = Screen()
+    _log_to(screen)
     demo = demo_host(clock=WallClock(), seed=options.seed)
     with tempfile.TemporaryDirectory(prefix="pgofflined-demo-") as folder:
         try:
-            service = asyncio.run(_run(demo, options.seconds, options.port, Path(folder)))
+            service = asyncio.run(_run(demo, screen, options.seconds, options.port, Path(folder)))
         except CannotListen as error:
             print(f"{error}\nor run the demo with --port 0", file=sys.stderr)
             return 1
     return _summarise(demo, service)
+
+
+def _port(text: str) -> int:
+    if text.isascii() and text.isdigit() and int(text) < 1 << 16:
+        return int(text)
+    raise argparse.ArgumentTypeError("give a number from 0 to 65535")
+
+
+def _log_to(screen: Screen) -> None:
+    logging.basicConfig(level=logging.WARNING, handlers=[FieldHandler(screen.show)], force=True)
+    logging.getLogger("pgofflined").setLevel(logging.INFO)
 
 
 def _policy(port: int, folder: Path) -> Policy:
@@ -92,7 +164,7 @@ def _policy(port: int, folder: Path) -> Policy:
     )
 
 
-async def _run(demo: DemoHost, seconds: float, port: int, folder: Path) -> Service:
+async def _run(demo: DemoHost, screen: Screen, seconds: float, port: int, folder: Path) -> Service:
     host = demo.host
     world = World(
         xen=host,
@@ -107,41 +179,70 @@ async def _run(demo: DemoHost, seconds: float, port: int, folder: Path) -> Servi
     )
     service = Service(world, _policy(port, folder))
     stop = asyncio.Event()
-    async with asyncio.TaskGroup() as tasks:
-        running = tasks.create_task(service.run(stop), name="service")
-        tasks.create_task(_strike(demo, service, seconds, stop), name="module")
-        await running
-    world.store.close()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    striking = asyncio.create_task(_strike(demo, screen, service, seconds, stop), name="module")
+    striking.add_done_callback(lambda _: stop.set())
+    try:
+        await service.run(stop)
+    except BaseException:
+        striking.cancel()
+        raise
+    finally:
+        world.store.close()
+    await striking
     return service
 
 
-async def _strike(demo: DemoHost, service: Service, seconds: float, stop: asyncio.Event) -> None:
+async def _strike(
+    demo: DemoHost, screen: Screen, service: Service, seconds: float, stop: asyncio.Event
+) -> None:
     """Let the module fail for some seconds, then let what is under way come to its end."""
     await service.ready.wait()
-    print(
-        f"A memory module under {len(demo.checkers)} PV guests and a PVH guest is failing.\n"
-        f"Metrics: http://127.0.0.1:{service.metrics_port}/metrics\n",
-        file=sys.stderr,
+    screen.say(
+        f"A memory module under {len(demo.checkers)} PV guests and a PVH guest is failing; every "
+        "PV guest\nchecks its memory all the time.  Ctrl-C ends this.\n"
+        f"Metrics: http://127.0.0.1:{service.metrics_port}/metrics\n"
     )
-    for maddr in itertools.islice(demo.dimm.addresses(), int(seconds / _ERROR_EVERY)):
+    for maddr in itertools.islice(_addresses(demo), round(seconds / _ERROR_EVERY)):
         demo.telemetry.push_corrected(maddr)
-        await asyncio.sleep(_ERROR_EVERY)
-    print("\nThe module gives no further errors; finishing.\n", file=sys.stderr)
-    await asyncio.sleep(_SETTLE)
-    stop.set()
+        if await _comes_within(stop, _ERROR_EVERY):
+            return
+    screen.say("\nThe module gives no further errors.\n")
+    give_up = time.monotonic() + _SETTLE
+    while service.snapshot().oldest_unfinished is not None and time.monotonic() < give_up:
+        if await _comes_within(stop, _LOOK):
+            return
+
+
+def _addresses(demo: DemoHost) -> Iterator[Maddr]:
+    frames = [demo.host.frame_of(demo.pvh, pfn) for pfn in _PVH_PFNS]
+    under_pvh = FailingDimm(frames, rows=1, stray=0.0).addresses()
+    anywhere = demo.dimm.addresses()
+    for turn in itertools.count(1):
+        yield next(anywhere if turn % _PVH_TURN else under_pvh)
+
+
+async def _comes_within(stop: asyncio.Event, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            return await stop.wait()
+    except TimeoutError:
+        return False
 
 
 def _summarise(demo: DemoHost, service: Service) -> int:
     snapshot = service.snapshot()
-    print("\nErrors:", sum(snapshot.reports.values()))
-    print("Pages by where they stand:")
-    for phase, count in sorted(snapshot.pages_by_phase.items()):
-        print(f"  {phase:<12}{count}")
+    states = ", ".join(f"{count} {phase}" for phase, count in snapshot.pages_by_phase.items())
+    print(f"Errors reported: {sum(snapshot.reports.values())}")
+    print(f"Pages taken in hand: {states or 'none'}")
     for entry in snapshot.pages:
         if entry.detail and entry.phase.value != "offlined":
             print(f"  mfn {entry.mfn:#x}: {entry.phase.value}: {entry.detail}")
     kib = snapshot.retired_frames * PAGE_SIZE // 1024
     print(f"Memory given up: {kib} KiB of {snapshot.cap_frames * PAGE_SIZE // 1024} KiB allowed")
+    print(_pauses(service))
     wrong = 0
     print("Guests:")
     for domid, checker in demo.checkers.items():
@@ -150,4 +251,22 @@ def _summarise(demo: DemoHost, service: Service) -> int:
         name = demo.host.domain(domid).name
         state = f"{len(mismatches)} PAGES WRONG" if mismatches else "every page as it should be"
         print(f"  d{domid} {name}: {state}")
+    for domid, why in demo.host.crashes.items():
+        print(f"  d{domid} CRASHED: {why}")
     return 1 if wrong or demo.host.crashes else 0
+
+
+def _pauses(service: Service) -> str:
+    def value(name: str, **labels: str) -> float:
+        return service.metrics.registry.get_sample_value(f"pgofflined_{name}", labels) or 0.0
+
+    times = value("guest_blackout_seconds_count")
+    if not times:
+        return "Pauses of guests: none"
+    whole = value("guest_blackout_seconds_sum") / times
+    ours = value("guest_blackout_own_seconds_sum") / times
+    migrations = value("migrations_total", outcome="migrated")
+    return (
+        f"Pauses of guests: {times:.0f}, of {whole:.2f} s on average, {ours:.2f} s of it for us\n"
+        f"Migrations: {migrations:.0f}"
+    )
