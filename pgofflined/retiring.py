@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol, assert_never
 
 from pgofflined.core.book import Cause, PageEntry, Phase
-from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
-from pgofflined.core.errors import PortError
+from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
+from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.outcomes import (
@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 # that cannot be asked may take longer.
 _SOON = Backoff(first=2.0, last=300.0)
 _ROUND = 256
+# Linux gives up freezing its processes after 20 s; a guest that has not followed our request to
+# suspend after the exchange's own limit and this is not going to.
+_LATE = 300.0
 # Refusals after which the page has to be looked at afresh: its owner or its mark has changed.
 _LOOK_AGAIN = frozenset(
     {RefusalReason.DOMAIN_GONE, RefusalReason.NOT_PENDING, RefusalReason.NOT_THE_DOMAINS}
@@ -85,7 +88,15 @@ class Retirer:
     read, ``stuck`` the guests that could not be let go.
     """
 
-    def __init__(self, *, xen: Hypervisor, clock: Clock, policy: Policy, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        *,
+        xen: Hypervisor,
+        clock: Clock,
+        policy: Policy,
+        ledger: Ledger,
+        late_look: float = 5.0,
+    ) -> None:
         self.ledger = ledger
         self.policy = policy
         self.wedged: set[DomainIdentity] = set()
@@ -96,6 +107,8 @@ class Retirer:
         self._clock = clock
         self._exchanges: Exchanges = _Nobody()
         self._relocations: Relocations | None = None
+        self._late_look = late_look
+        self._late: dict[DomainIdentity, float] = {}
         self._wake = asyncio.Event()
         self._stopping = False
         self._triage_began: float | None = None
@@ -143,6 +156,8 @@ class Retirer:
         self.ledger.begin_again()
         while not self._stopping:
             self._wake.clear()
+            if self._late:
+                await asyncio.to_thread(self._release_late)
             due = self.ledger.due(_ROUND)
             if due:
                 self._triage_began = self._clock.monotonic()
@@ -152,8 +167,39 @@ class Retirer:
                     self._apply(mfn, disposition)
                 continue
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.ledger.seconds_to_next()):
+                async with asyncio.timeout(self._seconds_to_sleep()):
                     await self._wake.wait()
+
+    def _seconds_to_sleep(self) -> float | None:
+        due = self.ledger.seconds_to_next()
+        if not self._late:
+            return due
+        return self._late_look if due is None else min(due, self._late_look)
+
+    def _release_late(self) -> None:
+        """Resume guests that followed our request to suspend only after we had given up."""
+        for domain, until in list(self._late.items()):
+            if self._is_released(domain) or self._clock.monotonic() >= until:
+                del self._late[domain]
+
+    def _is_released(self, domain: DomainIdentity) -> bool:
+        """Resume the guest if it is suspended; whether it needs no further look."""
+        domid = domain.domid
+        try:
+            info = self._xen.domain(domid)
+            if info.identity != domain:
+                return True
+            if info.shutdown is not ShutdownReason.SUSPEND:
+                return False
+            self._xen.resume(domid)
+        except DomainGone:
+            return True
+        except PortError as error:
+            log.warning("d%d, which may suspend itself late, cannot be helped: %s", domid, error)
+            return False
+        message = f"d{domid} suspended itself late and was resumed"
+        event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)
+        return True
 
     def seconds_in_triage(self) -> float:
         """For how long the triage under way has waited for Xen; 0 without one."""
@@ -218,6 +264,8 @@ class Retirer:
                 domid=domid,
                 job=job,
             )
+        if report.may_suspend_late:
+            self._late[report.domain] = self._clock.monotonic() + _LATE
         for result in report.results:
             self._exchange_result(job, report.domain, result)
         self._tell_exchange(job, report)

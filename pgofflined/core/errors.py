@@ -54,20 +54,21 @@ class DomainGone(PortError):
 
 
 class GuestDidNotSuspend(PortError):
-    """The guest was asked to suspend and did not within the limits; the request is withdrawn.
+    """The guest was asked to suspend and did not within the limits.
 
-    ``stage`` is ``"acknowledge"`` (it never read the request) or ``"suspend"`` (it did, but
-    never reached the suspended state).
+    ``stage`` is ``"acknowledge"``: it never read the request, which is withdrawn; or
+    ``"suspend"``: it did, and may still follow it, since nothing is left to withdraw.
     """
 
     def __init__(self, domid: Domid, *, stage: str, seconds: float) -> None:
         self.domid = domid
         self.stage = stage
         self.seconds = seconds
-        super().__init__(
-            f"d{domid} did not {stage} within {seconds:g} s; "
-            "the request was withdrawn and it runs on"
-        )
+        what = {
+            "acknowledge": "did not take notice of the request to suspend itself",
+            "suspend": "took notice of the request to suspend itself, but did not",
+        }.get(stage, stage)
+        super().__init__(f"d{domid} {what} within {seconds:g} s; it runs on")
 
 
 class OfflineCallUnsafe(PortError):

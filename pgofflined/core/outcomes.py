@@ -121,9 +121,11 @@ class ExchangeReport:
 
     ``blackout`` is None where the guest was never suspended.  ``stuck`` says what keeps the
     guest from running if our own clean-up failed; an operator has to act then.
+    ``may_suspend_late`` says that the guest has read our request and may still follow it.
     """
 
     domain: DomainIdentity
     results: tuple[PageResult, ...]
     blackout: Blackout | None
     stuck: str | None = None
+    may_suspend_late: bool = False

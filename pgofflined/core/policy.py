@@ -88,7 +88,7 @@ class ExchangePolicy:
     max_queued: int = field(default=4096, metadata=_PAGES)
     max_pages_per_suspend: int = field(default=64, metadata=_PAGES)
     acknowledge_timeout: float = field(default=10.0, metadata=_SECONDS)
-    suspend_timeout: float = field(default=30.0, metadata=_SECONDS)
+    suspend_timeout: float = field(default=60.0, metadata=_SECONDS)
     retry_first: float = field(default=60.0, metadata=_SECONDS)
     retry_last: float = field(default=3600.0, metadata=_SECONDS)
     attempts: int = 10

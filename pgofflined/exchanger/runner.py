@@ -52,6 +52,7 @@ class _Letgo:
         self.held = 0.0
         self.released = 0.0
         self.stuck: str | None = None
+        self.may_suspend_late = False
 
 
 def exchange(
@@ -81,6 +82,7 @@ def exchange(
         with _suspended(xen, clock, domain.domid, limits, letgo):
             results |= _move(xen, domain, candidates)
     except GuestDidNotSuspend as error:
+        letgo.may_suspend_late = error.stage == "suspend"
         results |= _refuse_all(candidates, RefusalReason.NO_SUSPEND, str(error))
     except DomainGone as error:
         results |= _refuse_all(candidates, RefusalReason.DOMAIN_GONE, str(error))
@@ -231,4 +233,5 @@ def _report(
         results=tuple(results[mfn] for mfn in mfns),
         blackout=blackout,
         stuck=letgo.stuck if letgo is not None else None,
+        may_suspend_late=letgo is not None and letgo.may_suspend_late,
     )

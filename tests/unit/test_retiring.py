@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from pgofflined.core.book import Cause, PageEntry, Phase
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.offline import OfflineState
+from pgofflined.core.outcomes import ExchangeReport
+from pgofflined.core.policy import DomainPolicy, ExchangePolicy, Policy
+from pgofflined.core.xenversion import XenVersion
+from pgofflined.jobs import ExchangePool
+from pgofflined.ledger import Ledger
+from pgofflined.ports import Clock
+from pgofflined.retiring import Retirer
+from pgofflined.sim.clock import WallClock
+from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
+from pgofflined.sim.guests import Answer, SuspendBehaviour
+from pgofflined.sim.host import HostSpec
+from pgofflined.sim.scenarios import SmallHost, small_host
+
+QUICK = Policy(
+    exchange=ExchangePolicy(
+        retry_first=0.05, retry_last=0.05, attempts=2, acknowledge_timeout=0.2, suspend_timeout=0.2
+    )
+)
+
+
+class Pages:
+    """A store that remembers what it was given, and tells who waits for a page's phase."""
+
+    def __init__(self) -> None:
+        self.entries: dict[Mfn, PageEntry] = {}
+        self._changed = asyncio.Event()
+
+    def put_page(self, entry: PageEntry) -> None:
+        self.entries[entry.mfn] = entry
+        self._changed.set()
+
+    async def until(self, mfn: Mfn, *phases: Phase) -> PageEntry:
+        async with asyncio.timeout(30):
+            while mfn not in self.entries or self.entries[mfn].phase not in phases:
+                self._changed.clear()
+                await self._changed.wait()
+        return self.entries[mfn]
+
+
+class Scene:
+    """A simulated host, and a retirer with its pool at work on it."""
+
+    def __init__(self, small: SmallHost, policy: Policy) -> None:
+        self.small = small
+        self.pages = Pages()
+        self.resumed = threading.Event()
+        clock: Clock = small.host.clock
+        xen = FaultyHypervisor(
+            small.host,
+            Fault(method="resume", moment=Moment.AFTER, times=10**6, act=self.resumed.set),
+        )
+        self.retirer = Retirer(
+            xen=xen,
+            clock=clock,
+            policy=policy,
+            ledger=Ledger(self.pages, clock),
+            late_look=0.05,
+        )
+        self.reports: list[ExchangeReport] = []
+        self.pool = ExchangePool(
+            self.retirer.run_exchange,
+            self._finished,
+            clock=clock,
+            workers=1,
+            max_pages=policy.exchange.max_pages_per_suspend,
+            queue_limit=policy.exchange.max_queued,
+        )
+        self.retirer.connect(self.pool, None)
+
+    def pv_frame(self, which: int = 0) -> Mfn:
+        layout = self.small.host.pv(self.small.pv).layout
+        return self.small.host.frame_of(self.small.pv, layout.plain[which])
+
+    def _finished(self, job: str, report: ExchangeReport) -> None:
+        self.reports.append(report)
+        self.retirer.exchange_finished(job, report)
+
+
+@asynccontextmanager
+async def at_work(policy: Policy = QUICK, spec: HostSpec | None = None) -> AsyncIterator[Scene]:
+    scene = Scene(small_host(spec, clock=WallClock(speed=100.0)), policy)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(scene.retirer.run())
+        tasks.create_task(scene.pool.run())
+        yield scene
+        scene.retirer.stop()
+        scene.pool.stop()
+
+
+async def test_a_page_of_a_pv_guest_ends_offlined() -> None:
+    async with at_work() as scene:
+        mfn = scene.pv_frame()
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.OFFLINED)
+        assert entry.marked
+        assert entry.domain_name == "pv"
+        assert scene.small.host.query(mfn) is OfflineState.OFFLINED
+
+
+async def test_pages_that_come_together_go_in_one_suspend() -> None:
+    async with at_work() as scene:
+        mfns = [scene.pv_frame(which) for which in range(12)]
+        for mfn in mfns:
+            scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        for mfn in mfns:
+            await scene.pages.until(mfn, Phase.OFFLINED)
+        assert [len(report.results) for report in scene.reports] == [12]
+
+
+async def test_a_refused_page_is_tried_again_and_then_left_pending() -> None:
+    async with at_work() as scene:
+        mfn = scene.pv_frame()
+        scene.small.host.hold(scene.small.pv, int(scene.small.host.m2p(mfn) or 0), why="dom0")
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert entry.reason == "other_references"
+        assert entry.attempts == 1
+        assert len(scene.reports) == 2
+        assert scene.small.host.query(mfn) is OfflineState.OFFLINE_PENDING
+
+
+async def test_a_page_whose_reference_goes_away_is_moved_at_the_next_try() -> None:
+    policy = replace(QUICK, exchange=replace(QUICK.exchange, attempts=100))
+    async with at_work(policy) as scene:
+        host, pv = scene.small.host, scene.small.pv
+        mfn = scene.pv_frame()
+        hold = host.hold(pv, int(host.m2p(mfn) or 0), why="dom0")
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.WAITING)
+        host.release_hold(pv, hold)
+        await scene.pages.until(mfn, Phase.OFFLINED)
+
+
+async def test_on_an_unfixed_xen_the_mark_of_a_refused_page_is_taken_back() -> None:
+    async with at_work(spec=HostSpec(version=XenVersion(4, 17, 7))) as scene:
+        host, pv = scene.small.host, scene.small.pv
+        frames = [Mfn(int(m)) for m in host.pv(pv).mfns() if m < host.frames.count]
+        plain = {host.frame_of(pv, pfn) for pfn in host.pv(pv).layout.plain}
+        mfn = next(m for m in frames if m in plain and host.m2p(Mfn(m ^ 1)) is not None)
+        host.hold(pv, int(host.m2p(mfn) or 0), why="dom0")
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert not entry.marked
+        assert host.query(mfn) is OfflineState.ONLINE
+        assert host.corrupted is None
+
+
+async def test_a_poisoned_page_is_never_copied() -> None:
+    async with at_work() as scene:
+        mfn = scene.pv_frame()
+        scene.small.host.poison(mfn)
+        scene.retirer.poisoned.add(mfn)
+        scene.retirer.take(mfn, Cause.OPERATOR, "asked for")
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert entry.reason == "uncorrected"
+        assert scene.reports == []
+
+
+async def test_without_a_migration_target_a_pvh_page_stays_pending_with_the_reason() -> None:
+    async with at_work() as scene:
+        mfn = scene.small.host.frame_of(scene.small.pvh, 5)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert (entry.reason, entry.marked) == ("no_relocation", True)
+        assert "relocation.target" in entry.detail
+
+
+async def test_a_denied_domain_is_left_alone() -> None:
+    async with at_work(replace(QUICK, domains=DomainPolicy(deny=("pv",)))) as scene:
+        mfn = scene.pv_frame()
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert (entry.reason, entry.marked) == ("denied", False)
+        assert scene.small.host.query(mfn) is OfflineState.ONLINE
+
+
+async def test_a_guest_that_ends_meanwhile_leaves_its_page_offlined() -> None:
+    async with at_work() as scene:
+        mfn = scene.pv_frame()
+        scene.small.host.simulated(scene.small.pv).behaviour = SuspendBehaviour(answer=Answer.DIES)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.WAITING, Phase.OFFLINED)
+        assert scene.small.host.query(mfn) is OfflineState.OFFLINED
+
+
+async def test_a_guest_that_suspends_after_we_gave_up_is_resumed() -> None:
+    async with at_work() as scene:
+        host, pv = scene.small.host, scene.small.pv
+        host.simulated(pv).behaviour = SuspendBehaviour(suspend_after=0.4)
+        mfn = scene.pv_frame()
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.WAITING)
+        assert scene.reports[0].may_suspend_late
+        assert await asyncio.to_thread(scene.resumed.wait, 30)
+        assert host.domain(pv).shutdown is None
+
+
+async def test_what_an_earlier_run_left_unfinished_is_looked_at_anew() -> None:
+    small = small_host(clock=WallClock(speed=100.0))
+    mfn = small.host.frame_of(small.pv, small.host.pv(small.pv).layout.plain[0])
+    small.host.offline(mfn)
+    left = PageEntry(
+        mfn=mfn,
+        cause=Cause.CORRECTED,
+        phase=Phase.EXCHANGE,
+        since=1.0,
+        marked=True,
+        domain=DomainIdentity(Domid(77), small.host.domain(small.pv).uuid),
+    )
+    scene = Scene(small, QUICK)
+    scene.retirer.ledger.book.put(left)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(scene.retirer.run())
+        tasks.create_task(scene.pool.run())
+        entry = await scene.pages.until(mfn, Phase.OFFLINED)
+        scene.retirer.stop()
+        scene.pool.stop()
+    assert entry.since == 1.0
