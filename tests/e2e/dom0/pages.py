@@ -1,43 +1,79 @@
-"""Prints frames of a running PV domain as JSON: python3 -m tests.e2e.dom0.pages DOMID KIND COUNT.
+"""Prints frames as JSON, a list of [pfn, mfn]: python3 -m tests.e2e.dom0.pages DOMID KIND COUNT.
 
-KIND is ``data`` (plain memory that no grant offers and no p2m lies in), ``granted``, or ``table``
-(page tables).  Frames are drawn at random from all of the domain's.
+KIND is, of a running PV domain: ``data`` (plain memory that no grant offers and no p2m lies in),
+``granted``, or ``table`` (page tables); of a PVH domain that is the only one: ``hvm``; of dom0:
+``dom0``; of nobody: ``free``, or of Xen itself: ``xen`` (DOMID is not looked at).  Frames are
+drawn at random.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 
-from pgofflined.core.frames import Domid
+from pgofflined.core.domains import GuestKind
+from pgofflined.core.frames import DOM0, Domid, Mfn
 from pgofflined.core.pagetable import guest_frames, table_levels
 from pgofflined.exchanger.survey import read_p2m
+from pgofflined.triage import find_pv_owner
 from pgofflined.xen.hypervisor import XenHypervisor
 
+_TRIES = 20_000
+RNG = np.random.default_rng()
 
-def main(domid: Domid, kind: str, count: int) -> None:
-    """Print a list of [pfn, mfn]."""
-    xen = XenHypervisor()
+
+def of_pv_guest(xen: XenHypervisor, domid: Domid, kind: str) -> list[tuple[int, int]]:
+    """All frames of a kind."""
     p2m = read_p2m(xen, xen.domain(domid))
     pfns = np.flatnonzero(guest_frames(p2m.entries))
     mfns = p2m.entries[pfns]
     types = xen.page_types(domid, mfns)
     granted = np.isin(mfns, xen.granted_frames(domid))
-    match kind:
-        case "data":
-            wanted = (types == 0) & ~granted & ~np.isin(mfns, p2m.leaf_mfns)
-        case "granted":
-            wanted = granted
-        case "table":
-            wanted = table_levels(types) > 0
-        case _:
-            raise SystemExit(f"unknown kind {kind}")
-    chosen = np.flatnonzero(wanted).tolist()
-    chosen = random.sample(chosen, min(count, len(chosen)))
-    print(json.dumps([[int(pfns[index]), int(mfns[index])] for index in chosen]))
+    wanted = {
+        "data": (types == 0) & ~granted & ~np.isin(mfns, p2m.leaf_mfns),
+        "granted": granted,
+        "table": table_levels(types) > 0,
+    }[kind]
+    return [(int(pfns[index]), int(mfns[index])) for index in np.flatnonzero(wanted)]
+
+
+def at_random(xen: XenHypervisor, kind: str) -> Iterator[tuple[int, int]]:
+    """Frames of a kind that only trying finds.
+
+    Xen logs a line for each PV domain that is asked for a frame not its own, so few are tried.
+    """
+    pv = [domain.domid for domain in xen.domains() if domain.kind is GuestKind.PV]
+    for number in RNG.integers(0x1000, xen.max_mfn(), _TRIES).tolist():
+        mfn = Mfn(number)
+        pfn = xen.m2p(mfn)
+        match kind:
+            case "free" | "xen" if pfn is None:
+                yield -1, mfn
+            case "dom0" if pfn is not None:
+                owner = find_pv_owner(mfn, xen) if len(pv) == 1 else None
+                if owner is not None and owner.domid == DOM0:
+                    yield pfn, mfn
+            case "hvm" if pfn is not None and find_pv_owner(mfn, xen) is None:
+                yield pfn, mfn
+
+
+def main(domid: Domid, kind: str, count: int) -> None:
+    """Print the list."""
+    xen = XenHypervisor()
+    if kind in ("data", "granted", "table"):
+        found = of_pv_guest(xen, domid, kind)
+        picks = RNG.choice(len(found), min(count, len(found)), replace=False)
+        chosen = [found[index] for index in picks]
+    else:
+        chosen = []
+        for frame in at_random(xen, kind):
+            chosen.append(frame)
+            if len(chosen) == count:
+                break
+    print(json.dumps(chosen))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ PACKAGES = (
     # Debian and Xen. qemu-system-xen is the device model of HVM guests.
     "systemd-sysv",
     "udev",
+    # A migration runs in a unit of its own, which systemd-run asks for over the system bus.
+    "dbus",
     "kmod",
     "linux-image-amd64",
     "xen-hypervisor-4.20-amd64",

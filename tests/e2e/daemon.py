@@ -1,0 +1,133 @@
+"""The installed daemon in dom0, as tests drive it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from .rig.host import Host
+from .rig.waiting import wait_until
+
+UNIT = "pgofflined.service"
+CONFIG = "/etc/pgofflined/pgofflined.toml"
+POLL_LIMIT = 60.0
+"""Seconds within which Xen's poll must have found an error: 16 on real time, with a margin."""
+JOB_LIMIT = 120.0
+
+# Retries within the time of a test; room for all the pages of a test run.
+POLICY = """
+[retire]
+max_retired = "64MiB"
+
+[exchange]
+acknowledge_timeout = "5s"
+retry_first = "5s"
+retry_last = "5s"
+attempts = 2
+
+[relocation]
+target = "localhost"
+free_memory_reserve = "64MiB"
+"""
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A running pgofflined.service."""
+
+    host: Host
+
+    def journal(self) -> str:
+        """What the unit has logged since this boot of the host."""
+        return self.host.journal(UNIT)
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The same with all fields."""
+        return [json.loads(line) for line in self.host.journal(UNIT, fields=True).splitlines()]
+
+    def ask(self, *words: str) -> Any:  # noqa: ANN401 - whatever the command prints
+        """What a command prints with --json."""
+        done = self.host.run(["pgofflined", *words, "--json"], check=False)
+        assert done.stdout, done.err
+        return json.loads(done.out)
+
+    def status(self) -> Any:  # noqa: ANN401
+        """`pgofflined status`."""
+        return self.ask("status")
+
+    def page(self, mfn: int) -> Mapping[str, Any]:
+        """The daemon's entry for a page; empty when it has none."""
+        return self.ask("query", f"{mfn:#x}")["page"] or {}
+
+    def state(self, mfn: int) -> str:
+        """Xen's state of a page."""
+        return str(self.ask("query", f"{mfn:#x}")["state"])
+
+    def offline(self, mfn: int) -> None:
+        """Ask for a page to be retired."""
+        answer = self.ask("offline", f"{mfn:#x}")
+        assert answer["accepted"], answer
+
+    def wait_for(self, mfn: int, *states: str, limit: float = JOB_LIMIT) -> Mapping[str, Any]:
+        """Wait until the daemon's entry for a page is in one of these states."""
+        wait_until(
+            lambda: self.page(mfn).get("state") in states,
+            timeout=limit,
+            what=f"mfn {mfn:#x} to be {' or '.join(states)} (it is {self.page(mfn)})",
+            interval=1,
+        )
+        return self.page(mfn)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One value of the metrics; KeyError when there is no such series."""
+        text = self.host.run(["curl", "-sf", "http://127.0.0.1:9709/metrics"]).out
+        inside = ",".join(f'{key}="{value}"' for key, value in sorted(labels.items()))
+        series = f"pgofflined_{name}" + (f"{{{inside}}}" if inside else "")
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
+        return float(values[series])
+
+    def pid(self) -> int:
+        """The daemon's process."""
+        return int(self.host.run(["systemctl", "show", "-P", "MainPID", UNIT]).out)
+
+    def inject_ce(self, mfn: int, *, bank: int = 9) -> None:
+        """Let a corrected error strike a page, and wait until the daemon has heard of it."""
+        before = self._reports()
+        self.host.inject_ce(mfn << 12, bank=bank)
+        wait_until(
+            lambda: self._reports() > before,
+            timeout=POLL_LIMIT,
+            what="the daemon's report of the error",
+            interval=1,
+        )
+
+    def _reports(self) -> int:
+        return sum(count["count"] for count in self.status()["errors"])
+
+
+@contextmanager
+def running(host: Host, policy: str = POLICY) -> Iterator[Daemon]:
+    """Start the service with this policy and nothing remembered; stop it in the end."""
+    host.write_text(CONFIG, policy)
+    host.run(["systemctl", "stop", UNIT])
+    host.run("rm -rf /run/pgofflined/state.db*")
+    host.run(["systemctl", "start", UNIT], timeout=120)
+    try:
+        yield Daemon(host)
+    finally:
+        if host.lost is None:
+            host.run(["systemctl", "stop", UNIT], timeout=300)
+
+
+def frames(host: Host, kind: str, domid: int, count: int) -> list[int]:
+    """Mfns of a domain, see tests/e2e/dom0/pages.py."""
+    done = host.run(
+        f"cd /opt/pgofflined-tests && python3 -m tests.e2e.dom0.pages {domid} {kind} {count}",
+        timeout=120,
+    )
+    found = [mfn for _, mfn in json.loads(done.out)]
+    assert len(found) == count, f"asked for {count} {kind} pages of d{domid}, found {len(found)}"
+    return found
