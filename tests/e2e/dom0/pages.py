@@ -2,8 +2,8 @@
 
 KIND is, of a running PV domain: ``data`` (plain memory that no grant offers and no p2m lies in),
 ``granted``, or ``table`` (page tables); of a PVH domain that is the only one: ``hvm``; of dom0:
-``dom0``; of nobody: ``free``, or of Xen itself: ``xen`` (DOMID is not looked at).  Frames are
-drawn at random.
+``dom0``; of nobody: ``free`` (nearly always: a few of Xen's own look the same).  Frames are drawn
+at random.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def at_random(xen: XenHypervisor, kind: str) -> Iterator[tuple[int, int]]:
         mfn = Mfn(number)
         pfn = xen.m2p(mfn)
         match kind:
-            case "free" | "xen" if pfn is None:
+            case "free" if pfn is None:
                 yield -1, mfn
             case "dom0" if pfn is not None:
                 owner = find_pv_owner(mfn, xen) if len(pv) == 1 else None
