@@ -1,1 +1,1 @@
-"""Measurements; each module prints its own figures."""
+"""What the daemon costs, measured: ``python -m bench``."""
