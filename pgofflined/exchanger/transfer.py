@@ -20,7 +20,7 @@ from pgofflined.core.errors import DomainGone, PortError, XenError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Damaged, Exchanged, PageResult, Refusal, RefusalReason
-from pgofflined.core.pages import PTE_ADDR_MASK
+from pgofflined.core.pages import PTE_ADDR_MASK, PageKind, decode_page_type
 from pgofflined.exchanger.plan import PagePlan
 from pgofflined.ports import Hypervisor, PteWrite
 
@@ -104,30 +104,51 @@ def _commit(xen: Hypervisor, domid: Domid, move: _Move, contents: Words) -> None
         return
     try:
         new = xen.exchange(domid, mfn, move.plan.pfn)
-    except XenError as error:
-        move.refusal = _refuse_exchange(move, error)
+    except DomainGone as error:
+        move.refusal = _refuse(move, RefusalReason.DOMAIN_GONE, str(error))
+    except PortError as error:
+        move.refusal = _refuse_exchange(xen, domid, move, error)
     else:
         move.committed = _Committed(new, contents)
 
 
-def _refuse_exchange(move: _Move, error: XenError) -> Refusal:
-    match error.errno:
-        case code if code == EINVAL:
-            return _refuse(
-                move,
-                RefusalReason.OTHER_REFERENCES,
-                "Xen counts references besides the guest's page tables (a mapping elsewhere, a "
-                "vCPU's registered area, a descriptor table)",
-            )
-        case code if code == ENOMEM:
-            return _refuse(move, RefusalReason.NO_FREE_MEMORY, "the host has no free frame")
-        case _:
-            return _refuse(move, RefusalReason.XEN_REFUSED, f"{error}")
+def _refuse_exchange(
+    xen: Hypervisor, domid: Domid, move: _Move, error: PortError
+) -> Refusal | None:
+    """The refusal that a failed exchange is; None, and the damage noted, if it happened after all.
+
+    EINVAL and ENOMEM are Xen's refusals.  After anything else the domain may have lost the frame
+    for one that we do not know, and then nothing may be put back into its entries.
+    """
+    code = error.errno if isinstance(error, XenError) else None
+    if code == EINVAL:
+        return _refuse(
+            move,
+            RefusalReason.OTHER_REFERENCES,
+            "Xen counts references besides the guest's page tables (a mapping elsewhere, a "
+            "vCPU's registered area, a descriptor table)",
+        )
+    if code == ENOMEM:
+        return _refuse(move, RefusalReason.NO_FREE_MEMORY, "the host has no free frame")
+    if _is_still_owned(xen, domid, move.plan.mfn):
+        return _refuse(move, RefusalReason.XEN_REFUSED, str(error))
+    move.damage.append(f"the page has left the guest, and what replaces it is not known: {error}")
+    return None
+
+
+def _is_still_owned(xen: Hypervisor, domid: Domid, mfn: Mfn) -> bool:
+    try:
+        word = int(xen.page_types(domid, np.array([mfn], dtype=np.uint64))[0])
+        return decode_page_type(word).kind is not PageKind.NOT_THE_DOMAINS
+    except (PortError, ValueError):
+        return False
 
 
 def _settle(xen: Hypervisor, domid: Domid, move: _Move) -> None:
     """Make the page's home whole again: the new frame after a commit, else the old one."""
     plan = move.plan
+    if move.damage:
+        return
     if move.committed is None:
         _restore(xen, domid, move, plan.mfn)
         return

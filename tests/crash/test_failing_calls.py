@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn
 from pgofflined.core.outcomes import Damaged, Exchanged, Refusal
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
@@ -23,8 +24,7 @@ def _calls_of_a_good_run() -> list[str]:
     return xen.trace.methods
 
 
-# A hypercall's result comes back in a register, so within one process the commit cannot happen
-# and fail as well; its reply is lost only with the process.
+# A commit whose reply is lost has a test of its own.
 FAILURES = [
     pytest.param(nth, moment, id=f"{nth}-{method}-{moment.name.lower()}")
     for nth, method in enumerate(_calls_of_a_good_run(), start=1)
@@ -49,6 +49,26 @@ def test_one_failing_call_leaves_the_guest_running_with_its_memory(
     assert bench.before.moved(after) == sorted(
         result.pfn for result in report.results if isinstance(result, Exchanged)
     )
+
+
+def test_a_commit_whose_reply_is_lost_is_told_from_one_that_did_not_happen() -> None:
+    bench = Bench.build()
+    mfns = _pages(bench)
+    xen = FaultyHypervisor(bench.host, Fault(method="exchange", nth=2, moment=Moment.AFTER))
+    results = bench.exchange(mfns, xen).results
+    assert [type(result) for result in results] == [Exchanged, Damaged, Exchanged]
+    info = bench.host.domain(bench.domid)
+    assert info.shutdown is None
+    assert not info.paused
+
+
+def test_an_answer_that_contradicts_itself_does_not_hide_what_was_exchanged() -> None:
+    bench = Bench.build()
+    mfns = _pages(bench)
+    fault = Fault(method="exchange", nth=2, error=PortError("memory_exchange counted 7 frames"))
+    results = bench.exchange(mfns, FaultyHypervisor(bench.host, fault)).results
+    assert [type(result) for result in results] == [Exchanged, Refusal, Exchanged]
+    bench.assert_guest_runs_unharmed()
 
 
 @pytest.mark.parametrize("method", ["write_words", "update_ptes", "read_frames"])
