@@ -17,6 +17,16 @@ POLL_LIMIT = 60.0
 """Seconds within which Xen's poll must have found an error: 16 on real time, with a margin."""
 JOB_LIMIT = 120.0
 
+# Asks at the control socket as the command line does, without the seconds that its start takes
+# under emulation.
+ASK = """
+import socket, sys
+asking = socket.socket(socket.AF_UNIX)
+asking.connect("/run/pgofflined/control.sock")
+asking.sendall(sys.argv[1].encode() + b"\\n")
+sys.stdout.write(asking.makefile().readline())
+"""
+
 # Retries within the time of a test; room for all the pages of a test run.
 POLICY = """
 [retire]
@@ -48,37 +58,44 @@ class Daemon:
         """The same with all fields."""
         return [json.loads(line) for line in self.host.journal(UNIT, fields=True).splitlines()]
 
-    def ask(self, *words: str) -> Any:  # noqa: ANN401 - whatever the command prints
-        """What a command prints with --json."""
-        done = self.host.run(["pgofflined", *words, "--json"], check=False)
-        assert done.stdout, done.err
-        return json.loads(done.out)
+    def ask(self, request: str, **fields: object) -> Any:  # noqa: ANN401 - what it answers
+        """A request's answer, see pgofflined/control/protocol.py."""
+        line = json.dumps({"request": request, **fields})
+        return json.loads(self.host.run(["python3", "-I", "-S", "-c", ASK, line]).out)
 
     def status(self) -> Any:  # noqa: ANN401
-        """`pgofflined status`."""
-        return self.ask("status")
+        """What `pgofflined status --json` shows."""
+        return self.ask("status", pages=500)
 
     def page(self, mfn: int) -> Mapping[str, Any]:
         """The daemon's entry for a page; empty when it has none."""
-        return self.ask("query", f"{mfn:#x}")["page"] or {}
+        return next((page for page in self.status()["pages"] if page["mfn"] == mfn), {})
 
     def state(self, mfn: int) -> str:
         """Xen's state of a page."""
-        return str(self.ask("query", f"{mfn:#x}")["state"])
+        return str(self.ask("query", mfn=f"{mfn:#x}")["state"])
+
+    def request_offline(self, mfn: int) -> Any:  # noqa: ANN401
+        """Ask for a page to be retired; the answer."""
+        return self.ask("offline", mfn=f"{mfn:#x}")
 
     def offline(self, mfn: int) -> None:
-        """Ask for a page to be retired."""
-        answer = self.ask("offline", f"{mfn:#x}")
+        """Have a page retired."""
+        answer = self.request_offline(mfn)
         assert answer["accepted"], answer
 
     def wait_for(self, mfn: int, *states: str, limit: float = JOB_LIMIT) -> Mapping[str, Any]:
         """Wait until the daemon's entry for a page is in one of these states."""
-        wait_until(
-            lambda: self.page(mfn).get("state") in states,
-            timeout=limit,
-            what=f"mfn {mfn:#x} to be {' or '.join(states)} (it is {self.page(mfn)})",
-            interval=1,
-        )
+        try:
+            wait_until(
+                lambda: self.page(mfn).get("state") in states,
+                timeout=limit,
+                what=f"mfn {mfn:#x} to be {' or '.join(states)}",
+                interval=1,
+            )
+        except AssertionError as error:
+            error.add_note(f"it is {self.page(mfn)}")
+            raise
         return self.page(mfn)
 
     def metric(self, name: str, **labels: str) -> float:

@@ -27,6 +27,8 @@ def test_two_corrected_errors_retire_a_page_from_under_a_running_pv_guest(host: 
     [mfn] = frames(host, "data", guest.domid, 1)
     with running(host) as daemon:
         assert daemon.status()["source"]["name"] == source
+        shown = json.loads(host.run(["pgofflined", "status", "--json"]).out)
+        assert shown["source"]["name"] == source
         daemon.inject_ce(mfn)
         assert daemon.page(mfn) == {}
         assert daemon.state(mfn) == "ONLINE"
@@ -167,8 +169,7 @@ def test_a_page_that_xen_broke_itself_is_reported_and_never_mapped(host: Host) -
         assert (entry["MFN"], entry["DOMID"]) == (f"{mfn:#x}", str(domid))
         assert daemon.page(mfn)["cause"] == "uncorrected"
         assert "BROKEN" in daemon.state(mfn)
-        answer = daemon.ask("offline", f"{mfn:#x}")
-        assert not answer["accepted"]
+        assert not daemon.request_offline(mfn)["accepted"]
         # Contents of foreign frames are read through one module, which comes with numpy; a
         # daemon that has never loaded numpy has never mapped a guest's page.
         maps = host.read_text(f"/proc/{daemon.pid()}/maps")
