@@ -71,6 +71,11 @@ class ExchangePool:
         self._wake = asyncio.Event()
         self._stopping = False
 
+    def set_limits(self, *, max_pages: int, queue_limit: int) -> None:
+        """Change how many pages go in one job, and how many may wait."""
+        self._max_pages = max_pages
+        self._queue_limit = queue_limit
+
     def submit(self, domain: DomainIdentity, name: str, mfn: Mfn) -> bool:
         """Queue a page of a domain; False when the queue is full (nothing is kept then)."""
         if self.queued_pages() >= self._queue_limit:

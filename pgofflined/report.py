@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+from pgofflined.core.book import Cause, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.policy import Policy, effective
 from pgofflined.core.status import Snapshot
@@ -39,9 +40,13 @@ def attention(
             f"{snapshot.retired_frames} pages are retired, which is all that retire.max_retired "
             "allows: replace the memory module"
         )
-    left = snapshot.pages_by_phase.get("left", 0)
+    left = [
+        entry
+        for entry in snapshot.pages
+        if entry.phase is Phase.LEFT and entry.cause is Cause.CORRECTED
+    ]
     if left:
-        lines.append(f"{left} failing pages stay in use; `pgofflined status` tells why")
+        lines.append(f"{len(left)} failing pages stay in use; `pgofflined status` tells why")
     if not version.offlines_free_frames_safely:
         lines.append(
             f"Xen {version} cannot take free pages out safely; only pages of PV guests are retired"

@@ -12,11 +12,13 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Protocol, assert_never
 
+from pgofflined.aftercare import Aftercare
 from pgofflined.core.book import Cause, PageEntry, Phase
-from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone, PortError
+from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
+from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
+from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import (
     Damaged,
     Exchanged,
@@ -47,9 +49,6 @@ log = logging.getLogger(__name__)
 # that cannot be asked may take longer.
 _SOON = Backoff(first=2.0, last=300.0)
 _ROUND = 256
-# Linux gives up freezing its processes after 20 s; a guest that has not followed our request to
-# suspend after the exchange's own limit and this is not going to.
-_LATE = 300.0
 # Refusals after which the page has to be looked at afresh: its owner or its mark has changed.
 _LOOK_AGAIN = frozenset(
     {RefusalReason.DOMAIN_GONE, RefusalReason.NOT_PENDING, RefusalReason.NOT_THE_DOMAINS}
@@ -85,7 +84,7 @@ class Retirer:
 
     All methods but ``run_exchange`` belong to the loop's thread.  ``wedged`` holds the domains
     of which Xen itself has broken a page, ``poisoned`` the frames whose contents must never be
-    read, ``stuck`` the guests that could not be let go.
+    read.
     """
 
     def __init__(
@@ -101,17 +100,16 @@ class Retirer:
         self.policy = policy
         self.wedged: set[DomainIdentity] = set()
         self.poisoned: set[Mfn] = set()
-        self.stuck: dict[DomainIdentity, str] = {}
+        self.aftercare = Aftercare(xen, clock, interval=late_look)
         self.idle_scrub = 0
         self._xen = xen
         self._clock = clock
         self._exchanges: Exchanges = _Nobody()
         self._relocations: Relocations | None = None
-        self._late_look = late_look
-        self._late: dict[DomainIdentity, float] = {}
         self._wake = asyncio.Event()
         self._stopping = False
         self._triage_began: float | None = None
+        self._poison_in_use = False
         # Whether a page may stay marked while somebody owns it; see XenVersion.
         self._marks_are_safe = False
 
@@ -156,8 +154,8 @@ class Retirer:
         self.ledger.begin_again()
         while not self._stopping:
             self._wake.clear()
-            if self._late:
-                await asyncio.to_thread(self._release_late)
+            if self.aftercare:
+                await asyncio.to_thread(self.aftercare.look)
             due = self.ledger.due(_ROUND)
             if due:
                 self._triage_began = self._clock.monotonic()
@@ -172,34 +170,9 @@ class Retirer:
 
     def _seconds_to_sleep(self) -> float | None:
         due = self.ledger.seconds_to_next()
-        if not self._late:
+        if not self.aftercare:
             return due
-        return self._late_look if due is None else min(due, self._late_look)
-
-    def _release_late(self) -> None:
-        """Resume guests that followed our request to suspend only after we had given up."""
-        for domain, until in list(self._late.items()):
-            if self._is_released(domain) or self._clock.monotonic() >= until:
-                del self._late[domain]
-
-    def _is_released(self, domain: DomainIdentity) -> bool:
-        """Resume the guest if it is suspended; whether it needs no further look."""
-        domid = domain.domid
-        try:
-            info = self._xen.domain(domid)
-            if info.identity != domain:
-                return True
-            if info.shutdown is not ShutdownReason.SUSPEND:
-                return False
-            self._xen.resume(domid)
-        except DomainGone:
-            return True
-        except PortError as error:
-            log.warning("d%d, which may suspend itself late, cannot be helped: %s", domid, error)
-            return False
-        message = f"d{domid} suspended itself late and was resumed"
-        event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)
-        return True
+        return self.aftercare.interval if due is None else min(due, self.aftercare.interval)
 
     def seconds_in_triage(self) -> float:
         """For how long the triage under way has waited for Xen; 0 without one."""
@@ -247,25 +220,18 @@ class Retirer:
         would do the damage whenever its owner frees it.
         """
         for result in report.results:
-            if isinstance(result, Refusal):
-                self._xen.online(result.mfn)
+            if not isinstance(result, Refusal):
+                continue
+            try:
+                # A page that has gone offline meanwhile would be given back to the allocator.
+                if self._xen.query(result.mfn) is OfflineState.OFFLINE_PENDING:
+                    self._xen.online(result.mfn)
+            except PortError as error:
+                log.error("the mark of mfn %#x could not be taken back: %s", result.mfn, error)
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""
-        if report.stuck is not None:
-            self.stuck[report.domain] = report.stuck
-            domid = report.domain.domid
-            event(
-                log,
-                logging.CRITICAL,
-                Event.GUEST_STUCK,
-                f"d{domid} cannot be let go: {report.stuck}; "
-                f"run `xl unpause {domid}` and `xl resume {domid}`",
-                domid=domid,
-                job=job,
-            )
-        if report.may_suspend_late:
-            self._late[report.domain] = self._clock.monotonic() + _LATE
+        self.aftercare.note(job, report)
         for result in report.results:
             self._exchange_result(job, report.domain, result)
         self._tell_exchange(job, report)
@@ -290,7 +256,7 @@ class Retirer:
                 gone = mfns
             case NotRelocated(mfns=kept, offlined=gone):
                 if outcome.stuck is not None:
-                    self.stuck[domain] = outcome.stuck
+                    self.aftercare.stuck[domain] = outcome.stuck
                 for mfn in kept:
                     self.ledger.leave(mfn, outcome.reason.value, outcome.detail, marked=True)
             case _:
@@ -302,6 +268,7 @@ class Retirer:
 
     def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:
         """Triage pages in one thread, so that the pages of one domain can go in one suspend."""
+        self._poison_in_use = any(self._may_be_read(mfn) for mfn in tuple(self.poisoned))
         rules = Rules(denial=self._denial, wedged=lambda domain: domain.identity in self.wedged)
         settled: list[tuple[Mfn, Disposition | PortError]] = []
         for mfn in mfns:
@@ -310,6 +277,13 @@ class Retirer:
             except PortError as error:
                 settled.append((mfn, error))
         return settled
+
+    def _may_be_read(self, mfn: Mfn) -> bool:
+        """Whether somebody may still own a page with an uncorrected error."""
+        try:
+            return not self._xen.query(mfn) & OfflineState.OFFLINED
+        except PortError:
+            return True
 
     def _denial(self, domain: DomainInfo) -> str | None:
         answer = domain_allowed(self.policy.domains, domain.name, domain.uuid)
@@ -322,6 +296,10 @@ class Retirer:
     def _apply(self, mfn: Mfn, disposition: Disposition | PortError) -> None:
         match disposition:
             case Offlined(detail=detail):
+                entry = self.ledger.book.get(mfn)
+                if entry is not None and entry.marked:
+                    # Somebody owned it while it was marked, and freed it since.
+                    self._note_freed_dirty()
                 self.ledger.offlined(mfn, detail)
             case ToExchange(domain=domain):
                 self._to_exchange(mfn, domain)
@@ -350,7 +328,15 @@ class Retirer:
             self._queue_full(mfn, "exchanges")
 
     def _to_relocate(self, mfn: Mfn, domain: DomainInfo) -> None:
-        if self._relocations is None:
+        if self._poison_in_use:
+            # A migration reads every page of its guest, and Xen does not say which guest of this
+            # kind a page belongs to.
+            detail = (
+                "a page of this host has an uncorrected error that a migration might read; it "
+                f"goes when d{domain.domid} ends, restart that guest"
+            )
+            self.ledger.leave(mfn, "uncorrected", detail, marked=True)
+        elif self._relocations is None:
             detail = (
                 "no migration is configured (relocation.target); it stays pending until "
                 f"d{domain.domid} ends or is migrated by hand"

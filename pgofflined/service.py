@@ -144,8 +144,8 @@ class Service:
                 tasks.create_task(self.retirer.run(), name="retirer"),
                 tasks.create_task(self.pool.run(), name="exchanges"),
             ]
+            relocations = tasks.create_task(self.relocation.run(), name="relocations")
             rest = [
-                tasks.create_task(self.relocation.run(), name="relocations"),
                 tasks.create_task(self._feed_watchdog(), name="watchdog"),
                 *(tasks.create_task(serve(), name="server") for serve in servers),
             ]
@@ -156,9 +156,10 @@ class Service:
             event(log, logging.INFO, Event.STOPPING, message)
             self._world.notifier.stopping("finishing the exchanges under way")
             intake.cancel()
+            relocations.cancel()
             self.retirer.stop()
             self.pool.stop()
-            await asyncio.wait(work)
+            await asyncio.wait([*work, relocations])
             for task in rest:
                 task.cancel()
 
@@ -183,6 +184,10 @@ class Service:
             window=policy.retire.window,
             threshold=policy.retire.corrected_errors,
             max_pages=policy.retire.max_tracked_pages,
+        )
+        self.pool.set_limits(
+            max_pages=policy.exchange.max_pages_per_suspend,
+            queue_limit=policy.exchange.max_queued,
         )
         self.relocation.set_policy(policy.relocation)
         self._connect(policy)
@@ -217,7 +222,7 @@ class Service:
             snapshot,
             attention=attention(
                 snapshot,
-                stuck=self.retirer.stuck,
+                stuck=self.retirer.aftercare.stuck,
                 version=self._xen_version,
                 trouble=self._world.store.trouble,
             ),

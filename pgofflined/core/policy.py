@@ -176,10 +176,9 @@ class SourceName(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcesPolicy:
-    """Which source of machine-check records is tried first, and how many reports may wait."""
+    """Which source of machine-check records is tried first, and how often without one."""
 
     order: tuple[SourceName, ...] = (SourceName.NATIVE, SourceName.MCELOG)
-    max_queued: int = field(default=4096, metadata={"unit": "reports"})
     retry_first: float = field(default=1.0, metadata=_SECONDS)
     retry_last: float = field(default=300.0, metadata=_SECONDS)
 

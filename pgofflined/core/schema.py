@@ -242,7 +242,6 @@ SECTIONS: Final[Mapping[str, Mapping[str, Reader]]] = {
     },
     "sources": {
         "order": _list(_choice(SourceName), _SOURCES_ALLOWED, least=1),
-        "max_queued": _whole(1, 1_000_000),
         **_RETRIES,
     },
     "metrics": {"listen": _listen},

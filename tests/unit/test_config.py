@@ -141,7 +141,6 @@ def test_addresses_to_listen_on(listen: str, expected: TcpAddress | None) -> Non
         ("relocation.parallel", 1, 16),
         ("relocation.max_queued", 1, 32_768),
         ("relocation.attempts", 1, 1000),
-        ("sources.max_queued", 1, 1_000_000),
     ],
 )
 def test_whole_numbers_are_taken_up_to_their_limits(key: str, least: int, most: int) -> None:

@@ -1,0 +1,85 @@
+"""Looks after guests that a job had to leave although they may stand still because of us."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from pgofflined.core.domains import DomainIdentity, ShutdownReason
+from pgofflined.core.errors import DomainGone, PortError
+from pgofflined.core.events import Event
+from pgofflined.core.frames import Domid
+from pgofflined.core.outcomes import ExchangeReport
+from pgofflined.journal_log import event
+from pgofflined.ports import Clock, DomainControl
+
+log = logging.getLogger(__name__)
+
+# Linux gives up freezing its processes after 20 s; a guest that has not followed our request to
+# suspend after the exchange's own limit and this is not going to.
+_LATE = 300.0
+
+
+class Aftercare:
+    """Guests that may still follow our request to suspend, and those that could not be let go.
+
+    ``stuck`` says of the latter what keeps them.  ``interval`` is the time between two looks at
+    them, in seconds; there is none where no guest needs one.
+    """
+
+    def __init__(self, xen: DomainControl, clock: Clock, *, interval: float) -> None:
+        self.stuck: dict[DomainIdentity, str] = {}
+        self.interval = interval
+        self._xen = xen
+        self._clock = clock
+        self._until: dict[DomainIdentity, float] = {}
+
+    def __bool__(self) -> bool:
+        """Whether any guest needs looking after."""
+        return bool(self._until)
+
+    def note(self, job: str, report: ExchangeReport) -> None:
+        """Take over what a job left."""
+        domain = report.domain
+        if report.may_suspend_late:
+            self._until[domain] = self._clock.monotonic() + _LATE
+        if report.stuck is not None:
+            self._until[domain] = math.inf
+            self.stuck[domain] = report.stuck
+            message = (
+                f"d{domain.domid} cannot be let go: {report.stuck}; we go on trying, meanwhile run "
+                f"`xl unpause {domain.domid}` and, with Xen 4.20 or later, "
+                f"`xl resume {domain.domid}`"
+            )
+            event(log, logging.CRITICAL, Event.GUEST_STUCK, message, domid=domain.domid, job=job)
+
+    def look(self) -> None:
+        """Resume those that are suspended.  Makes hypercalls; for a thread."""
+        for domain, until in list(self._until.items()):
+            if self._needs_no_more(domain):
+                self.stuck.pop(domain, None)
+                del self._until[domain]
+            elif self._clock.monotonic() >= until:
+                del self._until[domain]
+
+    def _needs_no_more(self, domain: DomainIdentity) -> bool:
+        domid = domain.domid
+        try:
+            info = self._xen.domain(domid)
+            if info.identity != domain:
+                return True
+            if info.shutdown is not ShutdownReason.SUSPEND:
+                # One that could not be let go and runs has been helped by somebody else.
+                return domain in self.stuck and info.shutdown is None and not info.paused
+            self._resume(domid)
+        except DomainGone:
+            return True
+        except PortError as error:
+            log.warning("d%d may stand still because of us, and cannot be helped: %s", domid, error)
+            return False
+        return True
+
+    def _resume(self, domid: Domid) -> None:
+        self._xen.resume(domid)
+        message = f"d{domid} was still suspended on our request and was resumed"
+        event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)
