@@ -188,7 +188,7 @@ def test_effective_policy_is_in_plain_units() -> None:
     assert "retire.window = 86400 s" in lines
     assert "retire.corrected_errors = 2 errors" in lines
     assert "retire.dry_run = false" in lines
-    assert "exchange.suspend_timeout = 30 s" in lines
+    assert "exchange.suspend_timeout = 60 s" in lines
     assert "relocation.free_memory_reserve = 268435456 bytes" in lines
     assert "sources.order = native, mcelog" in lines
     assert "metrics.listen = 127.0.0.1:9709" in lines
