@@ -17,7 +17,7 @@ HVM_KERNEL = "/opt/rig/vmlinuz"
 """The device model loads only the compressed form."""
 RAMDISK = "/opt/rig/guest.cpio.gz"
 CONSOLES = "/var/log/xen/console"
-START_LIMIT = 180.0
+START_LIMIT = 300.0
 START_ATTEMPTS = 3
 SHOWN_CONSOLE = 3000
 PASS_LIMIT = 60.0

@@ -199,6 +199,8 @@ class Qemu:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        if self._monitor is not None:
+            self._monitor.close()
         self._errors.close()
 
     def _connect(self, name: str) -> socket.socket:
@@ -226,6 +228,7 @@ class Monitor:
 
     def __init__(self, connection: socket.socket) -> None:
         connection.settimeout(MONITOR_LIMIT)
+        self._connection = connection
         self._stream = connection.makefile("rwb")
         self._receive()  # the greeting
         self.execute("qmp_capabilities", {})
@@ -241,6 +244,13 @@ class Monitor:
                 return answer["return"]
             if "error" in answer:
                 raise RigError(f"monitor command {command} {arguments}: {answer['error']}")
+
+    def close(self) -> None:
+        """Disconnect. May be called twice."""
+        with contextlib.suppress(OSError):
+            # Closing flushes what was not sent; there may be nobody to send it to.
+            self._stream.close()
+        self._connection.close()
 
     def _receive(self) -> dict[str, object]:
         line = self._stream.readline()
