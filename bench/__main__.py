@@ -28,9 +28,9 @@ def main(arguments: list[str]) -> int:
     ]
     if not options.local:
         # Only here: it needs the tests' rig, which a machine for the other parts may lack.
-        from bench import blackout
+        from bench.blackout import measure
 
-        parts.append(("A guest's blackout, on an emulated host", blackout.measure))
+        parts.append(("A guest's blackout, on an emulated host", measure))
     status = 0
     for title, part in parts:
         try:

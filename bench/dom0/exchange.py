@@ -6,6 +6,7 @@ them becomes one job, in one suspend.  Prints one JSON object for each job.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 import time
@@ -22,6 +23,9 @@ from pgofflined.xen.hypervisor import XenHypervisor
 # The guest finishes what it does after a resume before it is suspended again.
 _PAUSE_SECONDS = 1.0
 
+# A program that hangs is to say where before the rig kills it.
+_TALK_AFTER_SECONDS = 100.0
+
 
 def main(domid: Domid, counts: list[int], pages: list[tuple[int, int]]) -> None:
     """Do the jobs, one after the other."""
@@ -37,18 +41,20 @@ def main(domid: Domid, counts: list[int], pages: list[tuple[int, int]]) -> None:
 
 def _job(xen: XenHypervisor, domid: Domid, mfns: list[Mfn]) -> dict[str, object]:
     identity = xen.domain(domid).identity
+    replies = {}
     with xen.placed():
         for mfn in mfns:
             if xen.query(mfn) & OfflineState.BROKEN:
                 raise SystemExit(f"{mfn:#x} is broken; marking it would crash its owner")
-            xen.offline(mfn)
+            replies[mfn] = xen.offline(mfn)
     report = exchange(identity, mfns, xen=xen, clock=HostClock(), limits=SuspendLimits())
     kinds = Counter(type(result).__name__.lower() for result in report.results)
     return {
         "pages": len(mfns),
         "results": kinds,
         "details": [
-            f"{result.mfn:#x}: {result.reason}: {result.detail}"
+            f"{result.mfn:#x}: {result.reason}: {result.detail}; marking it gave"
+            f" {replies[result.mfn]}, it is {xen.query(result.mfn)} now"
             for result in report.results
             if isinstance(result, Refusal)
         ],
@@ -59,6 +65,7 @@ def _job(xen: XenHypervisor, domid: Domid, mfns: list[Mfn]) -> dict[str, object]
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(_TALK_AFTER_SECONDS, exit=True)
     main(
         Domid(int(sys.argv[1])),
         [int(word) for word in sys.argv[2:]],
