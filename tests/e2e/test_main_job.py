@@ -93,7 +93,7 @@ def test_pages_of_nobody_dom0_and_xen_get_their_verdicts(host: Host) -> None:
         assert daemon.state(dom0) == "ONLINE"
         base = re.search(r"Xen image base address: (0x[0-9a-f]+)", host.xl_dmesg())
         assert base is not None
-        # The image begins 2 MiB above its base (XEN_IMG_OFFSET, arch/x86/include/asm/config.h).
+        # The image begins 2 MiB above its base (XEN_IMG_OFFSET, xen/arch/x86/arch.mk).
         xens = (int(base[1], 16) + (2 << 20) >> 12) + 1
         daemon.offline(xens)
         assert daemon.wait_for(xens, "left")["reason"] == "xen"
