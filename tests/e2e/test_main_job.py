@@ -153,6 +153,7 @@ def test_twenty_marks_on_one_pv_domain_do_not_hang_the_host(host: Host) -> None:
     guest.assert_clean()
 
 
+@pytest.mark.fresh_host
 @pytest.mark.xen_complains
 @pytest.mark.hosts(NATIVE)
 def test_a_page_that_xen_broke_itself_is_reported_and_never_mapped(host: Host) -> None:
@@ -169,13 +170,16 @@ def test_a_page_that_xen_broke_itself_is_reported_and_never_mapped(host: Host) -
         [entry] = [e for e in daemon.entries() if "Xen acted on" in e["MESSAGE"]]
         assert (entry["MFN"], entry["DOMID"]) == (f"{mfn:#x}", str(domid))
         assert daemon.page(mfn)["cause"] == "uncorrected"
-        assert "BROKEN" in daemon.state(mfn)
         assert not daemon.request_offline(mfn)["accepted"]
         # Contents of foreign frames are read through one module, which comes with numpy; a
         # daemon that has never loaded numpy has never mapped a guest's page.
         maps = host.read_text(f"/proc/{daemon.pid()}/maps")
         assert "numpy" not in maps
         assert daemon.metric("jobs_total", kind="exchange", outcome="done") == 0
+        assert "BROKEN" in daemon.state(mfn)
+    # Destroying the crashed guest now has hung the host (docs/xen-bugs.md); this one is thrown
+    # away as it is.
+    host.guests.clear()
 
 
 @pytest.mark.hosts(NATIVE)
