@@ -73,8 +73,10 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _spec(item: pytest.Item) -> HostSpec | None:
+    """The emulated host that a test runs on; None for all other tests."""
     callspec = getattr(item, "callspec", None)
-    return callspec.params.get("host") if callspec is not None else None
+    spec = callspec.params.get("host") if callspec is not None else None
+    return spec if isinstance(spec, HostSpec) else None
 
 
 @pytest.fixture
