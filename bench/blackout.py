@@ -27,8 +27,6 @@ _HOST: Final = HostSpec.parse("intel-native-noservice")
 _LOGS: Final = Path(__file__).parents[1] / "build" / "bench"
 _SPARE_PAGES: Final = 32
 _LEAST_SHARE: Final = 0.9
-_PROGRAM: Final = Path(__file__).parent / "dom0" / "exchange.py"
-_IN_DOM0: Final = "/opt/pgofflined-bench/exchange.py"
 _TESTS_IN_DOM0: Final = "/opt/pgofflined-tests"
 
 # In memory, so that no disk counts against the save.
@@ -63,7 +61,6 @@ def measure() -> list[Figure]:
     pool = HostPool(_LOGS)
     try:
         host = pool.host(_HOST)
-        host.put(_PROGRAM, _IN_DOM0)
         return _measure(host)
     finally:
         pool.stop()
@@ -105,12 +102,11 @@ def _measure(host: Host) -> list[Figure]:
 def _exchange(host: Host, guest: Guest) -> list[Job]:
     """The jobs of one round, in order."""
     wanted = sum(JOBS) + _SPARE_PAGES
-    pages = host.run(
-        f"cd {_TESTS_IN_DOM0} && python3 -m tests.e2e.dom0.pages {guest.domid} data {wanted}",
+    done = host.run(
+        f"cd {_TESTS_IN_DOM0} && python3 -m tests.e2e.dom0.pages {guest.domid} data {wanted} |"
+        f" python3 -m tests.e2e.dom0.exchange_pages {guest.domid} {' '.join(map(str, JOBS))}",
         timeout=_LIMIT,
     )
-    words = ["python3", _IN_DOM0, str(guest.domid), *map(str, JOBS)]
-    done = host.run(words, stdin=pages.stdout, timeout=_LIMIT)
     jobs = [msgspec.json.decode(line, type=Job) for line in done.stdout.splitlines()]
     for refusal in (refusal for job in jobs for refusal in job.refused):
         print(f"bench: refused: {refusal}", file=sys.stderr, flush=True)

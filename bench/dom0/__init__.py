@@ -1,1 +1,0 @@
-"""Programs that the benchmark runs inside dom0."""
