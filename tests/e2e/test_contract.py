@@ -6,6 +6,7 @@ import pytest
 
 from .rig.guest import GuestSpec
 from .rig.host import Host
+from .rig.nested import tried_again_after_triple_faults
 
 pytestmark = pytest.mark.e2e
 
@@ -23,6 +24,7 @@ def test_xen_keeps_the_contract_for_pv(host: Host) -> None:
 
 @pytest.mark.xen_complains
 @pytest.mark.hosts("amd-mcelog-noservice")
+@tried_again_after_triple_faults
 def test_xen_keeps_the_contract_for_pvh(host: Host) -> None:
     pv = host.start_guest(GuestSpec(name="pv", vcpus=2))
     pvh = host.start_guest(GuestSpec(name="pvh", kind="pvh", vcpus=2))

@@ -15,6 +15,7 @@ from .rig import channel
 from .rig.errors import CommandFailed, CommandTimeout, HostLost
 from .rig.guest import GuestSpec
 from .rig.host import Host
+from .rig.nested import tried_again_after_triple_faults
 from .rig.qemu import Source
 from .rig.waiting import wait_until
 
@@ -121,6 +122,7 @@ def test_pages_of_the_checker_can_be_found_in_the_machine(host: Host) -> None:
 
 @pytest.mark.hosts(AMD)
 @pytest.mark.parametrize("kind", ["pvh", "hvm"])
+@tried_again_after_triple_faults
 def test_guest_with_second_level_tables_checks_its_memory(host: Host, kind: str) -> None:
     guest = host.start_guest(GuestSpec(name=kind, kind="pvh" if kind == "pvh" else "hvm"))
     guest.wait_passes(2)
@@ -128,6 +130,7 @@ def test_guest_with_second_level_tables_checks_its_memory(host: Host, kind: str)
 
 
 @pytest.mark.hosts(AMD)
+@tried_again_after_triple_faults
 def test_pvh_guest_survives_a_migration_to_the_same_host(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="pvh1", kind="pvh"))
     before = guest.domid
