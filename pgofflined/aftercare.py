@@ -9,7 +9,6 @@ from pgofflined.core.domains import DomainIdentity, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid
-from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.journal_log import event
 from pgofflined.ports import Clock, DomainControl
 
@@ -38,16 +37,17 @@ class Aftercare:
         """Whether any guest needs looking after."""
         return bool(self._until)
 
-    def note(self, job: str, report: ExchangeReport) -> None:
-        """Take over what a job left."""
-        domain = report.domain
-        if report.may_suspend_late:
+    def note(
+        self, job: str, domain: DomainIdentity, *, stuck: str | None, may_suspend_late: bool
+    ) -> None:
+        """Take over a guest that a job left."""
+        if may_suspend_late:
             self._until[domain] = self._clock.monotonic() + _LATE
-        if report.stuck is not None:
+        if stuck is not None:
             self._until[domain] = math.inf
-            self.stuck[domain] = report.stuck
+            self.stuck[domain] = stuck
             message = (
-                f"d{domain.domid} cannot be let go: {report.stuck}; we go on trying, meanwhile run "
+                f"d{domain.domid} cannot be let go: {stuck}; we go on trying, meanwhile run "
                 f"`xl unpause {domain.domid}` and, with Xen 4.20 or later, "
                 f"`xl resume {domain.domid}`"
             )

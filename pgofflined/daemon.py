@@ -20,6 +20,7 @@ from pgofflined.core.events import Event
 from pgofflined.core.machine import read_cpuinfo
 from pgofflined.core.policy import Policy, SourceName, effective
 from pgofflined.core.relocation_outcomes import MigrationOutcome, NotMigrated
+from pgofflined.jobstore import JobStore, may_reach_a_disk
 from pgofflined.journal_log import event, setup_logging
 from pgofflined.mce_listener import SourceFactory
 from pgofflined.notify import ChannelName, Notifier, kept_descriptors, make_notifier
@@ -43,6 +44,7 @@ log = logging.getLogger(__name__)
 
 EX_UNAVAILABLE: Final = os.EX_UNAVAILABLE
 _RUN: Final = Path("/run/pgofflined")
+JOBS: Final = _RUN / "jobs"
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
@@ -145,6 +147,7 @@ async def _serve(config_path: Path, policy: Policy, notifier: Notifier, clock: H
         links=KernelLinks(),
         zone=local_zone(),
         store=store,
+        journal=_journal(),
         notifier=notifier,
         source_opened=native.keep,
         source_broken=native.let_go,
@@ -162,6 +165,18 @@ async def _serve(config_path: Path, policy: Policy, notifier: Notifier, clock: H
     finally:
         store.close()
     return 0
+
+
+def _journal() -> JobStore:
+    leak = may_reach_a_disk(JOBS)
+    if leak is None:
+        return JobStore(JOBS)
+    refusal = (
+        f"pages of PV guests are not exchanged: {leak}, and what an exchange keeps there must not "
+        "reach a disk; mount a ramfs (systemctl start run-pgofflined-jobs.mount)"
+    )
+    log.error("%s", refusal)
+    return JobStore(JOBS, refusal=refusal)
 
 
 def _relocator(ssh_command: Callable[[], str]) -> Relocator:

@@ -41,6 +41,7 @@ from pgofflined.service import Service, World
 from pgofflined.serving import CannotListen
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.dimm import FailingDimm
+from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import DemoHost, demo_host
 from pgofflined.store import Store
 
@@ -175,6 +176,7 @@ async def _run(demo: DemoHost, screen: Screen, seconds: float, port: int, folder
         links=KernelLinks(),
         zone=UTC,
         store=Store.open(folder / "state.db", "demo"),
+        journal=MemoryJournal(),
         notifier=NullNotifier(),
     )
     service = Service(world, _policy(port, folder))

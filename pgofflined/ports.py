@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from pgofflined.core.domains import DomainInfo
+from pgofflined.core.domains import DomainIdentity, DomainInfo
+from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
 from pgofflined.core.xenversion import XenVersion
@@ -22,26 +23,42 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from pgofflined.core.moves import Group, PteWrites
+
     FrameArray = NDArray[np.uint64]
     Words = NDArray[np.uint64]
     TypeArray = NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PteWrite:
-    """One page-table entry to be set: the table's frame, the entry's index, its whole value."""
-
-    table: Mfn
-    index: int
-    value: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SuspendLimits:
-    """Seconds that a guest has to acknowledge the request, then to reach the suspended state."""
+    """Seconds that a guest has to acknowledge the request, then to reach the suspended state; and
+    for which it may then be kept, as far as that is for us to choose."""
 
     acknowledge: float = 10.0
     suspend: float = 30.0
+    blackout: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VcpuFrames:
+    """``roots`` are the L4 tables in the vCPUs' control registers, ``tables`` the frames of their
+    GDTs."""
+
+    roots: frozenset[Mfn]
+    tables: frozenset[Mfn]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Swapped:
+    """The answer to an exchange of several frames, done in their order.
+
+    ``new`` are the frames that came for the first ones; ``error`` says what became of the one
+    after them, None where all were exchanged.  What follows was not tried.
+    """
+
+    new: FrameArray
+    error: PortError | None = None
 
 
 class FrameControl(Protocol):
@@ -90,6 +107,13 @@ class FrameControl(Protocol):
         """
         ...
 
+    def m2p_search(self, pfns: FrameArray) -> FrameArray:
+        """Every frame of the host whose M2P entry is one of ``pfns``, whoever owns it.
+
+        Reads the whole M2P: 8 bytes for each frame of the host.
+        """
+        ...
+
 
 class DomainControl(Protocol):
     """The domains of the host and their running."""
@@ -110,6 +134,10 @@ class DomainControl(Protocol):
         """
         ...
 
+    def withdraw_suspend(self, domid: Domid) -> None:
+        """Take a request to suspend back that nobody has read, if there is one."""
+        ...
+
     def resume(self, domid: Domid) -> None:
         """Let a suspended guest run on in the same domain (cooperative resume), tell xenstored.
 
@@ -125,6 +153,14 @@ class DomainControl(Protocol):
         """Take one pause back."""
         ...
 
+    def vcpu_frames(self, domid: Domid) -> VcpuFrames:
+        """Frames that a PV domain's vCPUs have loaded at this moment."""
+        ...
+
+    def has_devices(self, domid: Domid) -> bool:
+        """Whether devices of the host are assigned to the domain: they know frames by number."""
+        ...
+
 
 class ForeignMemory(Protocol):
     """Contents and use of a domain's frames."""
@@ -133,8 +169,18 @@ class ForeignMemory(Protocol):
         """Contents of frames of a domain, in order.  Raises XenError if any cannot be mapped."""
         ...
 
-    def write_words(self, domid: Domid, mfn: Mfn, index: int, words: Words) -> None:
-        """Write 64-bit words into a frame that is no page table, from word ``index`` on."""
+    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
+        """Write whole frames that are no page tables; ``contents`` has one row for each.
+
+        What was written is read back through the same mapping; PortError where it differs.
+        """
+        ...
+
+    def write_entries(
+        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
+    ) -> None:
+        """Write single 64-bit words into frames that are no page tables: ``words[i]`` as word
+        ``indexes[i]`` of frame ``mfns[i]``.  Frames may be named several times."""
         ...
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
@@ -152,11 +198,15 @@ class ForeignMemory(Protocol):
         """
         ...
 
+    def shared_frames(self, domid: Domid) -> FrameArray:
+        """Xen's own frames that the domain may map: its shared_info and its grant table."""
+        ...
+
 
 class PageTableControl(Protocol):
     """Changes of a paused PV domain's page tables through the hypervisor."""
 
-    def update_ptes(self, domid: Domid, writes: Sequence[PteWrite]) -> None:
+    def update_ptes(self, domid: Domid, writes: PteWrites) -> None:
         """Set entries of the domain's page tables, verified by Xen, in order.
 
         Both the table's and the entry's owner are the domain (PFD and FD).  Raises XenError
@@ -164,15 +214,26 @@ class PageTableControl(Protocol):
         """
         ...
 
+    def pin_tables(self, domid: Domid, mfns: FrameArray, level: int) -> None:
+        """Have Xen keep frames validated as page tables of a level (MMUEXT_PIN_L*_TABLE).
+
+        In order; raises XenError with ``done`` when one is refused.
+        """
+        ...
+
+    def unpin_tables(self, domid: Domid, mfns: FrameArray) -> None:
+        """Take the pins of page tables back (MMUEXT_UNPIN_TABLE), as ``pin_tables``."""
+        ...
+
 
 class FrameExchange(Protocol):
     """XENMEM_exchange."""
 
-    def exchange(self, domid: Domid, mfn: Mfn, pfn: Pfn) -> Mfn:
-        """Swap one frame of a PV domain for a fresh one, which M2P then notes at pfn.
+    def exchange(self, domid: Domid, mfns: FrameArray, pfns: FrameArray) -> Swapped:
+        """Swap frames of a PV domain for fresh ones, which M2P then notes at ``pfns``.
 
-        Gives the new frame; its contents are not those of the old one.  Raises XenError: EINVAL
-        when anything still refers to the frame, ENOMEM when no frame is free.
+        The contents of the new frames are not those of the old ones.  A frame is refused with
+        XenError: EINVAL when anything still refers to it, ENOMEM when no frame is free.
         """
         ...
 
@@ -186,6 +247,60 @@ class Hypervisor(
     Protocol,
 ):
     """A whole host."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRecord:
+    """An exchange job as it is kept: of which domain, and what was true of it at the start.
+
+    ``cpu_time`` are the nanoseconds that its vCPUs had run; a domain that has run for less, or
+    whose shared_info is another frame, is not the same one.
+    """
+
+    domain: DomainIdentity
+    shared_info: Mfn
+    cpu_time: int
+    began: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class UnfinishedJob:
+    """A job that a process before this one began: ``group`` is what it may have changed."""
+
+    record: JobRecord
+    group: Group | None
+    job: OpenJob
+
+
+class OpenJob(Protocol):
+    """The record of a job that is under way.
+
+    What a method has kept survives the death of the process.  Failures are PortErrors.
+    """
+
+    def intend(self, group: Group) -> None:
+        """Keep what is about to be changed, in place of what was kept before, which is done."""
+        ...
+
+    def settled(self) -> None:
+        """Forget what was kept: the guest's memory is whole."""
+        ...
+
+    def close(self) -> None:
+        """The guest runs: forget the job, leaving nothing of the guest's contents behind."""
+        ...
+
+
+class Journal(Protocol):
+    """Where exchange jobs are kept until the guest runs again."""
+
+    def open(self, record: JobRecord) -> OpenJob:
+        """Begin a job.  Raises PortError where it cannot be kept: it must not be begun then."""
+        ...
+
+    def unfinished(self) -> Sequence[UnfinishedJob]:
+        """The jobs that earlier processes left."""
+        ...
 
 
 class Clock(Protocol):

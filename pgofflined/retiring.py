@@ -29,9 +29,10 @@ from pgofflined.core.outcomes import (
 )
 from pgofflined.core.policy import Backoff, Denied, Policy, domain_allowed
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
+from pgofflined.exchanging import Exchanging
 from pgofflined.journal_log import event
 from pgofflined.ledger import Ledger, tell
-from pgofflined.ports import Clock, Hypervisor, SuspendLimits
+from pgofflined.ports import Clock, Hypervisor, Journal
 from pgofflined.triage import (
     Disposition,
     Later,
@@ -82,15 +83,16 @@ class _Nobody:
 class Retirer:
     """Everything that happens to pages that are to go.
 
-    All methods but ``run_exchange`` belong to the loop's thread.  ``wedged`` holds the domains
-    of which Xen itself has broken a page, ``poisoned`` the frames whose contents must never be
-    read.
+    All methods but ``recover`` belong to the loop's thread; ``exchanging`` is for the workers.
+    ``wedged`` holds the domains of which Xen itself has broken a page, ``poisoned`` the frames
+    whose contents must never be read.
     """
 
     def __init__(
         self,
         *,
         xen: Hypervisor,
+        journal: Journal,
         clock: Clock,
         policy: Policy,
         ledger: Ledger,
@@ -101,6 +103,13 @@ class Retirer:
         self.wedged: set[DomainIdentity] = set()
         self.poisoned: set[Mfn] = set()
         self.aftercare = Aftercare(xen, clock, interval=late_look)
+        self.exchanging = Exchanging(
+            xen=xen,
+            journal=journal,
+            clock=clock,
+            policy=lambda: self.policy.exchange,
+            poisoned=lambda: frozenset(self.poisoned),
+        )
         self.idle_scrub = 0
         self._xen = xen
         self._clock = clock
@@ -184,54 +193,21 @@ class Retirer:
         self._stopping = True
         self._wake.set()
 
-    def run_exchange(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
-        """Exchange pages; runs in a worker thread, never raises for a single job's sake."""
-        # numpy comes with it, which a daemon that has nothing to do need not hold.
-        from pgofflined.exchanger import exchange
-
-        limits = SuspendLimits(
-            acknowledge=self.policy.exchange.acknowledge_timeout,
-            suspend=self.policy.exchange.suspend_timeout,
-        )
-        try:
-            report = exchange(
-                domain,
-                mfns,
-                never_read=self.poisoned,
-                xen=self._xen,
-                clock=self._clock,
-                limits=limits,
+    def recover(self) -> None:
+        """End what an earlier process left of exchanges; makes hypercalls, for a thread."""
+        for report in self.exchanging.recover():
+            self.aftercare.note(
+                "recovery",
+                report.domain,
+                stuck=report.stuck,
+                may_suspend_late=report.may_suspend_late,
             )
-            if not self._marks_are_safe:
-                self._withdraw(report)
-        except Exception:  # a fault in one job must not end the daemon of all other guests
-            log.exception("the exchange for d%d failed by a fault of our own", domain.domid)
-            detail = "a fault of our own, which the journal tells; please report it"
-            results = tuple(
-                Refusal(mfn=mfn, reason=RefusalReason.INTERNAL, detail=detail) for mfn in mfns
-            )
-            report = ExchangeReport(domain=domain, results=results, blackout=None)
-        return report
-
-    def _withdraw(self, report: ExchangeReport) -> None:
-        """Take the marks of refused pages back.
-
-        On a Xen whose allocator cannot take a page out of a free buddy, a page that stays marked
-        would do the damage whenever its owner frees it.
-        """
-        for result in report.results:
-            if not isinstance(result, Refusal):
-                continue
-            try:
-                # A page that has gone offline meanwhile would be given back to the allocator.
-                if self._xen.query(result.mfn) is OfflineState.OFFLINE_PENDING:
-                    self._xen.online(result.mfn)
-            except PortError as error:
-                log.error("the mark of mfn %#x could not be taken back: %s", result.mfn, error)
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""
-        self.aftercare.note(job, report)
+        self.aftercare.note(
+            job, report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late
+        )
         for result in report.results:
             self._exchange_result(job, report.domain, result)
         self._tell_exchange(job, report)

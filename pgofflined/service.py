@@ -35,7 +35,7 @@ from pgofflined.mce_listener import (
 )
 from pgofflined.metrics import Metrics, MetricsServer
 from pgofflined.notify import Notifier
-from pgofflined.ports import Clock, Hypervisor, TelemetrySource
+from pgofflined.ports import Clock, Hypervisor, Journal, TelemetrySource
 from pgofflined.relocation import Links, RelocationService, Relocator
 from pgofflined.report import attention, policy_digest
 from pgofflined.retiring import Retirer
@@ -67,6 +67,7 @@ class World:
     links: Links
     zone: tzinfo
     store: Store
+    journal: Journal
     notifier: Notifier
     source_opened: Callable[[TelemetrySource], None] = lambda _source: None
     source_broken: Callable[[TelemetrySource], None] = lambda _source: None
@@ -102,6 +103,7 @@ class Service:
         self.counters = IntakeCounters()
         self.retirer = Retirer(
             xen=world.xen,
+            journal=world.journal,
             clock=world.clock,
             policy=policy,
             ledger=Ledger(world.store, world.clock, world.store.load_pages()),
@@ -117,7 +119,7 @@ class Service:
             host_frames=world.xen.total_frames(),
         )
         self.pool = ExchangePool(
-            self.retirer.run_exchange,
+            self.retirer.exchanging.run,
             self._exchange_finished,
             clock=world.clock,
             workers=policy.exchange.workers,
@@ -138,6 +140,8 @@ class Service:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set, then end what is under way and come back."""
+        # Before anything else: guests may stand still because of a daemon that was killed.
+        await asyncio.to_thread(self.retirer.recover)
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
             intake = tasks.create_task(self._listen(), name="intake")
             work = [

@@ -54,7 +54,8 @@ class DomainInfo:
     ``shutdown`` is the reason while the domain is shut down (suspended included), else None.
     ``paused`` says that a toolstack paused it.  ``shared_info`` is the frame of its shared_info
     page.  ``tot_pages``/``max_pages`` count 4 KiB pages.  ``max_vcpu_id`` is the highest vCPU
-    number.  ``name`` comes from xenstore and may be empty.
+    number.  ``name`` comes from xenstore and may be empty.  ``cpu_time`` counts the nanoseconds
+    that its vCPUs have run; it never decreases.
     """
 
     domid: Domid
@@ -68,6 +69,7 @@ class DomainInfo:
     max_pages: int
     max_vcpu_id: int
     shared_info: Mfn
+    cpu_time: int
 
     @property
     def identity(self) -> DomainIdentity:

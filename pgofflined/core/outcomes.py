@@ -16,15 +16,22 @@ class RefusalReason(StrEnum):
     NOT_PENDING = "not_pending"
     BROKEN = "broken"
     NOT_THE_DOMAINS = "not_the_domains"
-    PAGE_TABLE = "page_table"
+    SHARED_INFO = "shared_info"
+    DESCRIPTOR_TABLE = "descriptor_table"
+    ROOT_IN_USE = "root_in_use"
+    MAPS_OTHERS = "maps_others"
+    LINEAR_MAPPING = "linear_mapping"
     GRANTED = "granted"
-    P2M_FRAME = "p2m_frame"
     P2M_DISAGREES = "p2m_disagrees"
     GUEST_LAYOUT = "guest_layout"
     OTHER_REFERENCES = "other_references"
     CONTENTS_CHANGED = "contents_changed"
+    OUT_OF_DATE = "out_of_date"
+    BLACKOUT_LIMIT = "blackout_limit"
     NO_FREE_MEMORY = "no_free_memory"
+    NOT_KEPT = "not_kept"
     NOT_PV = "not_pv"
+    HAS_DEVICES = "has_devices"
     DOMAIN_BUSY = "domain_busy"
     DOMAIN_GONE = "domain_gone"
     NO_SUSPEND = "no_suspend"
@@ -46,7 +53,12 @@ _MAY_PASS = frozenset(
         RefusalReason.DOMAIN_BUSY,
         RefusalReason.NO_SUSPEND,
         RefusalReason.P2M_DISAGREES,
-        RefusalReason.PAGE_TABLE,
+        RefusalReason.GUEST_LAYOUT,
+        RefusalReason.ROOT_IN_USE,
+        RefusalReason.MAPS_OTHERS,
+        RefusalReason.OUT_OF_DATE,
+        RefusalReason.BLACKOUT_LIMIT,
+        RefusalReason.NOT_KEPT,
         RefusalReason.XEN_REFUSED,
     }
 )

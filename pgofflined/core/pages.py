@@ -14,6 +14,8 @@ from typing import Final
 
 PTE_PRESENT: Final = 1 << 0
 PTE_RW: Final = 1 << 1
+PTE_ACCESSED: Final = 1 << 5
+PTE_DIRTY: Final = 1 << 6
 PTE_PSE: Final = 1 << 7
 # Bits 51:12 hold the frame; an mfn fits in 40 bits.
 PTE_ADDR_MASK: Final = 0x000F_FFFF_FFFF_F000

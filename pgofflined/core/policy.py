@@ -89,6 +89,7 @@ class ExchangePolicy:
     max_pages_per_suspend: int = field(default=64, metadata=_PAGES)
     acknowledge_timeout: float = field(default=10.0, metadata=_SECONDS)
     suspend_timeout: float = field(default=60.0, metadata=_SECONDS)
+    max_blackout: float = field(default=1.0, metadata=_SECONDS)
     retry_first: float = field(default=60.0, metadata=_SECONDS)
     retry_last: float = field(default=3600.0, metadata=_SECONDS)
     attempts: int = 10

@@ -223,6 +223,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, Reader]]] = {
         "max_pages_per_suspend": _whole(1, 4096),
         "acknowledge_timeout": _duration("100ms", "10m"),
         "suspend_timeout": _duration("100ms", "10m"),
+        "max_blackout": _duration("10ms", "10m"),
         **_RETRIES,
         "attempts": _ATTEMPTS,
     },

@@ -1,14 +1,17 @@
-"""Decides, from surveyed facts alone, which pages can be exchanged and how."""
+"""Decides, from surveyed facts alone, which pages can be exchanged and in which groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from pgofflined.core.frames import Mfn, Pfn
+from pgofflined.core.moves import Group, References, frames_of, no_contents
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Refusal, RefusalReason
-from pgofflined.core.pages import PageKind
+from pgofflined.core.pages import PageKind, PageType
 from pgofflined.exchanger.survey import P2mSlot, PageFacts, PteReference
 
 
@@ -19,33 +22,76 @@ class PagePlan:
     mfn: Mfn
     pfn: Pfn
     slot: P2mSlot
+    type: PageType
     references: tuple[PteReference, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The pages that will be exchanged, and the refused ones with their reasons."""
+    """The groups that will be moved one after the other, and the refused pages."""
 
-    pages: tuple[PagePlan, ...]
+    groups: tuple[Group, ...]
     refusals: tuple[Refusal, ...]
 
 
 def make_plan(facts: Sequence[PageFacts]) -> Plan:
-    """A plan or a refusal for each page."""
+    """A plan or a refusal for each page.
+
+    Data pages go together.  A page table goes by itself and after them: that its entries can be
+    set again is checked against the guest's memory as it is then.
+    """
     decided = [plan_page(page) for page in facts]
+    pages = [page for page in decided if isinstance(page, PagePlan)]
+    data = [page for page in pages if not page.type.kind.is_table]
+    tables = [page for page in pages if page.type.kind.is_table]
+    groups = ([_group(data)] if data else []) + [_group([page]) for page in tables]
     return Plan(
-        pages=tuple(page for page in decided if isinstance(page, PagePlan)),
+        groups=tuple(groups),
         refusals=tuple(page for page in decided if isinstance(page, Refusal)),
+    )
+
+
+def _group(pages: Sequence[PagePlan]) -> Group:
+    entries = [(row, entry) for row, page in enumerate(pages) for entry in page.references]
+    return Group(
+        kind=pages[0].type.kind,
+        pinned=pages[0].type.pinned,
+        mfns=frames_of([page.mfn for page in pages]),
+        pfns=frames_of([page.pfn for page in pages]),
+        slot_frames=frames_of([page.slot.frame for page in pages]),
+        slot_indexes=frames_of([page.slot.index for page in pages]),
+        references=References(
+            pages=np.array([row for row, _ in entries], dtype=np.intp),
+            levels=np.array([entry.level for _, entry in entries], dtype=np.uint8),
+            tables=frames_of([entry.table for _, entry in entries]),
+            indexes=frames_of([entry.index for _, entry in entries]),
+            values=frames_of([entry.value for _, entry in entries]),
+        ),
+        contents=no_contents(len(pages)),
+        props=frames_of([]),
     )
 
 
 def plan_page(page: PageFacts) -> PagePlan | Refusal:
     """What to do with one page."""
+    if page.is_shared:
+        return Refusal(
+            mfn=page.mfn,
+            reason=RefusalReason.SHARED_INFO,
+            detail="it is Xen's own and lent to the guest (shared_info or grant table); "
+            "it goes when the guest ends",
+        )
     early = refuse_by_state(page.mfn, page.state) or refuse_by_kind(page.mfn, page.type.kind)
     if early is not None:
         return early
     if page.granted:
         return refuse_granted(page.mfn)
+    if page.in_gdt:
+        return Refusal(
+            mfn=page.mfn,
+            reason=RefusalReason.DESCRIPTOR_TABLE,
+            detail="a vCPU of the guest has it loaded as a descriptor table (GDT)",
+        )
     if page.pfn is None or page.slot is None:
         return Refusal(
             mfn=page.mfn,
@@ -58,13 +104,28 @@ def plan_page(page: PageFacts) -> PagePlan | Refusal:
             reason=RefusalReason.P2M_DISAGREES,
             detail=f"the guest's p2m does not lead pfn {page.pfn:#x} to it",
         )
-    if page.holds_p2m:
+    if page.type.kind.is_table:
+        refusal = _refuse_table(page)
+        if refusal is not None:
+            return refusal
+    return PagePlan(
+        mfn=page.mfn, pfn=page.pfn, slot=page.slot, type=page.type, references=page.references
+    )
+
+
+def _refuse_table(page: PageFacts) -> Refusal | None:
+    level = page.type.kind.value
+    if page.is_root:
+        return refuse_root(page.mfn)
+    if page.maps_others:
+        return refuse_mapping_others(page.mfn)
+    if any(entry.level == level and level > 1 for entry in page.references):
         return Refusal(
             mfn=page.mfn,
-            reason=RefusalReason.P2M_FRAME,
-            detail="it holds a part of the guest's p2m",
+            reason=RefusalReason.LINEAR_MAPPING,
+            detail=f"it is an L{level} table that an L{level} table refers to (a linear mapping)",
         )
-    return PagePlan(mfn=page.mfn, pfn=page.pfn, slot=page.slot, references=page.references)
+    return None
 
 
 def refuse_by_state(mfn: Mfn, state: OfflineState) -> Refusal | None:
@@ -85,16 +146,10 @@ def refuse_by_state(mfn: Mfn, state: OfflineState) -> Refusal | None:
 
 
 def refuse_by_kind(mfn: Mfn, kind: PageKind) -> Refusal | None:
-    """A refusal for a page that Xen does not use as plain data of this domain."""
+    """A refusal for a page that is not the domain's, or broken."""
     match kind:
-        case PageKind.DATA:
+        case PageKind.DATA | PageKind.L1 | PageKind.L2 | PageKind.L3 | PageKind.L4:
             return None
-        case PageKind.L1 | PageKind.L2 | PageKind.L3 | PageKind.L4:
-            return Refusal(
-                mfn=mfn,
-                reason=RefusalReason.PAGE_TABLE,
-                detail=f"it is in use as a page table ({kind.name}), which is not moved yet",
-            )
         case PageKind.BROKEN:
             return refuse_by_state(mfn, OfflineState.BROKEN)
         case PageKind.NOT_THE_DOMAINS:
@@ -111,4 +166,23 @@ def refuse_granted(mfn: Mfn) -> Refusal:
         mfn=mfn,
         reason=RefusalReason.GRANTED,
         detail="the guest grants it to another domain, which may write to it at any moment",
+    )
+
+
+def refuse_root(mfn: Mfn) -> Refusal:
+    """The refusal for the root of an address space that a vCPU is in."""
+    return Refusal(
+        mfn=mfn,
+        reason=RefusalReason.ROOT_IN_USE,
+        detail="it is the root of the address space that a vCPU of the guest is in",
+    )
+
+
+def refuse_mapping_others(mfn: Mfn) -> Refusal:
+    """The refusal for a page table with entries that could not be set again."""
+    return Refusal(
+        mfn=mfn,
+        reason=RefusalReason.MAPS_OTHERS,
+        detail="it is a page table with entries for frames that are not the guest's own, which "
+        "Xen would not let us set again",
     )

@@ -1,53 +1,58 @@
-"""One exchange job: look, suspend, survey, transfer, resume.
+"""One exchange job: look, survey, suspend, check, transfer, resume.
 
-The guest is kept for as short as can be: what can be refused from outside is refused before the
-suspend.  Whatever happens between suspend and resume, the guest is let go on every way out.
+The guest is kept for as short as can be.  What takes time that grows with its size, the search
+through its page tables, is done while it runs; what was found is looked at again when it stands
+still.  Whatever happens between suspend and resume, the guest is let go on every way out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+import contextlib
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from pgofflined.core.domains import (
-    DomainIdentity,
-    DomainInfo,
-    GuestKind,
-    ShutdownReason,
-)
+from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError
-from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.frames import Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import (
     Blackout,
+    Exchanged,
     ExchangeReport,
     PageResult,
     Refusal,
     RefusalReason,
 )
-from pgofflined.core.pages import decode_page_type
-from pgofflined.exchanger.plan import (
-    make_plan,
-    refuse_by_kind,
-    refuse_by_state,
-    refuse_granted,
-)
+from pgofflined.exchanger.letgo import let_go, resume_only
+from pgofflined.exchanger.moving import Mover
+from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
 from pgofflined.exchanger.survey import GuestLayoutError, survey
-from pgofflined.exchanger.transfer import transfer
-from pgofflined.ports import Clock, Hypervisor, SuspendLimits
+from pgofflined.ports import Clock, Hypervisor, JobRecord, Journal, OpenJob, SuspendLimits
 
 # Frames that have to stay free in the host besides the ones we take: an exchange that runs out
 # of memory half-way may silently lose the page's mark (assign_pages, xen/common/page_alloc.c).
 FREE_RESERVE = 64
-_RELEASE_TRIES = 10
+# A guest that runs may change what is being read; so often is it begun anew.
+_SURVEY_TRIES = 3
 
 
-class _Letgo:
-    """Notes whether the guest could be let go, and when."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surveyed:
+    """A plan made of what was found while the guest ran, and the seconds that finding it took."""
+
+    plan: Plan
+    seconds: float
+
+
+class _Held:
+    """When the guest was asked, held and let go, and whether it could be.
+
+    ``owes_nothing`` is true as long as the guest cannot stand still because of us.
+    """
 
     def __init__(self) -> None:
+        self.owes_nothing = True
         self.asked = 0.0
         self.held = 0.0
         self.released = 0.0
@@ -55,183 +60,245 @@ class _Letgo:
         self.may_suspend_late = False
 
 
+class ExchangeJob:
+    """Pages of one PV domain, exchanged in one suspend.
+
+    The pages are marked offline-pending already; those in ``never_read`` are known to hold an
+    uncorrected error and are refused, whatever Xen knows of them.  Synchronous on purpose: doing
+    and undoing happen in one thread, so no cancellation can make them overlap.
+    """
+
+    def __init__(
+        self,
+        domain: DomainIdentity,
+        *,
+        xen: Hypervisor,
+        journal: Journal,
+        clock: Clock,
+        limits: SuspendLimits,
+        never_read: Container[Mfn],
+    ) -> None:
+        self._domain = domain
+        self._xen = xen
+        self._journal = journal
+        self._clock = clock
+        self._limits = limits
+        self._never_read = never_read
+        self._held = _Held()
+
+    def run(self, mfns: Sequence[Mfn]) -> ExchangeReport:
+        """A result for every page; raises only for faults of our own."""
+        pages = tuple(dict.fromkeys(mfns))
+        results: dict[Mfn, PageResult] = {}
+        try:
+            info = self._xen.domain(self._domain.domid)
+            results |= self._look(info, pages)
+            left = [mfn for mfn in pages if mfn not in results]
+            if left:
+                surveyed = self._survey(info, left)
+                results |= {refusal.mfn: refusal for refusal in surveyed.plan.refusals}
+                if surveyed.plan.groups:
+                    results |= self._hold_and_move(info, surveyed)
+        except PortError as error:
+            results = self._refuse_rest(pages, results, *_reason_of(error))
+        except GuestLayoutError as error:
+            detail = f"the guest cannot be believed: {error}"
+            results = self._refuse_rest(pages, results, RefusalReason.GUEST_LAYOUT, detail)
+        return self._report([results[mfn] for mfn in pages])
+
+    # While the guest runs.
+
+    def _look(self, info: DomainInfo, mfns: Sequence[Mfn]) -> dict[Mfn, PageResult]:
+        """Refusals that need no look into the guest's memory."""
+        busy = self._refuse_domain(info)
+        if busy is not None:
+            return self._refuse_rest(mfns, {}, *busy)
+        needed = len(mfns) + FREE_RESERVE
+        if self._xen.free_frames() < needed:
+            detail = f"the host has fewer than {needed} free frames; free some memory"
+            return self._refuse_rest(mfns, {}, RefusalReason.NO_FREE_MEMORY, detail)
+        refusals: dict[Mfn, PageResult] = {}
+        for mfn in mfns:
+            poisoned = mfn in self._never_read
+            state = OfflineState.BROKEN if poisoned else self._xen.query(mfn)
+            refusal = refuse_by_state(mfn, state)
+            if refusal is not None:
+                refusals[mfn] = refusal
+        return refusals
+
+    def _refuse_domain(self, info: DomainInfo) -> tuple[RefusalReason, str] | None:
+        domid = self._domain.domid
+        if info.identity != self._domain or info.dying:
+            return RefusalReason.DOMAIN_GONE, f"d{domid} is gone or dying"
+        if info.kind is not GuestKind.PV or info.is_dom0:
+            return RefusalReason.NOT_PV, f"d{domid} is no PV guest"
+        if info.shutdown is not None or info.paused:
+            state = (
+                "paused" if info.shutdown is None else f"shut down ({info.shutdown.name.lower()})"
+            )
+            detail = f"d{domid} is {state} by someone else; it is left alone until it runs"
+            return RefusalReason.DOMAIN_BUSY, detail
+        if self._xen.has_devices(domid):
+            detail = f"d{domid} has devices of the host, which write to frames by their number"
+            return RefusalReason.HAS_DEVICES, detail
+        return None
+
+    def _survey(self, info: DomainInfo, mfns: Sequence[Mfn]) -> Surveyed:
+        for _ in range(_SURVEY_TRIES - 1):
+            with contextlib.suppress(GuestLayoutError, PortError):
+                return self._survey_once(info, mfns)
+        return self._survey_once(info, mfns)
+
+    def _survey_once(self, info: DomainInfo, mfns: Sequence[Mfn]) -> Surveyed:
+        began = self._clock.monotonic()
+        facts = survey(self._xen, info, mfns, self._poisoned())
+        return Surveyed(plan=make_plan(facts), seconds=self._clock.monotonic() - began)
+
+    def _poisoned(self) -> frozenset[Mfn]:
+        """The frames never to be read, as they are known now."""
+        known = self._never_read
+        return frozenset(known) if isinstance(known, (set, frozenset)) else frozenset()
+
+    # While it stands still.
+
+    def _hold_and_move(self, info: DomainInfo, surveyed: Surveyed) -> dict[Mfn, PageResult]:
+        record = JobRecord(
+            domain=self._domain,
+            shared_info=info.shared_info,
+            cpu_time=info.cpu_time,
+            began=self._clock.now(),
+        )
+        planned = [Mfn(mfn) for group in surveyed.plan.groups for mfn in group.mfns.tolist()]
+        try:
+            job = self._journal.open(record)
+        except PortError as error:
+            return self._refuse_rest(planned, {}, RefusalReason.NOT_KEPT, str(error))
+        mover = Mover(
+            xen=self._xen,
+            clock=self._clock,
+            job=job,
+            poisoned=self._poisoned(),
+            limits=self._limits,
+        )
+        try:
+            with self._suspended():
+                self._move(mover, job, surveyed)
+        except PortError as error:
+            mover.results = self._refuse_rest(planned, mover.results, *_reason_of(error))
+        finally:
+            if self._held.owes_nothing:
+                job.close()
+        return self._verified(mover.results)
+
+    def _move(self, mover: Mover, job: OpenJob, surveyed: Surveyed) -> None:
+        info = self._xen.domain(self._domain.domid)
+        if info.identity != self._domain or info.dying:
+            raise DomainGone(self._domain.domid)
+        if info.shutdown is not ShutdownReason.SUSPEND:
+            planned = [Mfn(m) for group in surveyed.plan.groups for m in group.mfns.tolist()]
+            detail = f"d{self._domain.domid} was resumed by someone else"
+            mover.results |= self._refuse_rest(planned, {}, RefusalReason.DOMAIN_BUSY, detail)
+            return
+        mover.move(info, surveyed.plan, held=self._held.held, survey_seconds=surveyed.seconds)
+        job.settled()
+
+    @contextmanager
+    def _suspended(self) -> Iterator[None]:
+        """Hold the guest suspended and paused; let it go on every way out."""
+        held, domid = self._held, self._domain.domid
+        held.asked = self._clock.monotonic()
+        held.owes_nothing = False
+        try:
+            self._xen.suspend(domid, self._limits)
+        except GuestDidNotSuspend as error:
+            held.may_suspend_late = error.stage == "suspend"
+            held.owes_nothing = not held.may_suspend_late
+            raise
+        except DomainGone:
+            held.owes_nothing = True
+            raise
+        except PortError:
+            # We cannot tell how far the request got; resuming a guest that runs does nothing.
+            held.stuck = resume_only(self._xen, domid)
+            held.owes_nothing = held.stuck is None
+            raise
+        held.held = self._clock.monotonic()
+        try:
+            # The guest has stopped itself, but its vCPUs' state may still be loaded on a pCPU:
+            # only a pause waits for that, and only then are changes to its page tables safe.
+            self._xen.pause(domid)
+            yield
+        finally:
+            held.stuck = let_go(self._xen, domid)
+            held.owes_nothing = held.stuck is None
+            held.released = self._clock.monotonic()
+
+    # When it runs again.
+
+    def _verified(self, results: dict[Mfn, PageResult]) -> dict[Mfn, PageResult]:
+        """The results with Xen's word on whether the exchanged frames are out of use."""
+        return {
+            mfn: replace(result, offlined=self._is_offlined(mfn))
+            if isinstance(result, Exchanged)
+            else result
+            for mfn, result in results.items()
+        }
+
+    def _is_offlined(self, mfn: Mfn) -> bool:
+        try:
+            return bool(self._xen.query(mfn) & OfflineState.OFFLINED)
+        except PortError:
+            # The page is moved all the same; whoever reads "not confirmed" asks again.
+            return False
+
+    def _refuse_rest(
+        self,
+        mfns: Sequence[Mfn],
+        results: dict[Mfn, PageResult],
+        reason: RefusalReason,
+        detail: str,
+    ) -> dict[Mfn, PageResult]:
+        refusals: dict[Mfn, PageResult] = {
+            mfn: Refusal(mfn=mfn, reason=reason, detail=detail) for mfn in mfns
+        }
+        return refusals | results
+
+    def _report(self, results: Sequence[PageResult]) -> ExchangeReport:
+        held = self._held
+        blackout = None
+        if held.released:
+            blackout = Blackout(whole=held.released - held.asked, ours=held.released - held.held)
+        return ExchangeReport(
+            domain=self._domain,
+            results=tuple(results),
+            blackout=blackout,
+            stuck=held.stuck,
+            may_suspend_late=held.may_suspend_late,
+        )
+
+
+def _reason_of(error: PortError) -> tuple[RefusalReason, str]:
+    match error:
+        case GuestDidNotSuspend():
+            return RefusalReason.NO_SUSPEND, str(error)
+        case DomainGone():
+            return RefusalReason.DOMAIN_GONE, str(error)
+        case _:
+            return RefusalReason.XEN_REFUSED, str(error)
+
+
 def exchange(
     domain: DomainIdentity,
     mfns: Sequence[Mfn],
     *,
     xen: Hypervisor,
+    journal: Journal,
     clock: Clock,
     limits: SuspendLimits,
-    never_read: Container[Mfn] = (),
+    never_read: Container[Mfn] = frozenset(),
 ) -> ExchangeReport:
-    """Exchange pages of one PV domain, all in one suspend.
-
-    The pages are marked offline-pending already; those in ``never_read`` are known to hold an
-    uncorrected error and are refused, whatever Xen knows of them.  Gives a result for every
-    page; raises only for faults of our own.  Synchronous on purpose: doing and undoing happen
-    in one thread, so no cancellation can make them overlap.
-    """
-    pages = tuple(dict.fromkeys(mfns))
-    early = _look(xen, domain, pages, never_read)
-    candidates = [mfn for mfn in pages if mfn not in early]
-    if not candidates:
-        return _report(domain, pages, early, None)
-    letgo = _Letgo()
-    results: dict[Mfn, PageResult] = dict(early)
-    try:
-        with _suspended(xen, clock, domain.domid, limits, letgo):
-            results |= _move(xen, domain, candidates)
-    except GuestDidNotSuspend as error:
-        letgo.may_suspend_late = error.stage == "suspend"
-        results |= _refuse_all(candidates, RefusalReason.NO_SUSPEND, str(error))
-    except DomainGone as error:
-        results |= _refuse_all(candidates, RefusalReason.DOMAIN_GONE, str(error))
-    except GuestLayoutError as error:
-        results |= _refuse_all(
-            candidates, RefusalReason.GUEST_LAYOUT, f"the guest cannot be believed: {error}"
-        )
-    except PortError as error:
-        results |= _refuse_all(candidates, RefusalReason.XEN_REFUSED, str(error))
-    return _report(domain, pages, results, letgo)
-
-
-def _look(
-    xen: Hypervisor, domain: DomainIdentity, mfns: Sequence[Mfn], never_read: Container[Mfn]
-) -> dict[Mfn, PageResult]:
-    """Refusals that can be seen while the guest runs."""
-    try:
-        info = xen.domain(domain.domid)
-        busy = _refuse_domain(domain, info)
-        if busy is not None:
-            return _refuse_all(mfns, *busy)
-        needed = len(mfns) + FREE_RESERVE
-        if xen.free_frames() < needed:
-            return _refuse_all(
-                mfns,
-                RefusalReason.NO_FREE_MEMORY,
-                f"the host has fewer than {needed} free frames; free some memory",
-            )
-        return _look_at_pages(xen, domain.domid, mfns, never_read)
-    except DomainGone as error:
-        return _refuse_all(mfns, RefusalReason.DOMAIN_GONE, str(error))
-    except PortError as error:
-        return _refuse_all(mfns, RefusalReason.XEN_REFUSED, str(error))
-
-
-def _refuse_domain(domain: DomainIdentity, info: DomainInfo) -> tuple[RefusalReason, str] | None:
-    if info.identity != domain or info.dying:
-        return RefusalReason.DOMAIN_GONE, f"d{domain.domid} is gone or dying"
-    if info.kind is not GuestKind.PV or info.is_dom0:
-        return RefusalReason.NOT_PV, f"d{domain.domid} is no PV guest"
-    if info.shutdown is not None or info.paused:
-        state = "paused" if info.shutdown is None else f"shut down ({info.shutdown.name.lower()})"
-        return (
-            RefusalReason.DOMAIN_BUSY,
-            f"d{domain.domid} is {state} by someone else; it is left alone until it runs",
-        )
-    return None
-
-
-def _look_at_pages(
-    xen: Hypervisor, domid: Domid, mfns: Sequence[Mfn], never_read: Container[Mfn]
-) -> dict[Mfn, PageResult]:
-    wanted = np.array(mfns, dtype=np.uint64)
-    types = xen.page_types(domid, wanted)
-    granted = np.isin(wanted, xen.granted_frames(domid))
-    refusals: dict[Mfn, PageResult] = {}
-    for position, mfn in enumerate(mfns):
-        kind = decode_page_type(int(types[position])).kind
-        state = OfflineState.BROKEN if mfn in never_read else xen.query(mfn)
-        refusal = refuse_by_state(mfn, state) or refuse_by_kind(mfn, kind)
-        if refusal is None and granted[position]:
-            refusal = refuse_granted(mfn)
-        if refusal is not None:
-            refusals[mfn] = refusal
-    return refusals
-
-
-def _move(xen: Hypervisor, domain: DomainIdentity, mfns: Sequence[Mfn]) -> dict[Mfn, PageResult]:
-    """Survey, plan and transfer; the guest is suspended and paused."""
-    info = xen.domain(domain.domid)
-    if info.identity != domain or info.dying:
-        raise DomainGone(domain.domid)
-    if info.shutdown is not ShutdownReason.SUSPEND:
-        return _refuse_all(
-            mfns, RefusalReason.DOMAIN_BUSY, f"d{domain.domid} was resumed by someone else"
-        )
-    plan = make_plan(survey(xen, info, mfns))
-    results: dict[Mfn, PageResult] = {refusal.mfn: refusal for refusal in plan.refusals}
-    moved = transfer(xen, domain.domid, plan.pages)
-    return results | {page.mfn: result for page, result in zip(plan.pages, moved, strict=True)}
-
-
-@contextmanager
-def _suspended(
-    xen: Hypervisor, clock: Clock, domid: Domid, limits: SuspendLimits, letgo: _Letgo
-) -> Iterator[None]:
-    """Hold the guest suspended and paused; let it go on every way out."""
-    letgo.asked = clock.monotonic()
-    try:
-        xen.suspend(domid, limits)
-    except (GuestDidNotSuspend, DomainGone):
-        raise
-    except PortError:
-        # We cannot tell how far the request got; resuming a guest that runs does nothing.
-        letgo.stuck = _release(lambda: xen.resume(domid), "resume")
-        raise
-    letgo.held = clock.monotonic()
-    try:
-        # The guest has stopped itself, but its vCPUs' state may still be loaded on a pCPU:
-        # only a pause waits for that, and only then are changes to its page tables safe.
-        xen.pause(domid)
-        yield
-    finally:
-        problems = (
-            _release(lambda: _unpause(xen, domid), "unpause"),
-            _release(lambda: xen.resume(domid), "resume"),
-        )
-        letgo.released = clock.monotonic()
-        letgo.stuck = "; ".join(problem for problem in problems if problem) or None
-
-
-def _unpause(xen: Hypervisor, domid: Domid) -> None:
-    """Take our pause back, if there is one: the reply to the pause may have been lost."""
-    if xen.domain(domid).paused:
-        xen.unpause(domid)
-
-
-def _release(act: Callable[[], None], what: str) -> str | None:
-    """Do what frees the guest, again and again if need be; what is wrong if it cannot be."""
-    problem = ""
-    for _ in range(_RELEASE_TRIES):
-        try:
-            act()
-        except DomainGone:
-            return None
-        except PortError as error:
-            problem = str(error)
-        else:
-            return None
-    return f"could not {what} it: {problem}"
-
-
-def _refuse_all(mfns: Sequence[Mfn], reason: RefusalReason, detail: str) -> dict[Mfn, PageResult]:
-    return {mfn: Refusal(mfn=mfn, reason=reason, detail=detail) for mfn in mfns}
-
-
-def _report(
-    domain: DomainIdentity,
-    mfns: Sequence[Mfn],
-    results: dict[Mfn, PageResult],
-    letgo: _Letgo | None,
-) -> ExchangeReport:
-    blackout = None
-    if letgo is not None and letgo.released:
-        blackout = Blackout(whole=letgo.released - letgo.asked, ours=letgo.released - letgo.held)
-    return ExchangeReport(
-        domain=domain,
-        results=tuple(results[mfn] for mfn in mfns),
-        blackout=blackout,
-        stuck=letgo.stuck if letgo is not None else None,
-        may_suspend_late=letgo is not None and letgo.may_suspend_late,
+    """Exchange pages of one PV domain, all in one suspend; see ``ExchangeJob``."""
+    job = ExchangeJob(
+        domain, xen=xen, journal=journal, clock=clock, limits=limits, never_read=never_read
     )
+    return job.run(mfns)

@@ -1,32 +1,38 @@
-"""Reads what an exchange has to know of a suspended and paused PV guest.
+"""Reads what an exchange has to know of a PV guest.
 
 Everything read here lies in the guest's own memory or is told by it: shared_info, the p2m, the
 page tables.  It is believed only as far as Xen's own records confirm it (M2P, page types,
 ownership), and any contradiction ends in ``GuestLayoutError``, which becomes a refusal.
+
+The guest may run meanwhile.  What was found is then out of date at once, and serves for choosing
+what to look at again when it stands still (see ``transfer.check``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import XenError
-from pgofflined.core.frames import WORDS_PER_PAGE, Domid, Mfn, Pfn
+from pgofflined.core.frames import PAGE_SHIFT, WORDS_PER_PAGE, Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.pages import (
+    L4_XEN_SLOTS,
     MFN_BITS,
     PTE_ADDR_MASK,
     PTE_PRESENT,
     PTE_PSE,
+    PageKind,
     PageType,
     decode_page_type,
 )
 from pgofflined.core.pagetable import find_references, guest_frames, table_levels
-from pgofflined.ports import Hypervisor
+from pgofflined.ports import Hypervisor, VcpuFrames
 
 if TYPE_CHECKING:
     from pgofflined.ports import FrameArray, Words
@@ -57,8 +63,9 @@ class P2mSlot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PteReference:
-    """One present entry that maps a page, with its whole original value."""
+    """One present entry that maps a page: of a table of which level, with its whole value."""
 
+    level: int
     table: Mfn
     index: int
     value: int
@@ -66,7 +73,12 @@ class PteReference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageFacts:
-    """What is known of one page that is to be exchanged."""
+    """What is known of one page that is to be exchanged.
+
+    ``is_shared`` says that it is Xen's own and lent to the guest, ``in_gdt`` that a vCPU has it in
+    its GDT, ``is_root`` that it is an L4 table in a vCPU's control registers, ``maps_others`` that
+    it is a page table with entries for frames that are not the guest's.
+    """
 
     mfn: Mfn
     state: OfflineState
@@ -75,7 +87,10 @@ class PageFacts:
     p2m_mfn: Mfn | None
     type: PageType
     granted: bool
-    holds_p2m: bool
+    is_shared: bool = False
+    in_gdt: bool = False
+    is_root: bool = False
+    maps_others: bool = False
     references: tuple[PteReference, ...]
 
 
@@ -87,42 +102,119 @@ class P2m:
     leaf_mfns: FrameArray
 
 
-def survey(xen: Hypervisor, domain: DomainInfo, mfns: Sequence[Mfn]) -> tuple[PageFacts, ...]:
+def survey(
+    xen: Hypervisor,
+    domain: DomainInfo,
+    mfns: Sequence[Mfn],
+    never_read: frozenset[Mfn] = frozenset(),
+    moved: Mapping[int, int] = MappingProxyType({}),
+) -> tuple[PageFacts, ...]:
     """Facts of each of ``mfns``, all from one scan of the guest.
 
-    The guest has to be suspended and paused.  Raises GuestLayoutError, XenError.
+    Page tables in ``never_read`` are passed over; what they map has then a reference that we do
+    not know, and Xen refuses to exchange it.  ``moved`` leads from frames to those that they were
+    exchanged for in this suspend: the guest publishes the new ones only when it runs again.
+
+    Raises GuestLayoutError, XenError; of a guest that runs also where it has just changed
+    something.
     """
-    p2m = read_p2m(xen, domain)
-    references = _scan_tables(xen, domain.domid, p2m, mfns)
+    poisoned = np.array(sorted(never_read), dtype=np.uint64)
+    p2m = read_p2m(xen, domain, poisoned, moved)
+    references = _scan_tables(xen, domain.domid, p2m, mfns, poisoned)
     wanted = np.array(mfns, dtype=np.uint64)
     types = xen.page_types(domain.domid, wanted)
     granted = np.isin(wanted, xen.granted_frames(domain.domid))
-    holds_p2m = np.isin(wanted, p2m.leaf_mfns)
-    facts = []
-    for position, mfn in enumerate(mfns):
-        pfn = xen.m2p(mfn)
-        inside = pfn is not None and pfn < len(p2m.entries)
-        facts.append(
-            PageFacts(
-                mfn=mfn,
-                state=xen.query(mfn),
-                pfn=pfn,
-                slot=_slot(p2m, pfn) if inside and pfn is not None else None,
-                p2m_mfn=Mfn(int(p2m.entries[pfn])) if inside else None,
-                type=decode_page_type(int(types[position])),
-                granted=bool(granted[position]),
-                holds_p2m=bool(holds_p2m[position]),
-                references=references.get(mfn, ()),
-            )
+    shared = xen.shared_frames(domain.domid)
+    loaded = xen.vcpu_frames(domain.domid)
+    return tuple(
+        _facts(
+            xen,
+            domain.domid,
+            p2m,
+            mfn,
+            decode_page_type(int(types[position])),
+            shared,
+            loaded,
+            granted=bool(granted[position]),
+            references=references.get(mfn, ()),
         )
-    return tuple(facts)
+        for position, mfn in enumerate(mfns)
+    )
+
+
+def _facts(
+    xen: Hypervisor,
+    domid: Domid,
+    p2m: P2m,
+    mfn: Mfn,
+    kind: PageType,
+    shared: FrameArray,
+    loaded: VcpuFrames,
+    *,
+    granted: bool,
+    references: tuple[PteReference, ...],
+) -> PageFacts:
+    pfn = xen.m2p(mfn)
+    inside = pfn is not None and pfn < len(p2m.entries)
+    state = xen.query(mfn)
+    maps_others = False
+    if kind.kind.is_table and not state & OfflineState.BROKEN:
+        words = xen.read_frames(domid, np.array([mfn], dtype=np.uint64))
+        maps_others = has_frames_of_others(xen, domid, kind.kind, words[0], shared)
+    return PageFacts(
+        mfn=mfn,
+        state=state,
+        pfn=pfn,
+        slot=_slot(p2m, pfn) if inside and pfn is not None else None,
+        p2m_mfn=Mfn(int(p2m.entries[pfn])) if inside else None,
+        type=kind,
+        granted=granted,
+        is_shared=bool(np.isin(np.uint64(mfn), shared)),
+        in_gdt=mfn in loaded.tables,
+        is_root=mfn in loaded.roots,
+        maps_others=maps_others,
+        references=references,
+    )
+
+
+def has_frames_of_others(
+    xen: Hypervisor, domid: Domid, kind: PageKind, table: Words, shared: FrameArray
+) -> bool:
+    """Whether a page table has entries that Xen would not take if they were made anew.
+
+    Frames that another domain has granted are mapped through the grant table only, and I/O memory
+    is checked against rights.  The guest's own frames and those in ``shared`` can be mapped again.
+    """
+    targets = frames_below(kind, table)
+    targets = targets[~np.isin(targets, shared)]
+    kinds = [decode_page_type(int(word)).kind for word in xen.page_types(domid, targets)]
+    return PageKind.NOT_THE_DOMAINS in kinds
+
+
+def frames_below(kind: PageKind, table: Words) -> FrameArray:
+    """The frames that the guest's entries of a page table name."""
+    present = (table & np.uint64(PTE_PRESENT)) != 0
+    if kind is PageKind.L4:
+        present[L4_XEN_SLOTS.start : L4_XEN_SLOTS.stop] = False
+    targets: FrameArray = np.unique(
+        (table[present] & np.uint64(PTE_ADDR_MASK)) >> np.uint64(PAGE_SHIFT)
+    )
+    return targets
 
 
 def _slot(p2m: P2m, pfn: Pfn) -> P2mSlot:
     return P2mSlot(frame=Mfn(int(p2m.leaf_mfns[pfn // WORDS_PER_PAGE])), index=pfn % WORDS_PER_PAGE)
 
 
-def read_p2m(xen: Hypervisor, domain: DomainInfo) -> P2m:
+_NONE: Final = np.empty(0, dtype=np.uint64)
+
+
+def read_p2m(
+    xen: Hypervisor,
+    domain: DomainInfo,
+    poisoned: FrameArray = _NONE,
+    moved: Mapping[int, int] = MappingProxyType({}),
+) -> P2m:
     """The guest's p2m as it publishes it.  Raises GuestLayoutError, XenError."""
     shared = xen.read_frames(domain.domid, np.array([domain.shared_info], dtype=np.uint64))[0]
     arch = shared[_ARCH_WORD : _ARCH_WORD + 6]
@@ -135,28 +227,50 @@ def read_p2m(xen: Hypervisor, domain: DomainInfo) -> P2m:
         raise GuestLayoutError("it was suspended while changing its p2m")
     leaves = -(-max_pfn // WORDS_PER_PAGE)
     if int(arch[_P2M_CR3]) not in _UNSET:
-        leaf_mfns = _walk(xen, domain.domid, int(arch[_P2M_CR3]), int(arch[_P2M_VADDR]), leaves)
+        root, vaddr = int(arch[_P2M_CR3]) >> PAGE_SHIFT, int(arch[_P2M_VADDR])
+        root = moved.get(root, root)
+        leaf_mfns = _walk(_Believed(xen, domain.domid, poisoned), root, vaddr, leaves)
     elif int(arch[_FRAME_LIST_LIST]) not in _UNSET:
-        leaf_mfns = _frame_lists(xen, domain.domid, int(arch[_FRAME_LIST_LIST]), leaves)
+        top = int(arch[_FRAME_LIST_LIST])
+        top = moved.get(top, top)
+        leaf_mfns = _frame_lists(_Believed(xen, domain.domid, poisoned), top, leaves)
     else:
         raise GuestLayoutError("it publishes no p2m (neither p2m_cr3 nor a frame list)")
-    pages = [xen.read_frames(domain.domid, part) for part in _batches(leaf_mfns)]
-    return P2m(entries=np.concatenate(pages).reshape(-1)[:max_pfn], leaf_mfns=leaf_mfns)
+    pages = _Believed(xen, domain.domid, poisoned).read(leaf_mfns, "its p2m list")
+    return P2m(entries=pages.reshape(-1)[:max_pfn], leaf_mfns=leaf_mfns)
 
 
-def _walk(xen: Hypervisor, domid: Domid, cr3: int, vaddr: int, leaves: int) -> FrameArray:
-    """Frames of the virtually contiguous p2m list, from its own address space.
+@dataclass(frozen=True, slots=True)
+class _Believed:
+    """Reads frames that the guest named: that they are not its own is its lie, not our error."""
 
-    ``cr3`` has the form of the register: for 64-bit guests the root's maddr.
-    """
+    xen: Hypervisor
+    domid: Domid
+    poisoned: FrameArray
+
+    def read(self, mfns: FrameArray, what: str) -> Words:
+        """Contents of frames.  Raises GuestLayoutError."""
+        if np.any(mfns >= np.uint64(1 << MFN_BITS)):
+            raise GuestLayoutError(f"{what}: it names a frame that no host has")
+        if np.isin(mfns, self.poisoned).any():
+            raise GuestLayoutError(f"{what}: a frame of it has had an uncorrected error")
+        try:
+            parts = [self.xen.read_frames(self.domid, part) for part in _batches(mfns)]
+        except XenError as error:
+            raise GuestLayoutError(f"{what} cannot be read: {error}") from error
+        return np.concatenate(parts)
+
+
+def _walk(believed: _Believed, root: int, vaddr: int, leaves: int) -> FrameArray:
+    """Frames of the virtually contiguous p2m list, in the address space of an L4 table."""
     if vaddr & 0xFFF:
         raise GuestLayoutError(f"its p2m list starts at {vaddr:#x}, within a page")
     with np.errstate(over="ignore"):
         addresses = np.uint64(vaddr) + (np.arange(leaves, dtype=np.uint64) << np.uint64(12))
-    frames = np.full(leaves, cr3 >> 12, dtype=np.uint64)
+    frames = np.full(leaves, root, dtype=np.uint64)
     for shift in (39, 30, 21, 12):
         tables, rows = np.unique(frames, return_inverse=True)
-        contents = _read_believed(xen, domid, tables, "its p2m's page tables")
+        contents = believed.read(tables, "its p2m's page tables")
         entries = contents[rows, (addresses >> np.uint64(shift)) & np.uint64(511)]
         if not np.all(entries & np.uint64(PTE_PRESENT)):
             raise GuestLayoutError("its p2m list is not mapped from end to end")
@@ -166,34 +280,25 @@ def _walk(xen: Hypervisor, domid: Domid, cr3: int, vaddr: int, leaves: int) -> F
     return frames
 
 
-def _frame_lists(xen: Hypervisor, domid: Domid, top: int, leaves: int) -> FrameArray:
+def _frame_lists(believed: _Believed, top: int, leaves: int) -> FrameArray:
     """Frames of the p2m list as the older three-level frame list names them."""
     lists = -(-leaves // WORDS_PER_PAGE)
     if lists > WORDS_PER_PAGE:
         raise GuestLayoutError("its p2m is larger than a frame list can name")
-    words = _read_believed(xen, domid, np.array([top], dtype=np.uint64), "its frame list")
-    inner = _read_believed(xen, domid, words[0, :lists], "its frame lists")
+    words = believed.read(np.array([top], dtype=np.uint64), "its frame list")
+    inner = believed.read(words[0, :lists], "its frame lists")
     return inner.reshape(-1)[:leaves]
 
 
-def _read_believed(xen: Hypervisor, domid: Domid, mfns: FrameArray, what: str) -> Words:
-    """Read frames that the guest named; frames that are not its own are its lie, not our error."""
-    if np.any(mfns >= np.uint64(1 << MFN_BITS)):
-        raise GuestLayoutError(f"{what} name a frame that no host has")
-    try:
-        return np.concatenate([xen.read_frames(domid, part) for part in _batches(mfns)])
-    except XenError as error:
-        raise GuestLayoutError(f"{what} cannot be read: {error}") from error
-
-
 def _scan_tables(
-    xen: Hypervisor, domid: Domid, p2m: P2m, mfns: Sequence[Mfn]
+    xen: Hypervisor, domid: Domid, p2m: P2m, mfns: Sequence[Mfn], poisoned: FrameArray
 ) -> dict[Mfn, tuple[PteReference, ...]]:
     """Every present entry of every page table of the domain that maps one of ``mfns``."""
     own = np.unique(p2m.entries[guest_frames(p2m.entries)])
     types = xen.page_types(domid, own)
     levels = table_levels(types)
-    tables, levels = own[levels > 0], levels[levels > 0]
+    readable = (levels > 0) & ~np.isin(own, poisoned)
+    tables, levels = own[readable], levels[readable]
     wanted = np.array(mfns, dtype=np.uint64)
     found: dict[Mfn, list[PteReference]] = {}
     for start in range(0, len(tables), _TABLE_BATCH):
@@ -202,7 +307,12 @@ def _scan_tables(
         rows, columns = find_references(contents, levels[part], wanted)
         for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
             value = int(contents[row, column])
-            reference = PteReference(table=Mfn(int(tables[part][row])), index=column, value=value)
+            reference = PteReference(
+                level=int(levels[part][row]),
+                table=Mfn(int(tables[part][row])),
+                index=column,
+                value=value,
+            )
             found.setdefault(Mfn((value & PTE_ADDR_MASK) >> 12), []).append(reference)
     return {mfn: tuple(references) for mfn, references in found.items()}
 

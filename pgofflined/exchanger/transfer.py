@@ -1,16 +1,19 @@
-"""Moves the planned pages of one suspended and paused guest: prepare, commit, settle.
+"""Moves one group of pages of a suspended and paused guest: prepare, commit, settle.
 
 Up to the commit of a page (XENMEM_exchange) everything can be taken back: its entries are
 written as they were and the old frame never left the guest.  From the commit on only forward is
 possible: contents first, then the p2m, then the entries.  In this order a failure in the middle
 leaves the page unmapped, so that the guest stops there rather than reading bytes that are not
 its own.
+
+A page table is held by its pin and by the entries of higher tables; when all are gone, Xen lets go
+of what it maps and it is an ordinary page.  The first entry of a higher table that names the new
+frame has Xen validate it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from errno import EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
@@ -18,220 +21,342 @@ import numpy as np
 
 from pgofflined.core.errors import DomainGone, PortError, XenError
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.offline import OfflineState
+from pgofflined.core.moves import Group, PteWrites, same_mapping
 from pgofflined.core.outcomes import Damaged, Exchanged, PageResult, Refusal, RefusalReason
-from pgofflined.core.pages import PTE_ADDR_MASK, PageKind, decode_page_type
-from pgofflined.exchanger.plan import PagePlan
-from pgofflined.ports import Hypervisor, PteWrite
+from pgofflined.core.pages import L4_XEN_SLOTS, PFINFO_PINNED, PageKind, decode_page_type
+from pgofflined.exchanger.locate import Ambiguous, still_owned, where_they_went
+from pgofflined.ports import Hypervisor, Swapped
 
 if TYPE_CHECKING:
-    from pgofflined.ports import Words
+    from numpy.typing import NDArray
+
+    from pgofflined.core.moves import Chosen, Frames
 
 # A step after the commit is tried so often before the page counts as damaged.  The calls are
 # idempotent, and what makes them fail for a moment (dom0 short of memory) passes.
 SETTLE_TRIES = 5
 
 
-@dataclass(frozen=True, slots=True)
-class _Committed:
-    """The frame that Xen gave for the page, and what has to be in it."""
+class Transfer:
+    """One group on its way.
 
-    new: Mfn
-    contents: Words
-
-
-@dataclass(slots=True)
-class _Move:
-    """One page on its way: copied before the commit, at home in another frame after it."""
-
-    plan: PagePlan
-    copied: Words | None = None
-    committed: _Committed | None = None
-    refusal: Refusal | None = None
-    damage: list[str] = field(default_factory=list)
-
-
-def transfer(xen: Hypervisor, domid: Domid, pages: Sequence[PagePlan]) -> list[PageResult]:
-    """Exchange ``pages`` of a suspended and paused domain; one result for each, in order.
-
-    Never raises for what happens to a page; KeyboardInterrupt and the like pass after the
-    entries of every page have been put back or settled.
+    ``intend`` the group (see ``ports.OpenJob``) before ``prepare``.  ``settle`` has to follow
+    whatever happens, also where ``prepare`` or ``commit`` did not come to their end.
     """
-    moves = [_Move(plan=page) for page in pages]
-    try:
-        _prepare(xen, domid, moves)
-        for move in moves:
-            if move.copied is not None:
-                _commit(xen, domid, move, move.copied)
-    finally:
-        for move in moves:
-            _settle(xen, domid, move)
-    return [_result(xen, move) for move in moves]
 
+    def __init__(self, xen: Hypervisor, domid: Domid, group: Group) -> None:
+        self._xen = xen
+        self._domid = domid
+        self._group = group
+        self._homes = group.mfns.copy()
+        self._committed = np.zeros(len(group), dtype=np.bool_)
+        self._refusals: dict[int, Refusal] = {}
+        self._damage: dict[int, str] = {}
 
-def _prepare(xen: Hypervisor, domid: Domid, moves: Sequence[_Move]) -> None:
-    """Clear every entry that maps a page, then copy the page while nothing can reach it."""
-    for move in moves:
-        # Zero, not just "not present": an entry that keeps the frame's number trips Xen's L1TF
-        # check, which crashes the guest where shadow paging is not built in.
-        clear = [
-            PteWrite(table=reference.table, index=reference.index, value=0)
-            for reference in move.plan.references
-        ]
+    def run(self) -> None:
+        """Prepare, commit and settle; raises nothing for what happens to a page."""
         try:
-            if clear:
-                xen.update_ptes(domid, clear)
-            move.copied = _read_page(xen, domid, move.plan.mfn)
-        except PortError as error:
-            move.refusal = _refuse(move, RefusalReason.XEN_REFUSED, f"{error}")
+            self.prepare()
+            self.commit()
+        finally:
+            self.settle()
 
+    # Before the commit.
 
-def _commit(xen: Hypervisor, domid: Domid, move: _Move, contents: Words) -> None:
-    mfn = move.plan.mfn
-    try:
-        # A backend or dom0 itself may hold a mapping that no grant table shows.  If the page
-        # changed since it was copied, one is writing to it.
-        unchanged = np.array_equal(_read_page(xen, domid, mfn), contents)
-    except PortError as error:
-        move.refusal = _refuse(move, RefusalReason.XEN_REFUSED, f"{error}")
-        return
-    if not unchanged:
-        move.refusal = _refuse(
-            move,
-            RefusalReason.CONTENTS_CHANGED,
-            "something wrote to it while the guest stood still",
-        )
-        return
-    try:
-        new = xen.exchange(domid, mfn, move.plan.pfn)
-    except DomainGone as error:
-        move.refusal = _refuse(move, RefusalReason.DOMAIN_GONE, str(error))
-    except PortError as error:
-        move.refusal = _refuse_exchange(xen, domid, move, error)
-    else:
-        move.committed = _Committed(new, contents)
+    def prepare(self) -> None:
+        """Take the pin and every entry away, and see that nobody has changed the pages since.
 
-
-def _refuse_exchange(
-    xen: Hypervisor, domid: Domid, move: _Move, error: PortError
-) -> Refusal | None:
-    """The refusal that a failed exchange is; None, and the damage noted, if it happened after all.
-
-    EINVAL and ENOMEM are Xen's refusals.  After anything else the domain may have lost the frame
-    for one that we do not know, and then nothing may be put back into its entries.
-    """
-    code = error.errno if isinstance(error, XenError) else None
-    if code == EINVAL:
-        return _refuse(
-            move,
-            RefusalReason.OTHER_REFERENCES,
-            "Xen counts references besides the guest's page tables (a mapping elsewhere, a "
-            "vCPU's registered area, a descriptor table)",
-        )
-    if code == ENOMEM:
-        return _refuse(move, RefusalReason.NO_FREE_MEMORY, "the host has no free frame")
-    if _is_still_owned(xen, domid, move.plan.mfn):
-        return _refuse(move, RefusalReason.XEN_REFUSED, str(error))
-    move.damage.append(f"the page has left the guest, and what replaces it is not known: {error}")
-    return None
-
-
-def _is_still_owned(xen: Hypervisor, domid: Domid, mfn: Mfn) -> bool:
-    try:
-        word = int(xen.page_types(domid, np.array([mfn], dtype=np.uint64))[0])
-        return decode_page_type(word).kind is not PageKind.NOT_THE_DOMAINS
-    except (PortError, ValueError):
-        return False
-
-
-def _settle(xen: Hypervisor, domid: Domid, move: _Move) -> None:
-    """Make the page's home whole again: the new frame after a commit, else the old one."""
-    plan = move.plan
-    if move.damage:
-        return
-    if move.committed is None:
-        _restore(xen, domid, move, plan.mfn)
-        return
-    new, contents = move.committed.new, move.committed.contents
-    written = _insist(
-        move, "write the contents", lambda: xen.write_words(domid, new, 0, contents)
-    ) and _insist(move, "compare the contents", lambda: _compare(xen, domid, new, contents))
-    word = np.array([new], dtype=np.uint64)
-    if written and _insist(
-        move,
-        "write the p2m entry",
-        lambda: xen.write_words(domid, plan.slot.frame, plan.slot.index, word),
-    ):
-        _restore(xen, domid, move, new)
-
-
-def _restore(xen: Hypervisor, domid: Domid, move: _Move, home: Mfn) -> None:
-    writes = [
-        PteWrite(
-            table=reference.table,
-            index=reference.index,
-            value=reference.value & ~PTE_ADDR_MASK | home << 12,
-        )
-        for reference in move.plan.references
-    ]
-    if writes:
-        _insist(move, "restore the page-table entries", lambda: xen.update_ptes(domid, writes))
-
-
-def _insist(move: _Move, what: str, act: Callable[[], None]) -> bool:
-    """Try a step that has to succeed several times; note the damage if it never does."""
-    problem = ""
-    for _ in range(SETTLE_TRIES):
+        A page table's own tables are pinned before.
+        """
+        group = self._group
         try:
-            act()
-        except DomainGone as error:
-            move.refusal = _refuse(move, RefusalReason.DOMAIN_GONE, str(error))
-            return False
+            self._xen.pin_tables(self._domid, group.props, group.kind.value - 1)
+            if group.pinned:
+                self._xen.unpin_tables(self._domid, group.mfns)
         except PortError as error:
-            problem = str(error)
-        else:
-            return True
-    move.damage.append(f"could not {what}: {problem}")
-    return False
+            self._refuse_all(RefusalReason.XEN_REFUSED, error)
+            return
+        self._clear()
+        self._compare()
 
+    def _clear(self) -> None:
+        references = self._group.references.upwards()
+        while len(references):
+            try:
+                self._xen.update_ptes(self._domid, references.cleared())
+            except PortError as error:
+                done = error.done if isinstance(error, XenError) else 0
+                row = int(references.pages[min(done, len(references) - 1)])
+                self._refuse(row, RefusalReason.XEN_REFUSED, str(error))
+                references = references.chosen(references.pages != row)
+            else:
+                return
 
-def _compare(xen: Hypervisor, domid: Domid, mfn: Mfn, contents: Words) -> None:
-    if not np.array_equal(_read_page(xen, domid, mfn), contents):
-        raise PortError(f"mfn {mfn:#x} of d{domid} does not hold what was written to it")
+    def _compare(self) -> None:
+        rows = np.flatnonzero(self._open())
+        if not len(rows):
+            return
+        try:
+            # A backend or dom0 itself may hold a mapping that no grant table shows.  If a page
+            # changed since it was copied, one is writing to it.
+            contents = self._xen.read_frames(self._domid, self._group.mfns[rows])
+        except PortError as error:
+            self._refuse_all(RefusalReason.XEN_REFUSED, error)
+            return
+        if self._group.kind is PageKind.L4:
+            contents[:, L4_XEN_SLOTS.start : L4_XEN_SLOTS.stop] = 0
+        changed = (contents != self._group.bare_contents()[rows]).any(axis=1)
+        for row in rows[changed].tolist():
+            what = "something wrote to it while the guest stood still"
+            self._refuse(row, RefusalReason.CONTENTS_CHANGED, what)
 
+    # The commit.
 
-def _read_page(xen: Hypervisor, domid: Domid, mfn: Mfn) -> Words:
-    contents: Words = xen.read_frames(domid, np.array([mfn], dtype=np.uint64))[0]
-    return contents
+    def commit(self) -> None:
+        """Have Xen exchange the pages that are prepared, one after the other."""
+        rows = np.flatnonzero(self._open())
+        while len(rows):
+            mfns, pfns = self._group.mfns[rows], self._group.pfns[rows]
+            try:
+                answer = self._xen.exchange(self._domid, mfns, pfns)
+            except PortError as error:
+                answer = Swapped(new=mfns[:0], error=error)
+            done = len(answer.new)
+            self._note_committed(rows[:done], answer.new)
+            if answer.error is None:
+                return
+            rows = self._after_refusal(rows[done:], answer.error)
 
+    def _after_refusal(self, rows: NDArray[np.intp], error: PortError) -> NDArray[np.intp]:
+        """Settle the first of the rows, which was not exchanged; the rows that are to be tried.
 
-def _is_offlined(xen: Hypervisor, mfn: Mfn) -> bool:
-    try:
-        return bool(xen.query(mfn) & OfflineState.OFFLINED)
-    except PortError:
-        # The page is moved all the same; whoever reads "not confirmed" asks again.
-        return False
+        EINVAL and ENOMEM are Xen's refusals.  After anything else the domain may have lost frames
+        for others that we were not told.
+        """
+        code = error.errno if isinstance(error, XenError) else None
+        first = int(rows[0])
+        if isinstance(error, DomainGone):
+            self._refuse_all(RefusalReason.DOMAIN_GONE, error)
+            return rows[:0]
+        if code == EINVAL:
+            what = (
+                "Xen counts references besides the guest's page tables (a mapping elsewhere, a "
+                "vCPU's registered area, a descriptor table)"
+            )
+            self._refuse(first, RefusalReason.OTHER_REFERENCES, what)
+            return rows[1:]
+        if code == ENOMEM:
+            for row in rows.tolist():
+                self._refuse(row, RefusalReason.NO_FREE_MEMORY, "the host has no free frame")
+            return rows[:0]
+        self.resolve(rows)
+        left = rows[self._open()[rows]]
+        if len(left):
+            self._refuse(int(left[0]), RefusalReason.XEN_REFUSED, str(error))
+        return left[1:]
 
+    def resolve(self, rows: NDArray[np.intp]) -> None:
+        """Find out from Xen which of the pages were exchanged, where no answer says it."""
+        group = self._group
 
-def _refuse(move: _Move, reason: RefusalReason, detail: str) -> Refusal:
-    return Refusal(mfn=move.plan.mfn, reason=reason, detail=detail)
+        def ask(some: list[int]) -> None:
+            asked = np.array(some, dtype=np.intp)
+            gone = asked[~still_owned(self._xen, self._domid, group.mfns[asked])]
+            homes = where_they_went(self._xen, self._domid, group.pfns[gone], group.mfns[gone])
+            for row, home in zip(gone.tolist(), homes, strict=True):
+                if isinstance(home, Ambiguous):
+                    self._damage[row] = f"it has left the guest, and {home.why}"
+                else:
+                    self._note_committed(np.array([row]), np.array([home], dtype=np.uint64))
 
+        self._insist(rows.tolist(), "find out whether it was exchanged", ask)
 
-def _result(xen: Hypervisor, move: _Move) -> PageResult:
-    plan = move.plan
-    home = move.committed.new if move.committed is not None else plan.mfn
-    if move.refusal is not None and move.refusal.reason is RefusalReason.DOMAIN_GONE:
-        return move.refusal
-    if move.damage:
-        return Damaged(old=plan.mfn, new=home, pfn=plan.pfn, detail="; ".join(move.damage))
-    if move.committed is not None:
-        return Exchanged(
-            old=plan.mfn,
-            new=home,
-            pfn=plan.pfn,
-            references=len(plan.references),
-            offlined=_is_offlined(xen, plan.mfn),
+    def _note_committed(self, rows: NDArray[np.intp], new: NDArray[np.uint64]) -> None:
+        self._committed[rows] = True
+        self._homes[rows] = new
+
+    # For what another process left.
+
+    def take_over(self) -> None:
+        """Find out how far another process came with this group; ``settle`` is to follow."""
+        self.resolve(np.arange(len(self._group)))
+
+    def changed_by_others(self) -> str | None:
+        """What tells that not only we have changed the guest since; None where nothing does.
+
+        Every entry must be cleared, or be what it was, leading to where its page is now.  Raises
+        PortError.
+        """
+        references = self._group.references
+        outside = ~np.isin(references.tables, self._group.mfns)
+        wanted = references.chosen(outside)
+        tables, rows = np.unique(wanted.tables, return_inverse=True)
+        contents = self._xen.read_frames(self._domid, tables)
+        found = contents[rows, wanted.indexes]
+        good = (found == 0) | same_mapping(found, wanted.leading_to(self._homes).values)
+        if good.all():
+            return None
+        first = int(np.flatnonzero(~good)[0])
+        table, index = int(wanted.tables[first]), int(wanted.indexes[first])
+        return f"entry {index} of its page table mfn {table:#x} is {int(found[first]):#x}"
+
+    # After the commit.
+
+    def settle(self) -> None:
+        """Make every page's home whole again: the new frame after a commit, else the old one."""
+        group = self._group
+        moved = group.renamed(group.mfns[self._committed], self._homes[self._committed])
+        self._settle_contents(moved)
+        self._settle_entries(moved)
+        if 0 in self._damage:
+            # What could not be put back is better held as it is than let go of.
+            return
+        if group.pinned:
+            self._insist([0], "pin it again", lambda _rows: self._pin_again())
+        if len(group.props):
+            self._insist([0], "unpin what it refers to", lambda _rows: self._unpin_props())
+
+    def _settle_contents(self, moved: Group) -> None:
+        written = self._group.bare_contents()
+        rows = self._fresh_rows()
+        self._insist(
+            rows,
+            "write the contents",
+            lambda some: self._xen.write_frames(self._domid, self._homes[some], written[some]),
         )
-    return move.refusal or _refuse(
-        move, RefusalReason.XEN_REFUSED, "the exchange was not reached; nothing was changed"
-    )
+        self._insist(
+            [row for row in self._rows(self._committed) if row not in self._damage],
+            "write the p2m entry",
+            lambda some: self._xen.write_entries(
+                self._domid,
+                moved.slot_frames[some],
+                moved.slot_indexes[some],
+                self._homes[some],
+            ),
+        )
+
+    def _fresh_rows(self) -> list[int]:
+        """Committed pages whose new frame has still to get its contents."""
+        rows = self._rows(self._committed & self._undamaged())
+        if not self._group.kind.is_table or not rows:
+            return rows
+        try:
+            kind = self._kind_of(Mfn(int(self._homes[0])))
+        except PortError:
+            return rows
+        return [] if kind is self._group.kind else rows
+
+    def _settle_entries(self, moved: Group) -> None:
+        rows = [row for row in range(len(moved)) if row not in self._damage]
+        references = moved.references.downwards()
+
+        def restore(some: list[int]) -> None:
+            wanted = references.chosen(np.isin(references.pages, some))
+            writes = wanted.leading_to(self._homes)
+            if len(writes):
+                self._update(writes)
+
+        self._insist(rows, "restore the page-table entries", restore)
+
+    def _update(self, writes: PteWrites) -> None:
+        self._xen.update_ptes(self._domid, writes)
+
+    def _pin_again(self) -> None:
+        loose = self._homes[~self._pinned(self._homes)]
+        self._xen.pin_tables(self._domid, loose, self._group.kind.value)
+
+    def _unpin_props(self) -> None:
+        props = self._group.props
+        self._xen.unpin_tables(self._domid, props[self._pinned(props)])
+
+    def _pinned(self, tables: Frames) -> Chosen:
+        types = self._xen.page_types(self._domid, tables)
+        pinned: Chosen = (types & np.uint32(PFINFO_PINNED)) != 0
+        return pinned
+
+    def _insist(self, rows: list[int], what: str, act: Callable[[list[int]], None]) -> None:
+        """Do a step that has to succeed: for all rows at once or, if that fails, for each.
+
+        Notes the damage of those for which it never does.
+        """
+        if not rows or self._try(rows, act) is None:
+            return
+        for row in rows:
+            problem = self._try([row], act)
+            if problem is not None:
+                self._damage[row] = f"could not {what}: {problem}"
+
+    def _try(self, rows: list[int], act: Callable[[list[int]], None]) -> PortError | None:
+        problem: PortError | None = None
+        for _ in range(SETTLE_TRIES):
+            try:
+                act(rows)
+            except DomainGone as error:
+                self._refuse_all(RefusalReason.DOMAIN_GONE, error, everything=True)
+                return None
+            except PortError as error:
+                problem = error
+            else:
+                return None
+        return problem
+
+    # What became of it.
+
+    def results(self) -> Iterable[PageResult]:
+        """One for each page of the group."""
+        counts = np.bincount(self._group.references.pages, minlength=len(self._group))
+        for row in range(len(self._group)):
+            yield self._result(row, int(counts[row]))
+
+    def _result(self, row: int, references: int) -> PageResult:
+        mfn, pfn = self._group.page(row)
+        refusal = self._refusals.get(row)
+        if refusal is not None and refusal.reason is RefusalReason.DOMAIN_GONE:
+            return refusal
+        home = Mfn(int(self._homes[row]))
+        if row in self._damage:
+            return Damaged(old=mfn, new=home, pfn=pfn, detail=self._damage[row])
+        if self._committed[row]:
+            return Exchanged(old=mfn, new=home, pfn=pfn, references=references, offlined=False)
+        return refusal or Refusal(
+            mfn=mfn,
+            reason=RefusalReason.XEN_REFUSED,
+            detail="the exchange was not reached; nothing was changed",
+        )
+
+    def moved(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+        """Old and new frames of the pages that have moved."""
+        return self._group.mfns[self._committed], self._homes[self._committed]
+
+    # Inner workings.
+
+    def _kind_of(self, mfn: Mfn) -> PageKind:
+        word = int(self._xen.page_types(self._domid, np.array([mfn], dtype=np.uint64))[0])
+        return decode_page_type(word).kind
+
+    def _undamaged(self) -> Chosen:
+        rows = np.ones(len(self._group), dtype=np.bool_)
+        rows[list(self._damage)] = False
+        return rows
+
+    def _open(self) -> Chosen:
+        """Pages that are neither refused nor exchanged nor damaged."""
+        rows = self._undamaged() & ~self._committed
+        rows[list(self._refusals)] = False
+        return rows
+
+    def _rows(self, chosen: Chosen) -> list[int]:
+        rows: list[int] = np.flatnonzero(chosen).tolist()
+        return rows
+
+    def _refuse(self, row: int, reason: RefusalReason, detail: str) -> None:
+        mfn = self._group.page(row)[0]
+        self._refusals.setdefault(row, Refusal(mfn=mfn, reason=reason, detail=detail))
+
+    def _refuse_all(
+        self, reason: RefusalReason, error: PortError, *, everything: bool = False
+    ) -> None:
+        for row in range(len(self._group)):
+            if everything:
+                self._refusals.pop(row, None)
+            self._refuse(row, reason, str(error))

@@ -8,8 +8,9 @@ from errno import EBUSY, EINVAL, EOPNOTSUPP
 from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.errors import DomainGone, GuestDidNotSuspend
 from pgofflined.core.frames import DOM0, Domid
-from pgofflined.ports import SuspendLimits
+from pgofflined.ports import SuspendLimits, VcpuFrames
 from pgofflined.sim.errors import Refused
+from pgofflined.sim.frames import FrameType
 from pgofflined.sim.guests import Answer, SimulatedDomain
 from pgofflined.sim.host import HostState
 from pgofflined.sim.pagetables import PageFault
@@ -79,6 +80,25 @@ class SimulatedDomainControl(HostState):
                 raise Refused(EINVAL)
             domain.pauses -= 1
             self._let_run(domain)
+
+    def withdraw_suspend(self, domid: Domid) -> None:
+        """control/shutdown emptied; a guest here has read the request or never will."""
+        with self.call("withdraw_suspend", domid):
+            self.simulated(domid)
+
+    def vcpu_frames(self, domid: Domid) -> VcpuFrames:
+        """XEN_DOMCTL_getvcpucontext of every vCPU."""
+        with self.call("getvcpucontext", domid):
+            holds = self.simulated(domid).holds
+            return VcpuFrames(
+                roots=frozenset(hold.mfn for hold in holds if hold.kind is FrameType.L4),
+                tables=frozenset(hold.mfn for hold in holds if hold.kind is FrameType.SEG_DESC),
+            )
+
+    def has_devices(self, domid: Domid) -> bool:
+        """Whether the simulated toolstack has assigned devices to the domain."""
+        with self.call("backend/pci", domid):
+            return self.simulated(domid).has_devices
 
     def _perhaps_end(self, domain: SimulatedDomain) -> None:
         """Let the guest end between its acknowledgement and the suspend, where it is to."""

@@ -13,9 +13,10 @@ from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
 from pgofflined.core.xenversion import XenVersion
-from pgofflined.ports import Hypervisor, PteWrite, SuspendLimits
+from pgofflined.ports import Hypervisor, SuspendLimits, Swapped, VcpuFrames
 
 if TYPE_CHECKING:
+    from pgofflined.core.moves import PteWrites
     from pgofflined.ports import FrameArray, TypeArray, Words
 
 _T = TypeVar("_T")
@@ -127,6 +128,10 @@ class FaultyHypervisor:
         """See ``ports.FrameControl``."""
         return self._call("m2p", (mfn,), lambda: self.inner.m2p(mfn))
 
+    def m2p_search(self, pfns: FrameArray) -> FrameArray:
+        """See ``ports.FrameControl``."""
+        return self._call("m2p_search", (pfns.copy(),), lambda: self.inner.m2p_search(pfns))
+
     # DomainControl
 
     def domains(self) -> Sequence[DomainInfo]:
@@ -153,6 +158,18 @@ class FaultyHypervisor:
         """See ``ports.DomainControl``."""
         self._call("unpause", (domid,), lambda: self.inner.unpause(domid))
 
+    def withdraw_suspend(self, domid: Domid) -> None:
+        """See ``ports.DomainControl``."""
+        self._call("withdraw_suspend", (domid,), lambda: self.inner.withdraw_suspend(domid))
+
+    def vcpu_frames(self, domid: Domid) -> VcpuFrames:
+        """See ``ports.DomainControl``."""
+        return self._call("vcpu_frames", (domid,), lambda: self.inner.vcpu_frames(domid))
+
+    def has_devices(self, domid: Domid) -> bool:
+        """See ``ports.DomainControl``."""
+        return self._call("has_devices", (domid,), lambda: self.inner.has_devices(domid))
+
     # ForeignMemory
 
     def read_frames(self, domid: Domid, mfns: FrameArray) -> Words:
@@ -161,14 +178,35 @@ class FaultyHypervisor:
             "read_frames", (domid, mfns.copy()), lambda: self.inner.read_frames(domid, mfns)
         )
 
-    def write_words(self, domid: Domid, mfn: Mfn, index: int, words: Words) -> None:
+    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
+        """See ``ports.ForeignMemory``; half of it are half of the frames, or of a single one."""
+        half = len(mfns) // 2
+        torn = contents[:1].copy()
+        torn[:, 256:] = 0
+
+        def first_half() -> None:
+            if half:
+                self.inner.write_frames(domid, mfns[:half], contents[:half])
+            else:
+                self.inner.write_frames(domid, mfns[:1], torn)
+
+        self._call(
+            "write_frames",
+            (domid, mfns.copy(), contents.copy()),
+            lambda: self.inner.write_frames(domid, mfns, contents),
+            first_half,
+        )
+
+    def write_entries(
+        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
+    ) -> None:
         """See ``ports.ForeignMemory``; half of it are the first words."""
         half = len(words) // 2
         self._call(
-            "write_words",
-            (domid, mfn, index, words.copy()),
-            lambda: self.inner.write_words(domid, mfn, index, words),
-            lambda: self.inner.write_words(domid, mfn, index, words[:half]),
+            "write_entries",
+            (domid, mfns.copy(), indexes.copy(), words.copy()),
+            lambda: self.inner.write_entries(domid, mfns, indexes, words),
+            lambda: self.inner.write_entries(domid, mfns[:half], indexes[:half], words[:half]),
         )
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
@@ -181,25 +219,65 @@ class FaultyHypervisor:
         """See ``ports.ForeignMemory``."""
         return self._call("granted_frames", (domid,), lambda: self.inner.granted_frames(domid))
 
+    def shared_frames(self, domid: Domid) -> FrameArray:
+        """See ``ports.ForeignMemory``."""
+        return self._call("shared_frames", (domid,), lambda: self.inner.shared_frames(domid))
+
     # PageTableControl and FrameExchange
 
-    def update_ptes(self, domid: Domid, writes: Sequence[PteWrite]) -> None:
+    def update_ptes(self, domid: Domid, writes: PteWrites) -> None:
         """See ``ports.PageTableControl``; half of it are the first writes, and ``done`` says so."""
         half = len(writes) // 2
         self._call(
             "update_ptes",
-            (domid, tuple(writes)),
+            (domid, writes),
             lambda: self.inner.update_ptes(domid, writes),
             lambda: self.inner.update_ptes(domid, writes[:half]),
             half=half,
             whole=len(writes),
         )
 
-    def exchange(self, domid: Domid, mfn: Mfn, pfn: Pfn) -> Mfn:
-        """See ``ports.FrameExchange``."""
-        return self._call(
-            "exchange", (domid, mfn, pfn), lambda: self.inner.exchange(domid, mfn, pfn)
+    def pin_tables(self, domid: Domid, mfns: FrameArray, level: int) -> None:
+        """See ``ports.PageTableControl``; half of it are the first tables."""
+        half = len(mfns) // 2
+        self._call(
+            "pin_tables",
+            (domid, mfns.copy(), level),
+            lambda: self.inner.pin_tables(domid, mfns, level),
+            lambda: self.inner.pin_tables(domid, mfns[:half], level),
+            half=half,
+            whole=len(mfns),
         )
+
+    def unpin_tables(self, domid: Domid, mfns: FrameArray) -> None:
+        """See ``ports.PageTableControl``; half of it are the first tables."""
+        half = len(mfns) // 2
+        self._call(
+            "unpin_tables",
+            (domid, mfns.copy()),
+            lambda: self.inner.unpin_tables(domid, mfns),
+            lambda: self.inner.unpin_tables(domid, mfns[:half]),
+            half=half,
+            whole=len(mfns),
+        )
+
+    def exchange(self, domid: Domid, mfns: FrameArray, pfns: FrameArray) -> Swapped:
+        """See ``ports.FrameExchange``; half of it are the first frames.
+
+        What goes wrong is in the answer, as with the real call, unless it is lost altogether.
+        """
+        half = len(mfns) // 2
+        done: list[Swapped] = []
+        try:
+            return self._call(
+                "exchange",
+                (domid, mfns.copy(), pfns.copy()),
+                lambda: self.inner.exchange(domid, mfns, pfns),
+                lambda: done.append(self.inner.exchange(domid, mfns[:half], pfns[:half])),
+            )
+        except PortError as error:
+            new = done[0].new if done else mfns[:0]
+            return Swapped(new=new, error=error)
 
     def _call(
         self,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from errno import EINVAL
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pgofflined.core.domains import GuestKind
 from pgofflined.core.frames import DOMID_INVALID, DOMID_XEN, Domid, Mfn, Pfn
@@ -11,6 +14,9 @@ from pgofflined.core.xenversion import XenVersion
 from pgofflined.sim.errors import Refused
 from pgofflined.sim.frames import INVALID_M2P, NOBODY, FrameState
 from pgofflined.sim.host import HostState
+
+if TYPE_CHECKING:
+    from pgofflined.ports import FrameArray
 
 
 class SimulatedFrameControl(HostState):
@@ -100,6 +106,11 @@ class SimulatedFrameControl(HostState):
                 return None
             entry = int(self.frames.m2p[mfn])
             return None if entry == INVALID_M2P else Pfn(entry)
+
+    def m2p_search(self, pfns: FrameArray) -> FrameArray:
+        """Frames whose M2P entry is one of ``pfns``."""
+        with self.call("m2p"):
+            return np.flatnonzero(np.isin(self.frames.m2p, pfns)).astype(np.uint64)
 
     def break_frame(self, mfn: Mfn) -> None:
         """What Xen does by itself after an uncorrected error in a frame (mc_memerr_dhandler).

@@ -86,6 +86,8 @@ class SimulatedDomain:
     resume_pending: bool = False
     suspends_at: float | None = None
     crash_reason: str | None = None
+    has_devices: bool = False
+    cpu_time: int = 0
     activity: Callable[[], None] | None = None
     grants: list[Grant] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
@@ -121,4 +123,5 @@ class SimulatedDomain:
             max_pages=self.max_pages,
             max_vcpu_id=self.vcpus - 1,
             shared_info=self.shared_info,
+            cpu_time=self.cpu_time,
         )

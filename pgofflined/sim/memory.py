@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from errno import EBUSY, EINVAL, ENOMEM, EOPNOTSUPP
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from pgofflined.core.errors import XenError
+from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import WORDS_PER_PAGE, Domid, Mfn, Pfn
 from pgofflined.core.pages import (
     L4_XEN_SLOTS,
@@ -18,7 +18,7 @@ from pgofflined.core.pages import (
     PFINFO_XTAB,
     PTE_PRESENT,
 )
-from pgofflined.ports import PteWrite
+from pgofflined.ports import Swapped
 from pgofflined.sim.errors import PoisonRead, Refused, UnsafeUpdate
 from pgofflined.sim.frames import FrameState, FrameType
 from pgofflined.sim.guests import SimulatedDomain
@@ -26,6 +26,7 @@ from pgofflined.sim.host import HostState
 from pgofflined.sim.references import adjust_entry, check_flags, needs_no_check
 
 if TYPE_CHECKING:
+    from pgofflined.core.moves import PteWrites
     from pgofflined.ports import FrameArray, TypeArray, Words
 
 _PLAIN_TYPES: Final = (FrameType.NONE, FrameType.WRITABLE)
@@ -42,21 +43,36 @@ class SimulatedMemory(HostState):
             self._check_mappable(domid, frames)
             return self.frames.contents.read(frames)
 
-    def write_words(self, domid: Domid, mfn: Mfn, index: int, words: Words) -> None:
-        """A writable foreign mapping; get_page_from_l1e() refuses one of a table or GDT."""
-        with self.call("foreignmemory_map", domid, mfn):
-            if index < 0 or index + len(words) > WORDS_PER_PAGE:
+    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
+        """Writable foreign mappings; get_page_from_l1e() refuses those of a table or GDT."""
+        with self.call("foreignmemory_map", domid):
+            for frame, words in zip(self._map_writable(domid, mfns), contents, strict=True):
+                self.frames.contents.write(frame, 0, words)
+
+    def write_entries(
+        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
+    ) -> None:
+        """The same, for single words."""
+        with self.call("foreignmemory_map", domid):
+            if (indexes >= np.uint64(WORDS_PER_PAGE)).any():
                 raise Refused(EINVAL)
-            domain = self.domain_or_refuse(domid)
-            frame = int(self._translate(domain, np.array([mfn], dtype=np.uint64))[0])
-            self._check_mappable(domid, np.array([frame], dtype=np.uint64))
-            if not self._writable(frame):
-                raise Refused(EBUSY)
+            mapped = self._map_writable(domid, mfns)
+            for frame, index, word in zip(mapped, indexes.tolist(), words, strict=True):
+                self.frames.contents.write(frame, index, np.array([word], dtype=np.uint64))
+
+    def _map_writable(self, domid: Domid, mfns: FrameArray) -> list[int]:
+        domain = self.domain_or_refuse(domid)
+        frames = self._translate(domain, mfns)
+        self._check_mappable(domid, frames)
+        mapped: list[int] = frames.tolist()
+        if not all(self._writable(frame) for frame in mapped):
+            raise Refused(EBUSY)
+        for frame in mapped:
             if domain.pv is not None and not self.frames.type_refs[frame]:
                 # The mapping's type reference comes and goes; the type itself stays.
                 self.references.get_type(frame, FrameType.WRITABLE)
                 self.references.put_type(frame)
-            self.frames.contents.write(frame, index, words)
+        return mapped
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
         """XEN_DOMCTL_getpageframeinfo3 (xen/arch/x86/domctl.c)."""
@@ -85,27 +101,77 @@ class SimulatedMemory(HostState):
                 offered = {int(mfns[pfn]) for pfn in offered}
             return np.array(sorted(offered), dtype=np.uint64)
 
-    def update_ptes(self, domid: Domid, writes: Sequence[PteWrite]) -> None:
+    def shared_frames(self, domid: Domid) -> FrameArray:
+        """Frames of the Xen heap that belong to the domain; here that is its shared_info alone."""
+        with self.call("acquire_resource", domid):
+            own = self.domain_or_refuse(domid)
+            return np.array([own.shared_info], dtype=np.uint64)
+
+    def update_ptes(self, domid: Domid, writes: PteWrites) -> None:
         """mmu_update with both owners given, one request after the other."""
         done = 0
         try:
             with self.call("mmu_update", domid):
-                domain = self.domain_or_refuse(domid)
-                if domain.pv is None:
-                    raise Refused(EOPNOTSUPP)
-                if not domain.pauses:
-                    raise UnsafeUpdate(f"d{domid} is not paused: its TLBs are not flushed for us")
-                if not all(0 <= write.index < WORDS_PER_PAGE for write in writes):
+                self._demand_paused_pv(domid)
+                if (writes.indexes >= np.uint64(WORDS_PER_PAGE)).any():
                     raise Refused(EINVAL)
-                for write in writes:
-                    self._update(domid, write)
+                for row in zip(
+                    writes.tables.tolist(),
+                    writes.indexes.tolist(),
+                    writes.values.tolist(),
+                    strict=True,
+                ):
+                    self._update(domid, *row)
                     done += 1
         except XenError as error:
-            mfn = writes[done].table if done < len(writes) else None
+            mfn = Mfn(int(writes.tables[done])) if done < len(writes) else None
             raise XenError(error.errno, op=error.op, domid=domid, mfn=mfn, done=done) from None
 
-    def exchange(self, domid: Domid, mfn: Mfn, pfn: Pfn) -> Mfn:
-        """memory_exchange() for one frame, with the refusals of steal_page()."""
+    def pin_tables(self, domid: Domid, mfns: FrameArray, level: int) -> None:
+        """MMUEXT_PIN_L*_TABLE."""
+        self._each_table(
+            "pin", domid, mfns, lambda mfn: self.references.pin(mfn, int(domid), level)
+        )
+
+    def unpin_tables(self, domid: Domid, mfns: FrameArray) -> None:
+        """MMUEXT_UNPIN_TABLE."""
+        self._each_table("unpin", domid, mfns, self.references.unpin)
+
+    def _each_table(
+        self, what: str, domid: Domid, mfns: FrameArray, act: Callable[[int], None]
+    ) -> None:
+        for done, mfn in enumerate(mfns.tolist()):
+            try:
+                with self.call(f"mmuext_op({what})", domid, mfn):
+                    self._demand_paused_pv(domid)
+                    if not self.frames.valid(mfn) or self.frames.owner[mfn] != domid:
+                        raise Refused(EINVAL)
+                    act(mfn)
+            except XenError as error:
+                error.done = done
+                raise
+
+    def _demand_paused_pv(self, domid: Domid) -> None:
+        domain = self.domain_or_refuse(domid)
+        if domain.pv is None:
+            raise Refused(EOPNOTSUPP)
+        if not domain.pauses:
+            raise UnsafeUpdate(f"d{domid} is not paused: its TLBs are not flushed for us")
+
+    def exchange(self, domid: Domid, mfns: FrameArray, pfns: FrameArray) -> Swapped:
+        """memory_exchange(), one frame after the other until one is refused."""
+        new: list[int] = []
+        error: PortError | None = None
+        for mfn, pfn in zip(mfns.tolist(), pfns.tolist(), strict=True):
+            try:
+                new.append(self._exchange(domid, Mfn(mfn), Pfn(pfn)))
+            except PortError as refusal:
+                error = refusal
+                break
+        return Swapped(new=np.array(new, dtype=np.uint64), error=error)
+
+    def _exchange(self, domid: Domid, mfn: Mfn, pfn: Pfn) -> Mfn:
+        """One frame, with the refusals of steal_page()."""
         with self.call("memory_exchange", domid, mfn):
             domain = self.domain_or_refuse(domid)
             frames = self.frames
@@ -165,34 +231,34 @@ class SimulatedMemory(HostState):
     def _writable(self, mfn: int) -> bool:
         return not self.frames.type_refs[mfn] or self.frames.type[mfn] in _PLAIN_TYPES
 
-    def _update(self, domid: Domid, write: PteWrite) -> None:
+    def _update(self, domid: Domid, table: int, index: int, new: int) -> None:
         frames, references = self.frames, self.references
-        references.get(write.table, int(domid))
+        references.get(table, int(domid))
         try:
-            kind = FrameType(int(frames.type[write.table]))
-            if not (kind.is_table and frames.validated[write.table]):
+            kind = FrameType(int(frames.type[table]))
+            if not (kind.is_table and frames.validated[table]):
                 # do_mmu_update() writes to any frame that may be written to.
-                if not self._writable(write.table):
+                if not self._writable(table):
                     raise Refused(EINVAL)
-                word = np.array([write.value], dtype=np.uint64)
-                frames.contents.write(write.table, write.index, word)
+                word = np.array([new], dtype=np.uint64)
+                frames.contents.write(table, index, word)
                 return
             level = int(kind)
-            if level == FrameType.L4 and write.index in L4_XEN_SLOTS:
+            if level == FrameType.L4 and index in L4_XEN_SLOTS:
                 raise Refused(EINVAL)
-            value = adjust_entry(write.value, level)
-            old = frames.contents.word(write.table, write.index)
+            value = adjust_entry(new, level)
+            old = frames.contents.word(table, index)
             if value & PTE_PRESENT:
                 check_flags(value, level)
                 if needs_no_check(old, value):
-                    frames.contents.page(write.table)[write.index] = value
+                    frames.contents.page(table)[index] = value
                     return
                 references.take_entry(value, level, int(domid))
             else:
                 words = np.array([value], dtype=np.uint64)
                 references.check_l1tf(words, level, int(domid))
-            frames.contents.page(write.table)[write.index] = value
+            frames.contents.page(table)[index] = value
             if old & PTE_PRESENT:
                 references.drop_entry(old, level, int(domid))
         finally:
-            references.put(write.table)
+            references.put(table)

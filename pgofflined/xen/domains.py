@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Sequence
 from typing import Final
 from uuid import UUID
@@ -14,25 +15,31 @@ from pgofflined.core.domains import (
     guest_kind,
     shutdown_reason,
 )
-from pgofflined.core.errors import DomainGone, PortError
-from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.errors import DomainGone, PortError, XenError
+from pgofflined.core.frames import PAGE_SHIFT, Domid, Mfn
+from pgofflined.ports import VcpuFrames
 from pgofflined.xen.abi.domctl import (
     XEN_INVALID_MAX_VCPU_ID,
     AddressSize,
     GetDomainInfo,
     GetDomainInfoBefore416,
+    VcpuContext,
     XEN_DOMCTL_get_address_size,
     XEN_DOMCTL_getdomaininfo,
+    XEN_DOMCTL_getvcpucontext,
     XEN_DOMCTL_pausedomain,
     XEN_DOMCTL_unpausedomain,
 )
 from pgofflined.xen.abi.sysctl import GetDomainInfoList, XEN_SYSCTL_getdomaininfolist
+from pgofflined.xen.abi.vcpu import VcpuGuestContext
 from pgofflined.xen.abi.xen import DOMID_FIRST_RESERVED
 from pgofflined.xen.control import Control
 from pgofflined.xen.libs import XenCall
 from pgofflined.xen.store import StoreOpener, open_store
 
 _BATCH: Final = 128
+# Descriptors of 8 bytes.
+_GDT_ENTRIES_PER_FRAME: Final = 512
 _NAME_LIMIT: Final = 64
 
 
@@ -93,6 +100,37 @@ class Domains:
         """Take one pause back.  Raises DomainGone, XenError (EINVAL: it was not paused)."""
         self._control.domctl(XEN_DOMCTL_unpausedomain, domid, op="unpausedomain")
 
+    def vcpu_frames(self, domid: Domid) -> VcpuFrames:
+        """Roots and GDT frames of a PV domain's vCPUs.  Raises DomainGone, XenError.
+
+        Xen stops each vCPU for the moment of asking.
+        """
+        roots: set[Mfn] = set()
+        tables: set[Mfn] = set()
+        for vcpu in range(self.state(domid).max_vcpu_id + 1):
+            with self._call.struct(VcpuGuestContext) as context:
+                argument = VcpuContext(vcpu=vcpu, ctxt=ctypes.addressof(context))
+                try:
+                    self._control.domctl(
+                        XEN_DOMCTL_getvcpucontext, domid, argument, op="getvcpucontext"
+                    )
+                except XenError as error:
+                    if error.errno == errno.ENODATA:
+                        continue  # never brought up
+                    raise
+                # The kernel's root is in CR3, the user's in a place of its own, CR1
+                # (arch-x86/xen-x86_64.h); both in the register's form, the frame from bit 12 on.
+                registers = (context.ctrlreg[3], context.ctrlreg[1])
+                roots |= {Mfn(register >> PAGE_SHIFT) for register in registers if register}
+                entries = -(-int(context.gdt_ents) // _GDT_ENTRIES_PER_FRAME)
+                tables |= {Mfn(int(frame)) for frame in context.gdt_frames[:entries]}
+        return VcpuFrames(roots=frozenset(roots), tables=frozenset(tables))
+
+    def has_devices(self, domid: Domid) -> bool:
+        """Whether the toolstack has assigned PCI devices to the domain."""
+        with self._stores() as store:
+            return store.read(f"/local/domain/0/backend/pci/{domid}/0/num_devs") is not None
+
     def _list(self, first: int) -> list[GetDomainInfo | GetDomainInfoBefore416]:
         kind = self._control.interface.domain_info
         size = ctypes.sizeof(kind)
@@ -123,6 +161,7 @@ def _decode(info: GetDomainInfo | GetDomainInfoBefore416, name: str) -> DomainIn
         # A domain that is still being built has no vCPU: no number is the highest.
         max_vcpu_id=-1 if vcpu == XEN_INVALID_MAX_VCPU_ID else vcpu,
         shared_info=Mfn(info.shared_info_frame),
+        cpu_time=info.cpu_time,
     )
 
 

@@ -1,14 +1,21 @@
-"""XENMEM_exchange of a single frame."""
+"""XENMEM_exchange.  Loads numpy; imported when needed."""
 
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
-from pgofflined.core.errors import DomainGone, PortError
-from pgofflined.core.frames import Domid, Mfn, Pfn
+import numpy as np
+
+from pgofflined.core.errors import DomainGone, PortError, XenError
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.ports import Swapped
 from pgofflined.xen.abi.memory import MemoryExchange, MemoryReservation, XENMEM_exchange
 from pgofflined.xen.abi.xen import HYPERVISOR_memory_op
 from pgofflined.xen.libs import XenCall
+
+if TYPE_CHECKING:
+    from pgofflined.ports import FrameArray
 
 
 class Exchange:
@@ -17,50 +24,79 @@ class Exchange:
     def __init__(self, call: XenCall) -> None:
         self._call = call
 
-    def exchange(self, domid: Domid, mfn: Mfn, pfn: Pfn) -> Mfn:
-        """Swap a frame of a PV domain for a fresh one, which the M2P then notes at ``pfn``.
+    def exchange(self, domid: Domid, mfns: FrameArray, pfns: FrameArray) -> Swapped:
+        """Swap frames of a PV domain for fresh ones, which the M2P then notes at ``pfns``.
 
-        Raises XenError: EINVAL when anything but the allocation itself refers to the frame, ENOMEM
-        when no frame is free.  Nothing has changed then, save that after ENOMEM Xen may have
-        forgotten the offline mark (it hands the frame back with its flags reset), so query again.
-        Raises DomainGone when the domain was dying; its frame went with it.  Raises PortError when
-        the answer contradicts itself: whether the exchange happened is then to be found out by
-        asking (page type, M2P), not to be assumed.
+        Xen takes them one after the other (extents of one frame) and stops at the first that it
+        refuses.  Errors of the answer: XenError with EINVAL when anything but the allocation itself
+        refers to the frame, ENOMEM when no frame is free.  The frame has not changed then, save
+        that after ENOMEM Xen may have forgotten the offline mark (it hands the frame back with its
+        flags reset), so query again.  DomainGone when the domain was dying; its frame went with it.
+        PortError when the answer contradicts itself: whether the exchange happened is then to be
+        found out by asking (page type, M2P), not to be assumed.
         """
+        if not len(mfns):
+            return Swapped(new=np.empty(0, dtype=np.uint64))
         with (
-            self._call.buffer(8) as in_address,
-            self._call.buffer(8) as out_address,
+            self._call.buffer(mfns.nbytes) as in_address,
+            self._call.buffer(pfns.nbytes) as out_address,
             self._call.struct(MemoryExchange) as request,
         ):
-            frame_in = ctypes.c_uint64.from_address(in_address)
-            frame_out = ctypes.c_uint64.from_address(out_address)
-            frame_in.value = mfn
-            # An input as well: what the M2P will say of the new frame (memory.h, XENMEM_exchange).
-            frame_out.value = pfn
-            _fill(request.in_, in_address, domid)
-            _fill(request.out, out_address, domid)
-            self._call.hypercall(
-                HYPERVISOR_memory_op,
-                XENMEM_exchange,
-                ctypes.addressof(request),
-                op="memory_exchange",
-                domid=domid,
-                mfn=mfn,
-            )
-            if request.nr_exchanged == 0:
-                # Success without an exchange: the new frame could not be given to a dying domain
-                # (memory_exchange in common/memory.c, label dying).
-                raise DomainGone(domid)
-            if request.nr_exchanged != 1 or int(frame_out.value) == mfn:
-                raise PortError(
-                    f"memory_exchange of mfn {mfn:#x} of d{domid} counted {request.nr_exchanged} "
-                    f"frames and gave {frame_out.value:#x}"
+            _put(in_address, mfns)
+            # An input as well: what the M2P will say of the new frames (memory.h, XENMEM_exchange).
+            _put(out_address, pfns)
+            _fill(request.in_, in_address, len(mfns), domid)
+            _fill(request.out, out_address, len(mfns), domid)
+            refused: XenError | None = None
+            try:
+                self._call.hypercall(
+                    HYPERVISOR_memory_op,
+                    XENMEM_exchange,
+                    ctypes.addressof(request),
+                    op="memory_exchange",
+                    domid=domid,
                 )
-            return Mfn(frame_out.value)
+            except XenError as error:
+                refused = error
+            done = request.nr_exchanged
+            answer = np.frombuffer(ctypes.string_at(out_address, mfns.nbytes), dtype=np.uint64)
+        return _answer(domid, mfns, answer, done, refused)
 
 
-def _fill(reservation: MemoryReservation, address: int, domid: Domid) -> None:
+def _answer(
+    domid: Domid, mfns: FrameArray, answer: FrameArray, done: int, refused: XenError | None
+) -> Swapped:
+    if done > len(mfns) or (refused is not None and done == len(mfns)):
+        contradiction = PortError(
+            f"memory_exchange of {len(mfns)} frames of d{domid} from mfn {int(mfns[0]):#x} on "
+            f"counted {done}"
+        )
+        return Swapped(new=answer[:0], error=contradiction)
+    new = answer[:done].copy()
+    same = np.flatnonzero(new == mfns[:done])
+    if len(same):
+        first = int(same[0])
+        error = PortError(f"memory_exchange gave mfn {int(new[first]):#x} of d{domid} for itself")
+        return Swapped(new=new[:first], error=error)
+    if done == len(mfns):
+        return Swapped(new=new)
+    if refused is None:
+        # Success without an exchange: the new frame could not be given to a dying domain
+        # (memory_exchange in common/memory.c, label dying).
+        return Swapped(new=new, error=DomainGone(domid))
+    mfn = Mfn(int(mfns[done]))
+    return Swapped(
+        new=new, error=XenError(refused.errno, op=refused.op, domid=domid, mfn=mfn, done=done)
+    )
+
+
+def _put(address: int, frames: FrameArray) -> None:
+    plain = np.ascontiguousarray(frames, dtype=np.uint64)
+    ctypes.memmove(address, plain.ctypes.data, plain.nbytes)
+
+
+def _fill(reservation: MemoryReservation, address: int, extents: int, domid: Domid) -> None:
     reservation.extent_start = address
-    reservation.nr_extents = 1
+    reservation.nr_extents = extents
     reservation.extent_order = 0
     reservation.domid = domid

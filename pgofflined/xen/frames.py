@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 from collections.abc import Callable
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import PAGE_SHIFT, PAGE_SIZE, Domid, Mfn, Pfn
@@ -39,6 +39,9 @@ from pgofflined.xen.abi.xen import DOMID_XEN, HYPERVISOR_memory_op
 from pgofflined.xen.control import Control
 from pgofflined.xen.libs import ForeignPages, XenCall
 from pgofflined.xen.placement import Placement
+
+if TYPE_CHECKING:
+    from pgofflined.ports import FrameArray
 
 _Answer = TypeVar("_Answer", OfflineState, OfflineReply, OnlineFlag)
 
@@ -148,6 +151,22 @@ class Frames:
         with self._pages.frames(Domid(DOMID_XEN), [frame]) as address:
             entry = ctypes.c_uint64.from_address(address + within % PAGE_SIZE).value
         return Pfn(entry) if entry < _PFN_LIMIT else None
+
+    def m2p_search(self, pfns: FrameArray) -> FrameArray:
+        """Frames whose M2P entry is one of ``pfns``, by reading the whole M2P."""
+        import numpy as np
+
+        found = [np.empty(0, dtype=np.uint64)]
+        for chunk in range((self.max_mfn() * _ENTRY) // _CHUNK + 1):
+            first = self._m2p_chunk(chunk)
+            if first is None:
+                continue
+            frames = range(first, first + (_CHUNK >> PAGE_SHIFT))
+            with self._pages.frames(Domid(DOMID_XEN), frames) as address:
+                entries = np.frombuffer(ctypes.string_at(address, _CHUNK), dtype=np.uint64)
+            mfns = np.flatnonzero(np.isin(entries, pfns)) + chunk * (_CHUNK // _ENTRY)
+            found.append(mfns.astype(np.uint64))
+        return np.concatenate(found)
 
     def _m2p_chunk(self, chunk: int) -> int | None:
         """First frame of a 2 MiB chunk of the M2P, None for a hole or beyond its end.

@@ -5,26 +5,37 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
 from pgofflined.core.xenversion import XenVersion
-from pgofflined.ports import PteWrite, SuspendLimits
+from pgofflined.ports import SuspendLimits, Swapped, VcpuFrames
 from pgofflined.xen.control import Control, probe_interface, read_version
 from pgofflined.xen.domains import Domains
-from pgofflined.xen.exchange import Exchange
 from pgofflined.xen.frames import Frames
 from pgofflined.xen.libs import ForeignPages, XenCall
-from pgofflined.xen.pagetables import PageTables
 from pgofflined.xen.placement import LinuxThread, Placement
 from pgofflined.xen.suspension import Suspension
 from pgofflined.xen.vcpus import Dom0Vcpus
 
 if TYPE_CHECKING:
+    from pgofflined.core.moves import PteWrites
     from pgofflined.ports import FrameArray, Hypervisor, TypeArray, Words
+    from pgofflined.xen.exchange import Exchange
     from pgofflined.xen.memory import Memory
+    from pgofflined.xen.pagetables import PageTables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Guests:
+    """What reaches into guests' memory."""
+
+    memory: Memory
+    tables: PageTables
+    exchange: Exchange
 
 
 class XenHypervisor:
@@ -49,10 +60,8 @@ class XenHypervisor:
         )
         self._domains = Domains(self._call, self._control)
         self._suspension = Suspension(call=self._call, control=self._control, domains=self._domains)
-        self._tables = PageTables(self._call)
-        self._exchange = Exchange(self._call)
-        self._memory: Memory | None = None
-        self._memory_lock = threading.Lock()
+        self._guests_parts: _Guests | None = None
+        self._guests_lock = threading.Lock()
 
     def close(self) -> None:
         """Let go of the hypervisor; no call may follow."""
@@ -100,6 +109,10 @@ class XenHypervisor:
         """The pfn that the M2P notes for a frame."""
         return self._frames.m2p(mfn)
 
+    def m2p_search(self, pfns: FrameArray) -> FrameArray:
+        """Frames that the M2P notes at one of ``pfns``."""
+        return self._frames.m2p_search(pfns)
+
     def domains(self) -> Sequence[DomainInfo]:
         """All domains, dom0 first."""
         return self._domains.domains()
@@ -111,6 +124,10 @@ class XenHypervisor:
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """Ask the guest to suspend itself and wait until it has."""
         self._suspension.suspend(domid, limits)
+
+    def withdraw_suspend(self, domid: Domid) -> None:
+        """Take a request to suspend back that nobody has read."""
+        self._suspension.withdraw(domid)
 
     def resume(self, domid: Domid) -> None:
         """Let a suspended guest run on."""
@@ -124,38 +141,69 @@ class XenHypervisor:
         """Take one pause back."""
         self._domains.unpause(domid)
 
-    def _foreign_memory(self) -> Memory:
+    def vcpu_frames(self, domid: Domid) -> VcpuFrames:
+        """Frames that the vCPUs have loaded."""
+        return self._domains.vcpu_frames(domid)
+
+    def has_devices(self, domid: Domid) -> bool:
+        """Whether devices of the host are assigned to the domain."""
+        return self._domains.has_devices(domid)
+
+    def _guests(self) -> _Guests:
         """Loaded with the first exchange: an idle daemon has no use for numpy."""
-        with self._memory_lock:
-            if self._memory is None:
+        with self._guests_lock:
+            if self._guests_parts is None:
+                from pgofflined.xen.exchange import Exchange
                 from pgofflined.xen.memory import Memory
 
-                self._memory = Memory(call=self._call, control=self._control, pages=self._pages)
-            return self._memory
+                self._guests_parts = _Guests(
+                    memory=Memory(call=self._call, control=self._control, pages=self._pages),
+                    tables=PageTables(self._call),
+                    exchange=Exchange(self._call),
+                )
+            return self._guests_parts
 
     def read_frames(self, domid: Domid, mfns: FrameArray) -> Words:
         """Copies of frames of a domain."""
-        return self._foreign_memory().read_frames(domid, mfns)
+        return self._guests().memory.read_frames(domid, mfns)
 
-    def write_words(self, domid: Domid, mfn: Mfn, index: int, words: Words) -> None:
-        """Write words into a frame that is no page table."""
-        self._foreign_memory().write_words(domid, mfn, index, words)
+    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
+        """Write whole frames that are no page tables."""
+        self._guests().memory.write_frames(domid, mfns, contents)
+
+    def write_entries(
+        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
+    ) -> None:
+        """Write words into frames that are no page tables."""
+        self._guests().memory.write_entries(domid, mfns, indexes, words)
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
         """XEN_DOMCTL_PFINFO_* words of frames."""
-        return self._foreign_memory().page_types(domid, mfns)
+        return self._guests().memory.page_types(domid, mfns)
 
     def granted_frames(self, domid: Domid) -> FrameArray:
         """Frames that the domain's grant table offers."""
-        return self._foreign_memory().granted_frames(domid)
+        return self._guests().memory.granted_frames(domid)
 
-    def update_ptes(self, domid: Domid, writes: Sequence[PteWrite]) -> None:
+    def shared_frames(self, domid: Domid) -> FrameArray:
+        """Xen's own frames that the domain may map."""
+        return self._guests().memory.shared_frames(domid)
+
+    def update_ptes(self, domid: Domid, writes: PteWrites) -> None:
         """Set entries of the domain's page tables."""
-        self._tables.update_ptes(domid, writes)
+        self._guests().tables.update_ptes(domid, writes)
 
-    def exchange(self, domid: Domid, mfn: Mfn, pfn: Pfn) -> Mfn:
-        """Swap one frame for a fresh one."""
-        return self._exchange.exchange(domid, mfn, pfn)
+    def pin_tables(self, domid: Domid, mfns: FrameArray, level: int) -> None:
+        """Pin page tables."""
+        self._guests().tables.pin_tables(domid, mfns, level)
+
+    def unpin_tables(self, domid: Domid, mfns: FrameArray) -> None:
+        """Unpin page tables."""
+        self._guests().tables.unpin_tables(domid, mfns)
+
+    def exchange(self, domid: Domid, mfns: FrameArray, pfns: FrameArray) -> Swapped:
+        """Swap frames for fresh ones."""
+        return self._guests().exchange.exchange(domid, mfns, pfns)
 
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from pgofflined.core.frames import PAGE_SIZE, WORDS_PER_PAGE, Domid, Mfn
 from pgofflined.xen.abi.domctl import (
     GETPAGEFRAMEINFO3_MAX,
     GetPageFrameInfo3,
+    XEN_DOMCTL_getdomaininfo,
     XEN_DOMCTL_getpageframeinfo3,
 )
 from pgofflined.xen.abi.grant_table import (
@@ -28,11 +29,13 @@ from pgofflined.xen.abi.grant_table import (
     GTF_writing,
 )
 from pgofflined.xen.abi.memory import (
+    MemAcquireResource,
+    XENMEM_acquire_resource,
     XENMEM_resource_grant_table,
     XENMEM_resource_grant_table_id_shared,
     XENMEM_resource_grant_table_id_status,
 )
-from pgofflined.xen.abi.xen import HYPERVISOR_grant_table_op
+from pgofflined.xen.abi.xen import HYPERVISOR_grant_table_op, HYPERVISOR_memory_op
 from pgofflined.xen.control import Control
 from pgofflined.xen.libs import ForeignPages, XenCall
 
@@ -46,8 +49,17 @@ _V2_ENTRY: Final = np.dtype(
     [("flags", "<u2"), ("domid", "<u2"), ("other", "<u4"), ("frame", "<u8")]
 )
 _IN_USE: Final = GTF_reading | GTF_writing
+# Up to 4.14 Xen gives no more frames of a resource in one call (common/memory.c).
+_RESOURCE_BATCH: Final = 32
 # grant_status_t: one 16-bit word for each entry of a version 2 table.
 _STATUS: Final = np.dtype("<u2")
+
+
+def _at(address: int, frames: int) -> Words:
+    """The frames mapped at an address, as rows of words; valid as long as the mapping."""
+    area = (ctypes.c_char * (frames * PAGE_SIZE)).from_address(address)
+    words: Words = np.frombuffer(memoryview(area), dtype=np.uint64)
+    return words.reshape(frames, WORDS_PER_PAGE)
 
 
 class Memory:
@@ -71,13 +83,32 @@ class Memory:
                 ctypes.memmove(target.ctypes.data, address, len(batch) * PAGE_SIZE)
         return contents
 
-    def write_words(self, domid: Domid, mfn: Mfn, index: int, words: Words) -> None:
-        """Write words into a frame.  Raises XenError, EINVAL where they would not lie within."""
-        flat = np.ascontiguousarray(words, dtype=np.uint64).reshape(-1)
-        if index < 0 or index + len(flat) > WORDS_PER_PAGE:
-            raise XenError(errno.EINVAL, op="write_words", domid=domid, mfn=mfn)
-        with self._pages.frames(domid, [mfn], writable=True) as address:
-            ctypes.memmove(address + index * 8, flat.ctypes.data, flat.nbytes)
+    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
+        """Write whole frames.  Raises XenError; PortError where they read back differently."""
+        for start in range(0, len(mfns), _MAP_BATCH):
+            batch = mfns[start : start + _MAP_BATCH].tolist()
+            source = np.ascontiguousarray(contents[start : start + len(batch)], dtype=np.uint64)
+            with self._pages.frames(domid, batch, writable=True) as address:
+                ctypes.memmove(address, source.ctypes.data, source.nbytes)
+                differing = np.flatnonzero((_at(address, len(batch)) != source).any(axis=1))
+            if len(differing):
+                mfn = batch[int(differing[0])]
+                raise PortError(f"mfn {mfn:#x} of d{domid} does not hold what was written to it")
+
+    def write_entries(
+        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
+    ) -> None:
+        """Write single words.  Raises XenError, EINVAL where one would not lie within a frame."""
+        outside = np.flatnonzero(indexes >= np.uint64(WORDS_PER_PAGE))
+        if len(outside):
+            mfn = Mfn(int(mfns[outside[0]]))
+            raise XenError(errno.EINVAL, op="write_entries", domid=domid, mfn=mfn)
+        frames, rows = np.unique(mfns, return_inverse=True)
+        for start in range(0, len(frames), _MAP_BATCH):
+            batch = frames[start : start + _MAP_BATCH].tolist()
+            inside = (rows >= start) & (rows < start + len(batch))
+            with self._pages.frames(domid, batch, writable=True) as address:
+                _at(address, len(batch))[rows[inside] - start, indexes[inside]] = words[inside]
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
         """XEN_DOMCTL_PFINFO_* words of a PV domain's frames, in order, 1024 in a call.
@@ -128,6 +159,45 @@ class Memory:
                 raise PortError(f"d{domid} has a grant table of unknown version {version}")
         granted: FrameArray = np.unique(entries["frame"][wanted].astype(np.uint64))
         return granted
+
+    def shared_frames(self, domid: Domid) -> FrameArray:
+        """Frames of Xen's heap that the domain may map: shared_info and its grant table."""
+        info = self._control.interface.domain_info()
+        self._control.domctl(XEN_DOMCTL_getdomaininfo, domid, info, op="getdomaininfo")
+        frames = [info.shared_info_frame]
+        size = self._table_size(domid)
+        if size:
+            frames += self._resource_frames(domid, XENMEM_resource_grant_table_id_shared, size)
+            if self._table_version(domid) == 2:
+                entries = size * PAGE_SIZE // _V2_ENTRY.itemsize
+                pages = -(-entries * _STATUS.itemsize // PAGE_SIZE)
+                frames += self._resource_frames(domid, XENMEM_resource_grant_table_id_status, pages)
+        return np.unique(np.array(frames, dtype=np.uint64))
+
+    def _resource_frames(self, domid: Domid, number: int, frames: int) -> list[int]:
+        """Machine frames of a resource; Xen gives them to a PV caller."""
+        found: list[int] = []
+        for start in range(0, frames, _RESOURCE_BATCH):
+            count = min(_RESOURCE_BATCH, frames - start)
+            with (
+                self._call.buffer(count * 8) as address,
+                self._call.struct(MemAcquireResource) as request,
+            ):
+                request.domid = domid
+                request.type = XENMEM_resource_grant_table
+                request.id = number
+                request.nr_frames = count
+                request.frame = start
+                request.frame_list = address
+                self._call.hypercall(
+                    HYPERVISOR_memory_op,
+                    XENMEM_acquire_resource,
+                    ctypes.addressof(request),
+                    op="acquire_resource",
+                    domid=domid,
+                )
+                found += (ctypes.c_uint64 * count).from_address(address)
+        return found
 
     def _table_size(self, domid: Domid) -> int:
         """Pages that the grant table has; asking the resource for more would make it grow."""

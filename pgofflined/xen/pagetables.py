@@ -1,32 +1,43 @@
-"""Changing a PV domain's page tables through Xen's checks."""
+"""Changing a PV domain's page tables through Xen's checks.  Loads numpy; imported when needed."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import PAGE_SHIFT, WORDS_PER_PAGE, Domid, Mfn
-from pgofflined.ports import PteWrite
-from pgofflined.xen.abi.xen import MMU_NORMAL_PT_UPDATE, HYPERVISOR_mmu_update, MmuUpdate
+from pgofflined.core.moves import PteWrites
+from pgofflined.xen.abi.xen import (
+    MMU_NORMAL_PT_UPDATE,
+    MMUEXT_PIN_L1_TABLE,
+    MMUEXT_UNPIN_TABLE,
+    HYPERVISOR_mmu_update,
+    HYPERVISOR_mmuext_op,
+)
 from pgofflined.xen.libs import XenCall
 
-# 8 KiB of requests: two pages of buffer, and a short hypercall.
-_BATCH: Final = 512
+if TYPE_CHECKING:
+    from pgofflined.ports import FrameArray
+
+# 64 KiB of requests.  Xen looks after each whether something more urgent has come up.
+_BATCH: Final = 4096
 # Bits 31:16 of mmu_update's foreigndom name the page table's owner plus one; 0 would mean the
 # caller (do_mmu_update in arch/x86/mm.c, since c6b8bdfe3b, 2009).
 _PT_OWNER_SHIFT: Final = 16
+_ENTRY_SHIFT: Final = np.uint64(3)
 
 
 class PageTables:
-    """``ports.PageTableControl`` over mmu_update."""
+    """``ports.PageTableControl`` over mmu_update and mmuext_op."""
 
     def __init__(self, call: XenCall) -> None:
         self._call = call
 
-    def update_ptes(self, domid: Domid, writes: Sequence[PteWrite]) -> None:
+    def update_ptes(self, domid: Domid, writes: PteWrites) -> None:
         """Set entries in order; the tables and the frames they name are the domain's.
 
         The caller has paused the domain, since nothing flushes stale translations of a running
@@ -35,19 +46,24 @@ class PageTables:
 
         Raises XenError with ``done``, and with the table whose entry was refused.
         """
-        for write in writes:
-            if not 0 <= write.index < WORDS_PER_PAGE:
-                raise XenError(errno.EINVAL, op="mmu_update", domid=domid, mfn=write.table)
+        outside = np.flatnonzero(writes.indexes >= np.uint64(WORDS_PER_PAGE))
+        if len(outside):
+            table = Mfn(int(writes.tables[outside[0]]))
+            raise XenError(errno.EINVAL, op="mmu_update", domid=domid, mfn=table)
         for start in range(0, len(writes), _BATCH):
             self._update(domid, writes[start : start + _BATCH], before=start)
 
-    def _update(self, domid: Domid, writes: Sequence[PteWrite], *, before: int) -> None:
-        size = ctypes.sizeof(MmuUpdate) * len(writes)
-        with self._call.buffer(size) as address, self._call.buffer(4) as done_address:
-            requests = (MmuUpdate * len(writes)).from_address(address)
-            for request, write in zip(requests, writes, strict=True):
-                request.ptr = (write.table << PAGE_SHIFT) | write.index * 8 | MMU_NORMAL_PT_UPDATE
-                request.val = write.value
+    def _update(self, domid: Domid, writes: PteWrites, *, before: int) -> None:
+        # An array of struct mmu_update: pairs of ptr and val.
+        requests = np.empty((len(writes), 2), dtype=np.uint64)
+        requests[:, 0] = (
+            (writes.tables << np.uint64(PAGE_SHIFT))
+            | (writes.indexes << _ENTRY_SHIFT)
+            | np.uint64(MMU_NORMAL_PT_UPDATE)
+        )
+        requests[:, 1] = writes.values
+        with self._call.buffer(requests.nbytes) as address, self._call.buffer(4) as done_address:
+            ctypes.memmove(address, requests.ctypes.data, requests.nbytes)
             done = ctypes.c_uint32.from_address(done_address)
             try:
                 self._call.hypercall(
@@ -65,6 +81,40 @@ class PageTables:
                     error.errno,
                     op=error.op,
                     domid=domid,
-                    mfn=Mfn(writes[count].table),
+                    mfn=Mfn(int(writes.tables[count])),
                     done=before + count,
                 ) from error
+
+    def pin_tables(self, domid: Domid, mfns: FrameArray, level: int) -> None:
+        """Pin page tables of a level.  Raises XenError, EINVAL where one does not validate."""
+        self._extended(domid, mfns, MMUEXT_PIN_L1_TABLE + level - 1, "mmuext_op(pin)")
+
+    def unpin_tables(self, domid: Domid, mfns: FrameArray) -> None:
+        """Unpin page tables.  Raises XenError, EINVAL where one is not pinned."""
+        self._extended(domid, mfns, MMUEXT_UNPIN_TABLE, "mmuext_op(unpin)")
+
+    def _extended(self, domid: Domid, mfns: FrameArray, command: int, op: str) -> None:
+        if not len(mfns):
+            return
+        # An array of struct mmuext_op: cmd with padding, the frame, and what is not used.
+        requests = np.zeros((len(mfns), 3), dtype=np.uint64)
+        requests[:, 0] = command
+        requests[:, 1] = mfns
+        with self._call.buffer(requests.nbytes) as address, self._call.buffer(4) as done_address:
+            ctypes.memmove(address, requests.ctypes.data, requests.nbytes)
+            done = ctypes.c_uint32.from_address(done_address)
+            try:
+                self._call.hypercall(
+                    HYPERVISOR_mmuext_op,
+                    address,
+                    len(mfns),
+                    done_address,
+                    # Unlike mmu_update it has one owner only, of the tables.
+                    domid,
+                    op=op,
+                    domid=domid,
+                )
+            except XenError as error:
+                count = min(done.value, len(mfns) - 1)
+                mfn = Mfn(int(mfns[count]))
+                raise XenError(error.errno, op=op, domid=domid, mfn=mfn, done=count) from error

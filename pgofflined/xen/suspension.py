@@ -74,7 +74,7 @@ class Suspension:
         way, EOPNOTSUPP for guests that are not 64-bit PV; DomainGone when it ends meanwhile.
         """
         self._refuse_unfit(domid)
-        path = f"/local/domain/{domid}/control/shutdown"
+        path = _shutdown_node(domid)
         with self._stores() as store:
             store.watch("@releaseDomain")
             store.watch(path)
@@ -118,6 +118,11 @@ class Suspension:
             if left <= 0:
                 return False
             store.wait(min(left, _LOOK))
+
+    def withdraw(self, domid: Domid) -> None:
+        """Take back a request that nobody has read; nothing to do where there is none."""
+        with self._stores() as store:
+            store.replace(_shutdown_node(domid), expected=frozenset({_SUSPEND}), value=b"")
 
     def _withdrawn_too_late(self, store: StorePort, domid: Domid, path: str) -> bool:
         """Withdraw the request; True when the guest took it at the last moment after all."""
@@ -192,6 +197,10 @@ class Suspension:
     def _resume_in_store(self, domid: Domid) -> None:
         with self._stores() as store:
             store.resume_domain(domid)
+
+
+def _shutdown_node(domid: Domid) -> str:
+    return f"/local/domain/{domid}/control/shutdown"
 
 
 def _insist(step: Callable[[], None]) -> None:

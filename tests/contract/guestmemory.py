@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pgofflined.core.frames import PAGE_SHIFT, WORDS_PER_PAGE, Domid, Mfn, Pfn
+from pgofflined.core.moves import PteWrite
 from pgofflined.core.pages import (
     MFN_BITS,
     PFINFO_LTAB_TYPE_MASK,
@@ -18,7 +19,8 @@ from pgofflined.core.pages import (
     PTE_PRESENT,
     PTE_RW,
 )
-from pgofflined.ports import Hypervisor, PteWrite, SuspendLimits
+from pgofflined.ports import Hypervisor, SuspendLimits
+from tests.single import write_words
 
 if TYPE_CHECKING:
     from pgofflined.ports import FrameArray, Words
@@ -142,7 +144,7 @@ class GuestMemory:
         """Write one entry of the p2m list."""
         frame = Mfn(int(self.p2m_frames()[pfn // WORDS_PER_PAGE]))
         word = np.array([mfn], dtype=np.uint64)
-        self._hypervisor.write_words(self.domid, frame, pfn % WORDS_PER_PAGE, word)
+        write_words(self._hypervisor, self.domid, frame, pfn % WORDS_PER_PAGE, word)
 
 
 def not_the_domains(types: int) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import Mfn
 from pgofflined.ports import Hypervisor
+from tests.single import set_ptes, swap, write_words
 
 from .guestmemory import DataPage, GuestMemory
 
@@ -36,19 +37,19 @@ def move_one(hypervisor: Hypervisor, guest: GuestMemory, *, mark: bool = False) 
     for page in guest.data_pages()[:_TRIES]:
         if mark:
             hypervisor.offline(page.mfn)
-        hypervisor.update_ptes(guest.domid, page.cleared)
+        set_ptes(hypervisor, guest.domid, page.cleared)
         contents = guest.read(page.mfn)
         try:
-            new = hypervisor.exchange(guest.domid, page.mfn, page.pfn)
+            new = swap(hypervisor, guest.domid, page.mfn, page.pfn)
         except XenError as error:
-            hypervisor.update_ptes(guest.domid, page.entries)
+            set_ptes(hypervisor, guest.domid, page.entries)
             if mark:
                 hypervisor.online(page.mfn)
             if error.errno != EINVAL:
                 raise
             continue
-        hypervisor.write_words(guest.domid, new, 0, contents)
+        write_words(hypervisor, guest.domid, new, 0, contents)
         guest.set_p2m(page.pfn, new)
-        hypervisor.update_ptes(guest.domid, page.moved_to(new))
+        set_ptes(hypervisor, guest.domid, page.moved_to(new))
         return Moved(page=page, new=new, contents=contents)
     raise AssertionError(f"none of {_TRIES} ordinary pages could be exchanged")

@@ -11,6 +11,7 @@ from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import DOM0, Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.ports import Hypervisor
+from tests.single import set_ptes, swap
 
 from .guestmemory import DataPage, GuestMemory, assert_runs, standing_still
 from .hosts import ContractHost
@@ -24,7 +25,7 @@ def test_page_that_is_mapped_is_refused_and_left_as_it_was(
         page = guest.data_pages()[0]
         before = guest.read(page.mfn)
         with pytest.raises(XenError) as caught:
-            hypervisor.exchange(guest.domid, page.mfn, page.pfn)
+            swap(hypervisor, guest.domid, page.mfn, page.pfn)
         after = guest.read(page.mfn)
         mapped = guest.entries_of(np.array([page.mfn], dtype=np.uint64))[page.mfn]
 
@@ -41,11 +42,11 @@ def test_one_entry_that_is_left_is_enough_to_refuse(
     with standing_still(hypervisor, guest.domid):
         page = max(guest.data_pages(), key=lambda page: len(page.entries))
         try:
-            hypervisor.update_ptes(guest.domid, page.cleared[:-1])
+            set_ptes(hypervisor, guest.domid, page.cleared[:-1])
             with pytest.raises(XenError) as caught:
-                hypervisor.exchange(guest.domid, page.mfn, page.pfn)
+                swap(hypervisor, guest.domid, page.mfn, page.pfn)
         finally:
-            hypervisor.update_ptes(guest.domid, page.entries)
+            set_ptes(hypervisor, guest.domid, page.entries)
 
     assert caught.value.errno == EINVAL
 
@@ -56,7 +57,7 @@ def test_page_table_is_refused(hypervisor: Hypervisor, guest: GuestMemory) -> No
         pfn = hypervisor.m2p(table)
         assert pfn is not None
         with pytest.raises(XenError) as caught:
-            hypervisor.exchange(guest.domid, table, pfn)
+            swap(hypervisor, guest.domid, table, pfn)
 
     assert caught.value.errno == EINVAL
 
@@ -64,14 +65,14 @@ def test_page_table_is_refused(hypervisor: Hypervisor, guest: GuestMemory) -> No
 def test_shared_info_is_refused(hypervisor: Hypervisor, guest: GuestMemory) -> None:
     shared_info = hypervisor.domain(guest.domid).shared_info
     with standing_still(hypervisor, guest.domid), pytest.raises(XenError) as caught:
-        hypervisor.exchange(guest.domid, shared_info, Pfn(0))
+        swap(hypervisor, guest.domid, shared_info, Pfn(0))
     assert caught.value.errno == EINVAL
 
 
 def test_frame_of_another_domain_is_refused(hypervisor: Hypervisor, guest: GuestMemory) -> None:
     theirs = hypervisor.domain(DOM0).shared_info
     with standing_still(hypervisor, guest.domid), pytest.raises(XenError) as caught:
-        hypervisor.exchange(guest.domid, theirs, Pfn(0))
+        swap(hypervisor, guest.domid, theirs, Pfn(0))
     assert caught.value.errno == EINVAL
 
 
@@ -86,11 +87,11 @@ def test_console_ring_that_dom0_has_mapped_is_refused(
         entries = tuple(guest.entries_of(frame).get(ring, ()))
         page = DataPage(mfn=Mfn(ring), pfn=pfn, entries=entries)
         try:
-            hypervisor.update_ptes(guest.domid, page.cleared)
+            set_ptes(hypervisor, guest.domid, page.cleared)
             with pytest.raises(XenError) as caught:
-                hypervisor.exchange(guest.domid, page.mfn, pfn)
+                swap(hypervisor, guest.domid, page.mfn, pfn)
         finally:
-            hypervisor.update_ptes(guest.domid, page.entries)
+            set_ptes(hypervisor, guest.domid, page.entries)
 
     assert caught.value.errno == EINVAL
 
@@ -101,7 +102,7 @@ def test_domain_that_is_gone_has_nothing_to_exchange(
     page = guest.data_pages()[0]
 
     with pytest.raises(PortError):
-        hypervisor.exchange(Domid(0x7000), page.mfn, page.pfn)
+        swap(hypervisor, Domid(0x7000), page.mfn, page.pfn)
 
 
 def test_unmapped_page_gets_a_fresh_frame_that_the_m2p_knows(

@@ -9,6 +9,7 @@ import pytest
 
 from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import DOM0, PAGE_SHIFT, WORDS_PER_PAGE, Domid, Mfn
+from pgofflined.core.moves import PteWrite
 from pgofflined.core.pages import (
     L4_XEN_SLOTS,
     PTE_PRESENT,
@@ -16,7 +17,8 @@ from pgofflined.core.pages import (
     PageKind,
     decode_page_type,
 )
-from pgofflined.ports import Hypervisor, PteWrite
+from pgofflined.ports import Hypervisor
+from tests.single import set_ptes, write_words
 
 from .guestmemory import GuestMemory, not_the_domains, paused, standing_still
 from .hosts import ContractHost
@@ -73,9 +75,9 @@ def test_written_words_are_read_back_and_nothing_else_changes(
     words = np.array([0x0123_4567_89AB_CDEF, 0xFEDC_BA98_7654_3210], dtype=np.uint64)
     with standing_still(hypervisor, guest.domid):
         before = guest.read(page.mfn)
-        hypervisor.write_words(guest.domid, page.mfn, 9, words)
+        write_words(hypervisor, guest.domid, page.mfn, 9, words)
         written = guest.read(page.mfn)
-        hypervisor.write_words(guest.domid, page.mfn, 9, before[9:11])
+        write_words(hypervisor, guest.domid, page.mfn, 9, before[9:11])
         restored = guest.read(page.mfn)
 
     assert written[9:11].tolist() == words.tolist()
@@ -88,7 +90,7 @@ def test_page_table_cannot_be_written_to(hypervisor: Hypervisor, guest: GuestMem
         table = Mfn(int(guest.tables(1)[0]))
         before = guest.read(table)
         with pytest.raises(XenError):
-            hypervisor.write_words(guest.domid, table, 0, before[:1])
+            write_words(hypervisor, guest.domid, table, 0, before[:1])
         assert np.array_equal(guest.read(table), before)
 
 
@@ -98,7 +100,7 @@ def test_words_beyond_the_end_of_a_frame_are_refused(
     page = guest.data_pages()[0]
 
     with pytest.raises(XenError) as caught:
-        hypervisor.write_words(guest.domid, page.mfn, 511, np.zeros(2, dtype=np.uint64))
+        write_words(hypervisor, guest.domid, page.mfn, 511, np.zeros(2, dtype=np.uint64))
     assert caught.value.errno == EINVAL
 
 
@@ -172,9 +174,9 @@ def test_entry_can_be_cleared_and_restored(hypervisor: Hypervisor, guest: GuestM
         page = guest.data_pages()[0]
         entry = page.entries[0]
         before = guest.read(entry.table)
-        hypervisor.update_ptes(guest.domid, page.cleared)
+        set_ptes(hypervisor, guest.domid, page.cleared)
         cleared = guest.read(entry.table)
-        hypervisor.update_ptes(guest.domid, page.entries)
+        set_ptes(hypervisor, guest.domid, page.entries)
         restored = guest.read(entry.table)
 
     assert int(cleared[entry.index]) == 0
@@ -193,10 +195,10 @@ def test_refused_entry_says_how_many_took_effect_before_it(
         )
         try:
             with pytest.raises(XenError) as caught:
-                hypervisor.update_ptes(guest.domid, [page.cleared[0], foreign, entry])
+                set_ptes(hypervisor, guest.domid, [page.cleared[0], foreign, entry])
             left = int(guest.read(entry.table)[entry.index])
         finally:
-            hypervisor.update_ptes(guest.domid, [entry])
+            set_ptes(hypervisor, guest.domid, [entry])
 
     assert caught.value.done == 1
     assert left == 0
@@ -207,7 +209,7 @@ def test_table_of_another_domain_cannot_be_updated(
 ) -> None:
     theirs = hypervisor.domain(DOM0).shared_info
     with standing_still(hypervisor, guest.domid), pytest.raises(XenError) as caught:
-        hypervisor.update_ptes(guest.domid, [PteWrite(table=theirs, index=0, value=0)])
+        set_ptes(hypervisor, guest.domid, [PteWrite(table=theirs, index=0, value=0)])
     assert caught.value.done == 0
 
 
@@ -219,7 +221,7 @@ def test_page_table_cannot_be_mapped_writable(hypervisor: Hypervisor, guest: Gue
             table=entry.table, index=entry.index, value=table << PAGE_SHIFT | PTE_PRESENT | PTE_RW
         )
         with pytest.raises(XenError):
-            hypervisor.update_ptes(guest.domid, [bad])
+            set_ptes(hypervisor, guest.domid, [bad])
         assert int(guest.read(entry.table)[entry.index]) == entry.value
 
 
@@ -229,8 +231,8 @@ def test_xens_own_slots_of_an_l4_cannot_be_updated(
     with standing_still(hypervisor, guest.domid):
         root = Mfn(int(guest.tables(4)[0]))
         with pytest.raises(XenError):
-            hypervisor.update_ptes(
-                guest.domid, [PteWrite(table=root, index=L4_XEN_SLOTS.start, value=0)]
+            set_ptes(
+                hypervisor, guest.domid, [PteWrite(table=root, index=L4_XEN_SLOTS.start, value=0)]
             )
 
 

@@ -10,7 +10,9 @@ import pytest
 from pgofflined.core.domains import GuestKind
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import Mfn, Pfn
-from pgofflined.ports import Hypervisor, PteWrite, SuspendLimits
+from pgofflined.core.moves import PteWrite
+from pgofflined.ports import Hypervisor, SuspendLimits
+from tests.single import set_ptes, swap
 
 from .guestmemory import assert_runs, paused
 from .hosts import ContractHost
@@ -40,14 +42,14 @@ def test_console_ring_is_granted_by_guest_frame(hypervisor: Hypervisor, host: Co
 
 def test_exchange_is_refused(hypervisor: Hypervisor, host: ContractHost) -> None:
     with pytest.raises(XenError) as caught:
-        hypervisor.exchange(host.pvh, Mfn(GFN), Pfn(GFN))
+        swap(hypervisor, host.pvh, Mfn(GFN), Pfn(GFN))
     assert caught.value.errno == EOPNOTSUPP
     assert_runs(hypervisor, host.pvh)
 
 
 def test_page_table_updates_are_refused(hypervisor: Hypervisor, host: ContractHost) -> None:
     with paused(hypervisor, host.pvh), pytest.raises(XenError) as caught:
-        hypervisor.update_ptes(host.pvh, [PteWrite(table=Mfn(GFN), index=0, value=0)])
+        set_ptes(hypervisor, host.pvh, [PteWrite(table=Mfn(GFN), index=0, value=0)])
     assert caught.value.errno == EOPNOTSUPP
 
 

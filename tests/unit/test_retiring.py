@@ -21,6 +21,7 @@ from pgofflined.sim.clock import WallClock
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.host import HostSpec
+from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import SmallHost, small_host
 
 QUICK = Policy(
@@ -63,6 +64,7 @@ class Scene:
         )
         self.retirer = Retirer(
             xen=xen,
+            journal=MemoryJournal(),
             clock=clock,
             policy=policy,
             ledger=Ledger(self.pages, clock),
@@ -70,7 +72,7 @@ class Scene:
         )
         self.reports: list[ExchangeReport] = []
         self.pool = ExchangePool(
-            self.retirer.run_exchange,
+            self.retirer.exchanging.run,
             self._finished,
             clock=clock,
             workers=1,

@@ -7,14 +7,15 @@ from collections import defaultdict
 from pathlib import Path, PurePath
 
 from pgofflined.core.policy import ControlPolicy, ExchangePolicy, RelocationPolicy
-from pgofflined.daemon import EX_UNAVAILABLE
+from pgofflined.daemon import EX_UNAVAILABLE, JOBS
 
-UNIT = Path(__file__).parents[2] / "systemd" / "pgofflined.service"
+SYSTEMD = Path(__file__).parents[2] / "systemd"
+UNIT = SYSTEMD / "pgofflined.service"
 
 
-def settings() -> dict[str, list[str]]:
+def settings(unit: Path = UNIT) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
-    for line in UNIT.read_text(encoding="utf-8").splitlines():
+    for line in unit.read_text(encoding="utf-8").splitlines():
         if "=" in line and not line.startswith("#"):
             name, _, value = line.partition("=")
             found[name] += value.split()
@@ -50,3 +51,13 @@ def test_what_the_daemon_speaks_is_allowed() -> None:
 def test_migrations_have_units_of_their_own_and_need_no_right_here() -> None:
     assert RelocationPolicy().time_limit > int(settings()["TimeoutStopSec"][0])
     assert settings()["ReadWritePaths"] == []
+
+
+def test_what_is_kept_of_guests_reaches_no_disk() -> None:
+    mount = SYSTEMD / f"{'-'.join(JOBS.parts[1:])}.mount"
+    assert mount.name in settings()["Requires"]
+    assert settings(mount)["Where"] == [str(JOBS)]
+    assert settings(mount)["Type"] == ["ramfs"]
+    assert "mode=0700" in settings(mount)["Options"][0]
+    assert settings()["MemorySwapMax"] == ["0"]
+    assert settings()["LimitCORE"] == ["0"]

@@ -80,6 +80,7 @@ class GetDomainInfo(AbiStructure):
     tot_pages: int
     max_pages: int
     shared_info_frame: int
+    cpu_time: int
     max_vcpu_id: int
     handle: ctypes.Array[ctypes.c_uint8]
     arch_config: ArchDomainConfig
@@ -103,6 +104,7 @@ class GetDomainInfoBefore416(AbiStructure):
     tot_pages: int
     max_pages: int
     shared_info_frame: int
+    cpu_time: int
     max_vcpu_id: int
     handle: ctypes.Array[ctypes.c_uint8]
     arch_config: ArchDomainConfig

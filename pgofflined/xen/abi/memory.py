@@ -10,6 +10,7 @@ from pgofflined.xen.abi.structure import AbiStructure
 XENMEM_maximum_ram_page: Final = 2
 XENMEM_machphys_mfn_list: Final = 5
 XENMEM_exchange: Final = 11
+XENMEM_acquire_resource: Final = 28
 
 XENMEM_resource_grant_table: Final = 1
 XENMEM_resource_grant_table_id_shared: Final = 0
@@ -63,4 +64,25 @@ class MachphysMfnList(AbiStructure):
         ("max_extents", ctypes.c_uint32),
         ("extent_start", ctypes.c_uint64),
         ("nr_extents", ctypes.c_uint32),
+    ]
+
+
+class MemAcquireResource(AbiStructure):
+    """``struct xen_mem_acquire_resource``: for a PV caller the list receives machine frames."""
+
+    c_name = "struct xen_mem_acquire_resource"
+    domid: int
+    type: int
+    id: int
+    nr_frames: int
+    frame: int
+    frame_list: int
+    _fields_: ClassVar = [
+        ("domid", ctypes.c_uint16),
+        ("type", ctypes.c_uint16),
+        ("id", ctypes.c_uint32),
+        ("nr_frames", ctypes.c_uint32),
+        ("_pad0", ctypes.c_uint32),
+        ("frame", ctypes.c_uint64),
+        ("frame_list", ctypes.c_uint64),
     ]

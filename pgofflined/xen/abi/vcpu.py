@@ -56,6 +56,9 @@ class VcpuGuestContext(AbiStructure):
 
     c_name = "struct vcpu_guest_context"
     user_regs: CpuUserRegs
+    gdt_frames: ctypes.Array[ctypes.c_uint64]
+    gdt_ents: int
+    ctrlreg: ctypes.Array[ctypes.c_uint64]
     _fields_: ClassVar = [
         ("fpu_ctxt", ctypes.c_uint8 * 512),
         ("flags", ctypes.c_uint64),

@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TypedDict
 
 from pgofflined.core.frames import Domid, Mfn
@@ -23,8 +24,11 @@ from pgofflined.core.offline import OfflineFlag, OfflineState
 from pgofflined.core.outcomes import Exchanged, Refusal
 from pgofflined.daemon import HostClock
 from pgofflined.exchanger import exchange
+from pgofflined.jobstore import JobStore
 from pgofflined.ports import SuspendLimits
 from pgofflined.xen.hypervisor import XenHypervisor
+
+_JOBS = Path("/run/pgofflined-tests")
 
 # The guest finishes what it does after a resume before it is suspended again.
 _PAUSE_SECONDS = 1.0
@@ -77,7 +81,14 @@ class Report(TypedDict):
 
 def _exchange(xen: XenHypervisor, domid: Domid, mfns: list[Mfn]) -> Report:
     identity = xen.domain(domid).identity
-    report = exchange(identity, mfns, xen=xen, clock=HostClock(), limits=SuspendLimits())
+    report = exchange(
+        identity,
+        mfns,
+        xen=xen,
+        journal=JobStore(_JOBS),
+        clock=HostClock(),
+        limits=SuspendLimits(),
+    )
     refused = [result for result in report.results if isinstance(result, Refusal)]
     moved = [result for result in report.results if isinstance(result, Exchanged)]
     if len(refused) + len(moved) < len(mfns) or report.stuck is not None:

@@ -24,7 +24,7 @@ PROJECT = ("pyproject.toml", "README.md", "LICENSE", "pgofflined")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", "*.egg-info")
 SERVICE = "pgofflined.service"
 UNITS = Path("usr/lib/systemd/system")
-UNIT_SUFFIXES = (".service", ".socket", ".timer", ".target", ".slice")
+UNIT_SUFFIXES = (".service", ".socket", ".timer", ".target", ".slice", ".mount")
 KEPT_BUILDS = 4
 SIZE = "64M"
 

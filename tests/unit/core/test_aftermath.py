@@ -32,6 +32,7 @@ RUNS = DomainInfo(
     max_pages=1000,
     max_vcpu_id=0,
     shared_info=Mfn(1),
+    cpu_time=0,
 )
 SUSPENDED = replace(RUNS, shutdown=ShutdownReason.SUSPEND)
 TWIN = replace(RUNS, domid=Domid(8))

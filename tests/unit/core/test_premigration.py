@@ -44,6 +44,7 @@ GUEST = DomainInfo(
     max_pages=513 * MIB,
     max_vcpu_id=1,
     shared_info=Mfn(1),
+    cpu_time=0,
 )
 WAY = Route(address="192.0.2.1", interface="eth0", up=True, carrier=True, local=False)
 FACTS = MigrationFacts(

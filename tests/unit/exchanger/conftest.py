@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -15,6 +15,7 @@ from pgofflined.ports import Hypervisor, SuspendLimits
 from pgofflined.sim.faults import FaultyHypervisor
 from pgofflined.sim.host import HostSpec
 from pgofflined.sim.invariants import check_invariants
+from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.layout import PvLayout
 from pgofflined.sim.machine import SimulatedHost
 from pgofflined.sim.views import GuestView, guest_view
@@ -27,6 +28,7 @@ class Bench:
     host: SimulatedHost
     domid: Domid
     before: GuestView
+    journal: MemoryJournal = field(default_factory=MemoryJournal)
 
     @classmethod
     def build(cls, *, l1tf: bool = True) -> Bench:
@@ -53,6 +55,7 @@ class Bench:
             self.identity,
             mfns,
             xen=xen or self.host,
+            journal=self.journal,
             clock=self.host.clock,
             limits=SuspendLimits(),
         )
@@ -63,6 +66,7 @@ class Bench:
 
     def assert_guest_runs_unharmed(self) -> GuestView:
         """The guest runs, sees the same memory as before, and Xen's books agree."""
+        assert [kept.group for kept in self.journal.kept.values() if kept.group is not None] == []
         info = self.host.domain(self.domid)
         assert info.shutdown is None
         assert not info.paused

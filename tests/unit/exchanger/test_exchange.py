@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from pgofflined.core.frames import Mfn
+from pgofflined.core.moves import PteWrite, PteWrites
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Exchanged, Refusal, RefusalReason
 from pgofflined.core.pages import PTE_PRESENT
 from pgofflined.exchanger import exchange
+from pgofflined.jobstore import JobStore
 from pgofflined.ports import SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.linux import ARCH_MAX_PFN, ARCH_P2M_CR3, ARCH_P2M_GENERATION, ARCH_P2M_VADDR
+from tests.single import set_ptes
 from tests.unit.exchanger.conftest import Bench
 
 
@@ -65,8 +70,9 @@ def test_a_page_named_twice_is_moved_once(bench: Bench) -> None:
 def test_entries_are_cleared_to_zero_and_never_keep_a_frame_number(bench: Bench) -> None:
     # A non-present entry that names a frame crashes the guest on processors with L1TF.
     _, xen = bench.exchange_traced(bench.mark(bench.layout.plain[0], bench.layout.text[0]))
-    writes = [write for call in xen.trace.of("update_ptes") for write in call.args[1]]  # type: ignore[attr-defined]
-    absent = [write.value for write in writes if not write.value & PTE_PRESENT]
+    writes = [call.args[1] for call in xen.trace.of("update_ptes")]
+    values = [v for some in writes if isinstance(some, PteWrites) for v in some.values.tolist()]
+    absent = [value for value in values if not value & PTE_PRESENT]
     assert absent
     assert set(absent) == {0}
 
@@ -99,15 +105,169 @@ def test_a_page_that_dom0_maps_without_a_grant_is_refused_by_xens_count(bench: B
 
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
-def test_page_tables_of_every_level_are_refused(bench: Bench, level: int) -> None:
-    pfn = next(pfn for pfn, of in bench.layout.tables.items() if of == level)
-    assert _only_refusal(bench, bench.mark(pfn)).reason is RefusalReason.PAGE_TABLE
+def test_page_tables_of_every_level_are_moved(bench: Bench, level: int) -> None:
+    foreign = bench.layout.foreign[0] // 512
+    others = {pfn for pfn, of in bench.layout.tables.items() if of == level}
+    pfns = sorted(others - {bench.layout.direct_l1[foreign]})
+    report = bench.exchange(bench.mark(*pfns))
+    assert [type(result) for result in report.results] == [Exchanged] * len(pfns)
+    after = bench.assert_guest_runs_unharmed()
+    assert bench.before.moved(after) == pfns
 
 
-def test_frames_that_hold_the_p2m_are_refused(bench: Bench) -> None:
-    assert _only_refusal(bench, bench.mark(bench.layout.p2m_list[0])).reason is (
-        RefusalReason.P2M_FRAME
+def test_tables_of_a_process_are_moved_pinned_or_not(bench: Bench) -> None:
+    # The last process is the one that no vCPU is in; Linux pins it on its way into the suspend.
+    process = bench.layout.processes[-1]
+    pfns = sorted(process.tables)
+    report = bench.exchange(bench.mark(*pfns))
+    assert [type(result) for result in report.results] == [Exchanged] * len(pfns)
+    after = bench.assert_guest_runs_unharmed()
+    assert bench.before.moved(after) == pfns
+
+
+def test_a_table_of_the_direct_map_that_maps_itself_is_moved(bench: Bench) -> None:
+    [pfn] = [pfn for pfn in bench.layout.direct_l1 if bench.layout.direct_l1[pfn // 512] == pfn]
+    [result] = bench.exchange(bench.mark(pfn)).results
+    assert isinstance(result, Exchanged)
+    bench.assert_guest_runs_unharmed()
+
+
+def test_everything_at_once_goes_in_one_suspend(bench: Bench) -> None:
+    layout = bench.layout
+    pfns = sorted(
+        {
+            *layout.plain[:20],
+            *layout.p2m_list,
+            *layout.p2m_mid,
+            layout.p2m_top,
+            *layout.all_tables,
+            *layout.text,
+        }
+        - {layout.direct_l1[layout.foreign[0] // 512]}
+        - {root for p in layout.processes[:2] for root in (p.kernel_root, p.user_root)}
     )
+    report, xen = bench.exchange_traced(bench.mark(*pfns))
+    assert [r for r in report.results if not isinstance(r, Exchanged)] == []
+    assert xen.trace.methods.count("suspend") == 1
+    after = bench.assert_guest_runs_unharmed()
+    assert bench.before.moved(after) == pfns
+
+
+def test_the_root_of_the_address_space_that_a_vcpu_is_in_is_refused(bench: Bench) -> None:
+    process = bench.layout.processes[0]
+    for root in (process.kernel_root, process.user_root):
+        refusal = _only_refusal(bench, bench.mark(root))
+        assert refusal.reason is RefusalReason.ROOT_IN_USE
+        assert refusal.reason.may_pass
+
+
+def test_a_table_that_maps_frames_of_others_is_refused_before_the_suspend(bench: Bench) -> None:
+    # A granted frame is mapped through the grant table, and cannot be mapped anew by an entry.
+    table = bench.layout.direct_l1[bench.layout.foreign[0] // 512]
+    report, xen = bench.exchange_traced(bench.mark(table))
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.MAPS_OTHERS
+    assert "suspend" not in xen.trace.methods
+
+
+def test_frames_that_hold_the_p2m_are_moved(bench: Bench) -> None:
+    layout = bench.layout
+    pfns = sorted({*layout.p2m_list, *layout.p2m_mid, layout.p2m_top})
+    report = bench.exchange(bench.mark(*pfns))
+    assert [type(result) for result in report.results] == [Exchanged] * len(pfns)
+    bench.assert_guest_runs_unharmed()
+
+
+def test_shared_info_is_refused_before_the_suspend(bench: Bench) -> None:
+    shared = bench.host.domain(bench.domid).shared_info
+    bench.host.offline(shared)
+    report, xen = bench.exchange_traced([shared])
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.SHARED_INFO
+    assert "suspend" not in xen.trace.methods
+
+
+def test_a_descriptor_table_is_refused_before_the_suspend(bench: Bench) -> None:
+    report, xen = bench.exchange_traced(bench.mark(bench.layout.gdt[0]))
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.DESCRIPTOR_TABLE
+    assert "suspend" not in xen.trace.methods
+
+
+def test_a_guest_with_devices_of_the_host_is_refused(bench: Bench) -> None:
+    bench.host.simulated(bench.domid).has_devices = True
+    assert _only_refusal(bench, bench.mark(bench.layout.plain[0])).reason is (
+        RefusalReason.HAS_DEVICES
+    )
+
+
+def test_nothing_is_suspended_for_a_job_that_cannot_be_kept(bench: Bench) -> None:
+    store = JobStore(Path("/nowhere"), refusal="there is no room")
+    mfns = bench.mark(bench.layout.plain[0])
+    xen = FaultyHypervisor(bench.host)
+    report = exchange(
+        bench.identity,
+        mfns,
+        xen=xen,
+        journal=store,
+        clock=bench.host.clock,
+        limits=SuspendLimits(),
+    )
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert (result.reason, result.detail) == (RefusalReason.NOT_KEPT, "there is no room")
+    assert "suspend" not in xen.trace.methods
+
+
+def test_the_guest_stands_still_for_no_search_through_its_page_tables(bench: Bench) -> None:
+    # What is read while it stands still is a handful of frames, whatever its size.
+    _, xen = bench.exchange_traced(bench.mark(bench.layout.plain[0]))
+    methods = xen.trace.methods
+    held = xen.trace.calls[methods.index("suspend") : methods.index("resume")]
+    read = [call.args[1] for call in held if call.method == "read_frames"]
+    assert sum(len(np.asarray(frames)) for frames in read) < 8
+
+
+def test_an_entry_that_the_guest_adds_after_the_survey_is_found_by_another(bench: Bench) -> None:
+    pfn = bench.layout.plain[0]
+    [mfn] = bench.mark(pfn)
+    table = bench.host.frame_of(bench.domid, bench.layout.fixmap_l1)
+    entry = mfn << 12 | 0x8000_0000_0000_0063
+    busy = FaultyHypervisor(
+        bench.host,
+        Fault(method="pause", moment=Moment.AFTER, act=lambda: _map(bench, table, 7, entry)),
+        Fault(method="unpause", act=lambda: _map(bench, table, 7, 0)),
+    )
+    [result] = bench.exchange([mfn], busy).results
+    assert isinstance(result, Exchanged)
+    bench.assert_guest_runs_unharmed()
+
+
+def test_a_second_survey_is_not_made_beyond_the_limit_of_the_blackout(bench: Bench) -> None:
+    pfn = bench.layout.plain[0]
+    [mfn] = bench.mark(pfn)
+    table = bench.host.frame_of(bench.domid, bench.layout.fixmap_l1)
+    entry = mfn << 12 | 0x8000_0000_0000_0063
+    clock = bench.host.clock
+    busy = FaultyHypervisor(
+        bench.host,
+        Fault(method="granted_frames", act=lambda: clock.wait(0.6)),
+        Fault(method="pause", moment=Moment.AFTER, act=lambda: _map(bench, table, 7, entry)),
+        Fault(method="granted_frames", nth=2, act=lambda: clock.wait(0.6)),
+        Fault(method="unpause", act=lambda: _map(bench, table, 7, 0)),
+    )
+    [result] = bench.exchange([mfn], busy).results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.BLACKOUT_LIMIT
+    assert result.reason.may_pass
+    bench.assert_guest_runs_unharmed()
+
+
+def _map(bench: Bench, table: Mfn, index: int, entry: int) -> None:
+    set_ptes(bench.host, bench.domid, [PteWrite(table=table, index=index, value=entry)])
 
 
 def test_a_registered_vcpu_info_page_is_refused_by_xens_count(bench: Bench) -> None:
@@ -139,6 +299,7 @@ def test_a_page_that_only_we_know_to_be_poisoned_is_never_read(bench: Bench) -> 
         bench.identity,
         [mfn],
         xen=bench.host,
+        journal=bench.journal,
         clock=bench.host.clock,
         limits=SuspendLimits(),
         never_read={mfn},
@@ -225,17 +386,14 @@ def test_a_guest_that_lies_about_its_p2m_is_refused(bench: Bench, word: int, val
     guest = bench.host.pv(bench.domid)
     shared = bench.host.frames.contents.page(bench.host.domain(bench.domid).shared_info)
     truth = int(shared[word])
-    liar = FaultyHypervisor(
-        bench.host,
-        Fault(
-            method="suspend", moment=Moment.AFTER, act=lambda: guest.set_shared_info(word, value)
-        ),
-        # The simulated kernel itself needs the truth to run on.
-        Fault(method="resume", act=lambda: guest.set_shared_info(word, truth)),
-    )
-    [result] = bench.exchange(mfns, liar).results
+    guest.set_shared_info(word, value)
+    report, xen = bench.exchange_traced(mfns)
+    # The simulated kernel itself needs the truth.
+    guest.set_shared_info(word, truth)
+    [result] = report.results
     assert isinstance(result, Refusal)
     assert result.reason in (RefusalReason.GUEST_LAYOUT, RefusalReason.P2M_DISAGREES)
+    assert "suspend" not in xen.trace.methods
     bench.assert_guest_runs_unharmed()
 
 
@@ -253,20 +411,12 @@ def test_a_page_that_changes_after_it_was_copied_is_put_back(bench: Bench) -> No
     pfn = bench.layout.plain[0]
     [mfn] = bench.mark(pfn)
     word = np.array([0xBAD], dtype=np.uint64)
-    # The entries are cleared once before the copy; what is written at the second reading of the
-    # page comes from somebody who needs no entry.
-    rehearsal = Bench.build()
-    _, dry = rehearsal.exchange_traced(rehearsal.mark(pfn))
-    copies = [
-        number
-        for number, call in enumerate(dry.trace.of("read_frames"), start=1)
-        if np.array_equal(np.asarray(call.args[1]), [mfn])
-    ]
+    # Its entries are cleared by then: who writes needs none.
     writer = FaultyHypervisor(
         bench.host,
         Fault(
-            method="read_frames",
-            nth=copies[1],
+            method="update_ptes",
+            moment=Moment.AFTER,
             act=lambda: bench.host.frames.contents.write(mfn, 7, word),
         ),
     )

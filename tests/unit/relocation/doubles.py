@@ -86,6 +86,7 @@ def guest(domid: int, *, uuid: int | None = None, kind: GuestKind = GuestKind.PV
         max_pages=1024,
         max_vcpu_id=0,
         shared_info=Mfn(1),
+        cpu_time=0,
     )
 
 

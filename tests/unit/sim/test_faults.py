@@ -8,12 +8,14 @@ import pytest
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.errors import DomainGone, XenError
 from pgofflined.core.frames import PAGE_SHIFT, Mfn
+from pgofflined.core.moves import PteWrite
 from pgofflined.core.offline import OfflineState
-from pgofflined.ports import Hypervisor, PteWrite, SuspendLimits
+from pgofflined.ports import Hypervisor, SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.layout import DIRECT_MAP
 from pgofflined.sim.pagetables import walk
 from pgofflined.sim.scenarios import SmallHost, small_host
+from tests.single import set_ptes, write_words
 
 
 @pytest.fixture
@@ -100,8 +102,10 @@ def test_batch_can_fail_half_way(small: SmallHost) -> None:
     ]
     hypervisor.pause(small.pv)
     with pytest.raises(XenError) as caught:
-        hypervisor.update_ptes(
-            small.pv, [PteWrite(table=Mfn(s.table), index=s.index, value=0) for s in slots]
+        set_ptes(
+            hypervisor,
+            small.pv,
+            [PteWrite(table=Mfn(s.table), index=s.index, value=0) for s in slots],
         )
 
     left = [small.host.frames.contents.word(slot.table, slot.index) for slot in slots]
@@ -110,10 +114,10 @@ def test_batch_can_fail_half_way(small: SmallHost) -> None:
 
 
 def test_page_can_be_written_half(small: SmallHost) -> None:
-    hypervisor = faulty(small, Fault(method="write_words", moment=Moment.HALFWAY, kills=True))
+    hypervisor = faulty(small, Fault(method="write_entries", moment=Moment.HALFWAY, kills=True))
     mfn = small.host.pv(small.pv).mfn(small.host.pv(small.pv).plain_pfns()[0])
     with pytest.raises(Killed):
-        hypervisor.write_words(small.pv, mfn, 0, np.zeros(512, dtype=np.uint64))
+        write_words(hypervisor, small.pv, mfn, 0, np.zeros(512, dtype=np.uint64))
 
     words = small.host.read_frames(small.pv, np.array([mfn], dtype=np.uint64))[0]
     assert not words[:256].any()

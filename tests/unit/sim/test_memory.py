@@ -8,15 +8,17 @@ import pytest
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import PAGE_SHIFT, Domid, Mfn, Pfn
+from pgofflined.core.moves import PteWrite
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.pages import PTE_PRESENT, PTE_RW, PageKind, decode_page_type
-from pgofflined.ports import PteWrite, SuspendLimits
+from pgofflined.ports import SuspendLimits
 from pgofflined.sim.errors import PoisonRead, UnsafeUpdate
 from pgofflined.sim.frames import FrameState
 from pgofflined.sim.host import HostSpec
 from pgofflined.sim.layout import DIRECT_MAP
 from pgofflined.sim.pagetables import walk
 from pgofflined.sim.scenarios import SmallHost, small_host
+from tests.single import set_ptes, swap, write_words
 
 
 def still(spec: HostSpec | None = None) -> SmallHost:
@@ -36,7 +38,7 @@ def direct_entry(small: SmallHost, pfn: int) -> PteWrite:
 
 def set_entry(small: SmallHost, entry: PteWrite, value: int) -> None:
     write = PteWrite(table=entry.table, index=entry.index, value=value)
-    small.host.update_ptes(small.pv, [write])
+    set_ptes(small.host, small.pv, [write])
 
 
 def unmapped_page(small: SmallHost) -> tuple[Mfn, Pfn]:
@@ -60,7 +62,7 @@ def test_poisoned_page_must_not_be_read() -> None:
     with pytest.raises(PoisonRead):
         small.host.read_frames(small.pv, np.array([mfn], dtype=np.uint64))
     with pytest.raises(PoisonRead):
-        small.host.write_words(small.pv, mfn, 0, np.zeros(1, dtype=np.uint64))
+        write_words(small.host, small.pv, mfn, 0, np.zeros(1, dtype=np.uint64))
 
 
 def test_broken_page_has_no_other_type() -> None:
@@ -77,7 +79,7 @@ def test_tables_of_a_guest_that_is_not_paused_must_not_be_changed() -> None:
     entry = direct_entry(small, 9)
 
     with pytest.raises(UnsafeUpdate):
-        small.host.update_ptes(small.pv, [entry])
+        set_ptes(small.host, small.pv, [entry])
 
 
 @pytest.mark.parametrize("keep", [0, PTE_RW])
@@ -121,7 +123,7 @@ def test_exchange_without_free_memory_forgets_the_mark() -> None:
     small.host.offline(mfn)
     small.host.frames.allocate_many(small.host.free_frames())
     with pytest.raises(XenError) as caught:
-        small.host.exchange(small.pv, mfn, pfn)
+        swap(small.host, small.pv, mfn, pfn)
 
     assert caught.value.errno == ENOMEM
     assert small.host.query(mfn) == OfflineState.ONLINE
@@ -135,7 +137,7 @@ def test_page_registered_with_a_vcpu_cannot_be_exchanged() -> None:
         mfn = small.host.frame_of(small.pv, pfn)
         set_entry(small, direct_entry(small, pfn), 0)
         with pytest.raises(XenError) as caught:
-            small.host.exchange(small.pv, mfn, Pfn(pfn))
+            swap(small.host, small.pv, mfn, Pfn(pfn))
         assert caught.value.errno == EINVAL
 
 
@@ -144,17 +146,17 @@ def test_page_that_dom0_maps_besides_any_grant_cannot_be_exchanged_until_it_lets
     mfn, pfn = unmapped_page(small)
     hold = small.host.hold(small.pv, pfn, why="qemu", writable=False)
     with pytest.raises(XenError):
-        small.host.exchange(small.pv, mfn, pfn)
+        swap(small.host, small.pv, mfn, pfn)
     small.host.release_hold(small.pv, hold)
 
-    assert small.host.exchange(small.pv, mfn, pfn) != mfn
+    assert swap(small.host, small.pv, mfn, pfn) != mfn
 
 
 def test_exchanged_frame_holds_neither_the_old_contents_nor_zeroes() -> None:
     small = still()
     mfn, pfn = unmapped_page(small)
     before = small.host.read_frames(small.pv, np.array([mfn], dtype=np.uint64))
-    new = small.host.exchange(small.pv, mfn, pfn)
+    new = swap(small.host, small.pv, mfn, pfn)
     after = small.host.read_frames(small.pv, np.array([new], dtype=np.uint64))
 
     assert (before != after).all()
@@ -165,7 +167,7 @@ def test_marked_page_that_is_exchanged_leaves_an_idle_cpu_spinning() -> None:
     small = still()
     mfn, pfn = unmapped_page(small)
     small.host.offline(mfn)
-    small.host.exchange(small.pv, mfn, pfn)
+    swap(small.host, small.pv, mfn, pfn)
 
     assert small.host.query(mfn) == OfflineState.OFFLINED
     assert small.host.idle_scrub_spinning
@@ -174,7 +176,7 @@ def test_marked_page_that_is_exchanged_leaves_an_idle_cpu_spinning() -> None:
 def test_page_that_is_offlined_after_it_was_scrubbed_leaves_the_idle_cpus_alone() -> None:
     small = still()
     mfn, pfn = unmapped_page(small)
-    small.host.exchange(small.pv, mfn, pfn)
+    swap(small.host, small.pv, mfn, pfn)
     small.host.clock.wait(3.5)
     small.host.offline(mfn)
 
@@ -185,7 +187,7 @@ def test_page_that_is_offlined_after_it_was_scrubbed_leaves_the_idle_cpus_alone(
 def test_freed_page_may_be_given_to_another_domain() -> None:
     small = still()
     mfn, pfn = unmapped_page(small)
-    small.host.exchange(small.pv, mfn, pfn)
+    swap(small.host, small.pv, mfn, pfn)
     small.host.frames.allocate_many(small.host.free_frames())
 
     assert small.host.frames.state[mfn] == FrameState.INUSE
@@ -267,6 +269,6 @@ def test_frame_of_nobody_cannot_be_named() -> None:
 def test_memory_of_a_domain_that_is_gone_is_not_there() -> None:
     small = small_host()
     with pytest.raises(XenError):
-        small.host.exchange(Domid(99), Mfn(1), Pfn(1))
+        swap(small.host, Domid(99), Mfn(1), Pfn(1))
     with pytest.raises(XenError):
-        small.host.update_ptes(Domid(99), [])
+        set_ptes(small.host, Domid(99), [])

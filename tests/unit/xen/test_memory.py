@@ -98,19 +98,54 @@ def test_no_frames_are_no_contents() -> None:
     assert memory(Pages()).read_frames(GUEST, frames()).shape == (0, 512)
 
 
+def test_whole_frames_are_written_in_batches() -> None:
+    pages = Pages({mfn: page(0) for mfn in range(5000)})
+    contents = np.repeat(np.arange(5000, dtype=np.uint64)[:, None], 512, axis=1)
+    memory(pages).write_frames(GUEST, np.arange(5000, dtype=np.uint64), contents)
+    assert {int.from_bytes(bytes(pages.store[mfn])[:8], "little") for mfn in range(5000)} == set(
+        range(5000)
+    )
+    assert bytes(pages.store[4999]) == page(4999)
+    assert max(pages.batches) <= 2048
+
+
+def test_a_frame_that_does_not_keep_what_is_written_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pages = Pages({5: page(1), 6: page(1)})
+
+    def forgetful(target: int, source: int, size: int) -> None:
+        ctypes.memmove(target, source, size - 8)
+
+    monkeypatch.setattr("pgofflined.xen.memory.ctypes", _Ctypes(forgetful))
+    with pytest.raises(PortError, match="mfn 0x6 of d6 does not hold"):
+        memory(pages).write_frames(GUEST, frames(5, 6), np.full((2, 512), 9, dtype=np.uint64))
+
+
+class _Ctypes:
+    """ctypes with another memmove."""
+
+    def __init__(self, memmove: object) -> None:
+        self.memmove = memmove
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(ctypes, name)
+
+
 def test_words_are_written_where_they_belong() -> None:
-    pages = Pages({5: page(1)})
-    memory(pages).write_words(GUEST, Mfn(5), 510, frames(8, 9))
-    words = np.frombuffer(bytes(pages.store[5]), dtype=np.uint64)
-    assert words[508:].tolist() == [1, 1, 8, 9]
+    pages = Pages({5: page(1), 7: page(2)})
+    memory(pages).write_entries(GUEST, frames(7, 5, 5), frames(0, 510, 511), frames(3, 8, 9))
+    first, second = (np.frombuffer(bytes(pages.store[n]), dtype=np.uint64) for n in (5, 7))
+    assert first[508:].tolist() == [1, 1, 8, 9]
+    assert second[:2].tolist() == [3, 2]
+    # Each frame is mapped once.
+    assert pages.batches == [2]
 
 
-@pytest.mark.parametrize(("index", "count"), [(-1, 1), (511, 2), (512, 1), (0, 513)])
-def test_words_outside_the_frame_are_refused(index: int, count: int) -> None:
+@pytest.mark.parametrize("index", [512, 1 << 63])
+def test_words_outside_the_frame_are_refused(index: int) -> None:
     with pytest.raises(XenError):
-        memory(Pages({5: page(1)})).write_words(
-            GUEST, Mfn(5), index, np.zeros(count, dtype=np.uint64)
-        )
+        memory(Pages({5: page(1)})).write_entries(GUEST, frames(5), frames(index), frames(0))
 
 
 def test_types_are_asked_for_in_calls_of_1024() -> None:

@@ -1,0 +1,198 @@
+"""Pages that are moved together, as arrays: what an exchange changes and must be able to undo.
+
+Everything here is plain data, so that it can be kept where it outlives the process.  Arrays of one
+object have one row for each page or entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgofflined.core.frames import PAGE_SHIFT, WORDS_PER_PAGE, Mfn, Pfn
+from pgofflined.core.pages import L4_XEN_SLOTS, PTE_ACCESSED, PTE_ADDR_MASK, PTE_DIRTY, PageKind
+
+Frames = NDArray[np.uint64]
+Words = NDArray[np.uint64]
+Chosen = NDArray[np.bool_]
+
+_ADDRESS: Final = np.uint64(PTE_ADDR_MASK)
+_SHIFT: Final = np.uint64(PAGE_SHIFT)
+# What the processor itself sets in an entry; it tells nothing of what the entry maps.
+_SET_BY_PROCESSOR: Final = np.uint64(PTE_ACCESSED | PTE_DIRTY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PteWrite:
+    """One page-table entry to be set: the table's frame, the entry's index, its whole value."""
+
+    table: Mfn
+    index: int
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PteWrites:
+    """Page-table entries to be set, in order."""
+
+    tables: Frames
+    indexes: Frames
+    values: Words
+
+    @classmethod
+    def of(cls, writes: Iterable[PteWrite]) -> Self:
+        """The same as arrays."""
+        listed = list(writes)
+        return cls(
+            tables=np.array([write.table for write in listed], dtype=np.uint64),
+            indexes=np.array([write.index for write in listed], dtype=np.uint64),
+            values=np.array([write.value for write in listed], dtype=np.uint64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+    def __getitem__(self, rows: slice | Chosen) -> PteWrites:
+        return PteWrites(
+            tables=self.tables[rows], indexes=self.indexes[rows], values=self.values[rows]
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class References:
+    """Present entries that map the pages of a group.
+
+    ``pages`` is the row of the page in its group, ``levels`` the level of the table that holds the
+    entry; ``values`` are the whole entries.
+    """
+
+    pages: NDArray[np.intp]
+    levels: NDArray[np.uint8]
+    tables: Frames
+    indexes: Frames
+    values: Words
+
+    def __len__(self) -> int:
+        return len(self.pages)
+
+    def chosen(self, rows: Chosen | NDArray[np.intp]) -> References:
+        """Some of the entries, or all in another order."""
+        return References(
+            pages=self.pages[rows],
+            levels=self.levels[rows],
+            tables=self.tables[rows],
+            indexes=self.indexes[rows],
+            values=self.values[rows],
+        )
+
+    def upwards(self) -> References:
+        """Entries of L1 tables first, those of L4 tables last: the order to clear them in."""
+        return self.chosen(np.argsort(self.levels, kind="stable"))
+
+    def downwards(self) -> References:
+        """Entries of L4 tables first: the order to set them in."""
+        return self.chosen(np.argsort(-self.levels.astype(np.int8), kind="stable"))
+
+    def cleared(self) -> PteWrites:
+        """Writes that take all the entries away.
+
+        Zero, not just "not present": an entry that keeps the frame's number trips Xen's L1TF
+        check, which crashes the guest where shadow paging is not built in.
+        """
+        return PteWrites(
+            tables=self.tables, indexes=self.indexes, values=np.zeros(len(self), dtype=np.uint64)
+        )
+
+    def leading_to(self, homes: Frames) -> PteWrites:
+        """Writes that let every entry map the frame that is its page's home now."""
+        values = (self.values & ~_ADDRESS) | (homes[self.pages] << _SHIFT)
+        return PteWrites(tables=self.tables, indexes=self.indexes, values=values)
+
+
+def same_mapping(one: Words, other: Words) -> Chosen:
+    """Which entries map the same with the same rights, whatever the processor has noted there."""
+    equal: Chosen = (one | _SET_BY_PROCESSOR) == (other | _SET_BY_PROCESSOR)
+    return equal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Group:
+    """Pages of one domain that are moved at the same time; page tables each by themselves.
+
+    ``slot_frames`` and ``slot_indexes`` say where the guest's p2m list holds each page's mfn.
+    ``contents`` has the shape (pages, 512).  ``props`` are the tables that a page table refers to
+    and that are to be pinned while it is away: else Xen would take them down with it, and all that
+    is below them.
+    """
+
+    kind: PageKind
+    pinned: bool
+    mfns: Frames
+    pfns: Frames
+    slot_frames: Frames
+    slot_indexes: Frames
+    references: References
+    contents: Words
+    props: Frames
+
+    def __len__(self) -> int:
+        return len(self.mfns)
+
+    def page(self, row: int) -> tuple[Mfn, Pfn]:
+        """A page's frame and pfn."""
+        return Mfn(int(self.mfns[row])), Pfn(int(self.pfns[row]))
+
+    def only(self, rows: Chosen) -> Group:
+        """Some of the pages, with the entries that map them."""
+        numbers = np.cumsum(rows) - 1
+        references = self.references.chosen(rows[self.references.pages])
+        return replace(
+            self,
+            mfns=self.mfns[rows],
+            pfns=self.pfns[rows],
+            slot_frames=self.slot_frames[rows],
+            slot_indexes=self.slot_indexes[rows],
+            references=replace(references, pages=numbers[references.pages]),
+            contents=self.contents[rows],
+        )
+
+    def renamed(self, olds: Frames, news: Frames) -> Group:
+        """The same after frames have moved that hold entries or p2m slots of it."""
+        references = replace(self.references, tables=_renamed(self.references.tables, olds, news))
+        slots = _renamed(self.slot_frames, olds, news)
+        return replace(self, references=references, slot_frames=slots)
+
+    def bare_contents(self) -> Words:
+        """What the pages hold while none of the entries that map them is set.
+
+        Without the entries that lie in the pages themselves (a table of the direct map may map
+        itself), and without what Xen keeps in an L4.
+        """
+        words = self.contents.copy()
+        for row, mfn in enumerate(self.mfns.tolist() if self.kind.is_table else []):
+            inside = self.references.tables == np.uint64(mfn)
+            words[row, self.references.indexes[inside]] = 0
+        if self.kind is PageKind.L4:
+            words[:, L4_XEN_SLOTS.start : L4_XEN_SLOTS.stop] = 0
+        return words
+
+
+def _renamed(frames: Frames, olds: Frames, news: Frames) -> Frames:
+    renamed = frames.copy()
+    for old, new in zip(olds.tolist(), news.tolist(), strict=True):
+        renamed[frames == np.uint64(old)] = new
+    return renamed
+
+
+def no_contents(pages: int) -> Words:
+    """Contents that have not been read yet."""
+    return np.zeros((pages, WORDS_PER_PAGE), dtype=np.uint64)
+
+
+def frames_of(mfns: Sequence[int]) -> Frames:
+    """Frame numbers as an array."""
+    return np.array(mfns, dtype=np.uint64)

@@ -1,0 +1,169 @@
+"""Looks once more, when the guest stands still, at what was found while it ran.
+
+Few frames have to be read for that, however large the guest is: the page tables that hold the
+entries, the p2m slots and the pages themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.moves import Group, same_mapping
+from pgofflined.core.outcomes import Refusal, RefusalReason
+from pgofflined.core.pages import (
+    PFINFO_PINNED,
+    PFINFO_TYPE_MASK,
+    PFINFO_TYPE_SHIFT,
+    PageKind,
+    decode_page_type,
+)
+from pgofflined.core.pagetable import table_levels
+from pgofflined.exchanger.plan import (
+    refuse_by_kind,
+    refuse_granted,
+    refuse_mapping_others,
+    refuse_root,
+)
+from pgofflined.exchanger.survey import frames_below, has_frames_of_others
+from pgofflined.ports import Hypervisor
+
+if TYPE_CHECKING:
+    from pgofflined.core.moves import Chosen
+    from pgofflined.ports import FrameArray, TypeArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """The pages that can be moved now, with their entries and contents as they are; and the rest.
+
+    What is refused as OUT_OF_DATE may be found again by another survey.
+    """
+
+    group: Group
+    refusals: tuple[Refusal, ...]
+
+
+def check(xen: Hypervisor, domid: Domid, group: Group) -> Checked:
+    """Compare a group with the memory of its guest, which is suspended and paused.
+
+    Raises PortError where a frame cannot be read any more.
+    """
+    refusals: dict[int, Refusal] = {}
+    involved = np.unique(np.concatenate([group.references.tables, group.slot_frames]))
+    types = xen.page_types(domid, np.concatenate([group.mfns, involved]))
+    _check_types(group, types[: len(group)], refusals)
+    _check_grants(xen, domid, group, refusals)
+    places = _check_places(group, involved, types[len(group) :], refusals)
+    group = group.only(_left(group, refusals))
+    if len(group):
+        group, more = _check_contents(xen, domid, group, involved[places])
+    else:
+        more = {}
+    if len(group) and group.kind.is_table:
+        refusal = _refuse_table(xen, domid, group)
+        if refusal is not None:
+            more[0] = refusal
+            group = group.only(np.zeros(1, dtype=np.bool_))
+        elif group.kind is not PageKind.L1:
+            group = replace(group, props=_unpinned_below(xen, domid, group))
+    return Checked(group=group, refusals=(*refusals.values(), *more.values()))
+
+
+def _left(group: Group, refusals: dict[int, Refusal]) -> Chosen:
+    left = np.ones(len(group), dtype=np.bool_)
+    left[list(refusals)] = False
+    return left
+
+
+def _check_types(group: Group, types: TypeArray, refusals: dict[int, Refusal]) -> None:
+    """The pages are still the domain's and used as they were; none of them is broken."""
+    level = group.kind.value if group.kind.is_table else 0
+    wanted = level << PFINFO_TYPE_SHIFT | (PFINFO_PINNED if group.pinned else 0)
+    for row in np.flatnonzero((types & np.uint32(PFINFO_TYPE_MASK)) != wanted).tolist():
+        mfn = group.page(row)[0]
+        kind = decode_page_type(int(types[row])).kind
+        refusals[row] = refuse_by_kind(mfn, kind) or _out_of_date(mfn, "Xen uses it otherwise")
+
+
+def _check_grants(
+    xen: Hypervisor, domid: Domid, group: Group, refusals: dict[int, Refusal]
+) -> None:
+    granted = np.isin(group.mfns, xen.granted_frames(domid))
+    for row in np.flatnonzero(granted).tolist():
+        refusals.setdefault(row, refuse_granted(group.page(row)[0]))
+
+
+def _check_places(
+    group: Group, involved: FrameArray, types: TypeArray, refusals: dict[int, Refusal]
+) -> Chosen:
+    """Tables are still tables of their level and the slots' frames the domain's: these are read."""
+    kinds = {
+        frame: decode_page_type(int(word)).kind
+        for frame, word in zip(involved.tolist(), types.tolist(), strict=True)
+    }
+    own = np.array(
+        [kinds[frame] not in (PageKind.NOT_THE_DOMAINS, PageKind.BROKEN) for frame in kinds],
+        dtype=np.bool_,
+    )
+    levels = table_levels(types)
+    references = group.references
+    found = levels[np.searchsorted(involved, references.tables)]
+    wrong = set(references.pages[found != references.levels].tolist())
+    slots = np.searchsorted(involved, group.slot_frames)
+    wrong |= set(np.flatnonzero(~own[slots]).tolist())
+    for row in sorted(wrong):
+        what = "a page table that maps it is none any more"
+        refusals.setdefault(row, _out_of_date(group.page(row)[0], what))
+    return own
+
+
+def _check_contents(
+    xen: Hypervisor, domid: Domid, group: Group, involved: FrameArray
+) -> tuple[Group, dict[int, Refusal]]:
+    """Entries and slots are still what they were; takes the pages' contents with them."""
+    refusals: dict[int, Refusal] = {}
+    frames = np.unique(np.concatenate([group.mfns, involved]))
+    contents = xen.read_frames(domid, frames)
+    references = group.references
+    values = contents[np.searchsorted(frames, references.tables), references.indexes]
+    for row in set(references.pages[~same_mapping(values, references.values)].tolist()):
+        refusals[row] = _out_of_date(group.page(row)[0], "an entry that maps it has changed")
+    slots = contents[np.searchsorted(frames, group.slot_frames), group.slot_indexes]
+    for row in np.flatnonzero(slots != group.mfns).tolist():
+        what = "the guest's p2m leads elsewhere"
+        refusals.setdefault(row, _out_of_date(group.page(row)[0], what))
+    fresh = replace(
+        group,
+        references=replace(references, values=values),
+        contents=contents[np.searchsorted(frames, group.mfns)],
+    )
+    return fresh.only(_left(group, refusals)), refusals
+
+
+def _refuse_table(xen: Hypervisor, domid: Domid, group: Group) -> Refusal | None:
+    """Whether a page table could be validated again."""
+    mfn = Mfn(int(group.mfns[0]))
+    if mfn in xen.vcpu_frames(domid).roots:
+        return refuse_root(mfn)
+    shared = xen.shared_frames(domid)
+    if has_frames_of_others(xen, domid, group.kind, group.contents[0], shared):
+        return refuse_mapping_others(mfn)
+    return None
+
+
+def _unpinned_below(xen: Hypervisor, domid: Domid, group: Group) -> FrameArray:
+    """The tables that a table refers to, without those that are pinned as it is."""
+    below = frames_below(group.kind, group.contents[0])
+    types = xen.page_types(domid, below)
+    loose: FrameArray = below[(types & np.uint32(PFINFO_PINNED)) == 0]
+    return loose
+
+
+def _out_of_date(mfn: Mfn, what: str) -> Refusal:
+    return Refusal(
+        mfn=mfn, reason=RefusalReason.OUT_OF_DATE, detail=f"{what} since it was looked at"
+    )

@@ -1,0 +1,43 @@
+"""Lets a guest go that was held, with some insistence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pgofflined.core.errors import DomainGone, PortError
+from pgofflined.core.frames import Domid
+from pgofflined.ports import DomainControl
+
+_TRIES = 10
+
+
+def let_go(xen: DomainControl, domid: Domid) -> str | None:
+    """Take our pause back and resume the guest; what is wrong if that cannot be done."""
+    problems = (_insist(lambda: _unpause(xen, domid), "unpause"), resume_only(xen, domid))
+    return "; ".join(problem for problem in problems if problem) or None
+
+
+def resume_only(xen: DomainControl, domid: Domid) -> str | None:
+    """Resume a guest that was not paused; a guest that runs is left as it is."""
+    return _insist(lambda: xen.resume(domid), "resume")
+
+
+def _unpause(xen: DomainControl, domid: Domid) -> None:
+    """Take our pause back, if there is one: the reply to the pause may have been lost."""
+    if xen.domain(domid).paused:
+        xen.unpause(domid)
+
+
+def _insist(act: Callable[[], None], what: str) -> str | None:
+    """Do what frees the guest, again and again if need be; what is wrong if it cannot be."""
+    problem = ""
+    for _ in range(_TRIES):
+        try:
+            act()
+        except DomainGone:
+            return None
+        except PortError as error:
+            problem = str(error)
+        else:
+            return None
+    return f"could not {what} it: {problem}"

@@ -1,0 +1,62 @@
+"""Finds out from Xen's records alone what became of pages that may have been exchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.pages import PFINFO_TYPE_MASK, PFINFO_XTAB
+from pgofflined.ports import Hypervisor
+
+if TYPE_CHECKING:
+    from pgofflined.core.moves import Chosen
+    from pgofflined.ports import FrameArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ambiguous:
+    """The frame that replaced a page cannot be told, and why."""
+
+    why: str
+
+
+def still_owned(xen: Hypervisor, domid: Domid, mfns: FrameArray) -> Chosen:
+    """Which frames belong to a domain.  A frame that was exchanged does not come back to it."""
+    types = xen.page_types(domid, mfns)
+    owned: Chosen = (types & np.uint32(PFINFO_TYPE_MASK)) != np.uint32(PFINFO_XTAB)
+    return owned
+
+
+def where_they_went(
+    xen: Hypervisor, domid: Domid, pfns: FrameArray, olds: FrameArray
+) -> list[Mfn | Ambiguous]:
+    """The frames that replaced pages: of the domain, and noted by the M2P at the pages' pfns.
+
+    Xen notes the pfn in the same breath in which it gives the new frame to the domain.  A guest
+    can have the M2P note what it likes for its own frames, but a second frame at the same pfn only
+    makes the answer ambiguous.
+    """
+    if not len(pfns):
+        return []
+    candidates = xen.m2p_search(pfns)
+    candidates = candidates[~np.isin(candidates, olds)]
+    candidates = candidates[still_owned(xen, domid, candidates)]
+    found: dict[int, list[Mfn]] = {int(pfn): [] for pfn in pfns.tolist()}
+    for candidate in candidates.tolist():
+        pfn = xen.m2p(Mfn(candidate))
+        if pfn is not None and int(pfn) in found:
+            found[int(pfn)].append(Mfn(candidate))
+    return [_only(int(pfn), found[int(pfn)]) for pfn in pfns.tolist()]
+
+
+def _only(pfn: int, frames: list[Mfn]) -> Mfn | Ambiguous:
+    match frames:
+        case [frame]:
+            return frame
+        case []:
+            return Ambiguous(why=f"Xen's M2P notes no frame of it at pfn {pfn:#x}")
+        case _:
+            return Ambiguous(why=f"Xen's M2P notes {len(frames)} frames of it at pfn {pfn:#x}")

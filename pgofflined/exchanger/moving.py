@@ -1,0 +1,124 @@
+"""Moves planned groups of a guest that stands still, one after the other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pgofflined.core.domains import DomainInfo
+from pgofflined.core.errors import DomainGone, PortError
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.moves import Group
+from pgofflined.core.outcomes import PageResult, Refusal, RefusalReason, page_of
+from pgofflined.exchanger.check import check
+from pgofflined.exchanger.plan import Plan, make_plan
+from pgofflined.exchanger.survey import GuestLayoutError, survey
+from pgofflined.exchanger.transfer import Transfer
+from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
+
+# A survey tells these from pages that cannot be moved.
+_SURVEY_HELPS = frozenset({RefusalReason.OUT_OF_DATE, RefusalReason.OTHER_REFERENCES})
+
+
+class Mover:
+    """``results`` fills as pages are settled; it holds what is known if something is raised."""
+
+    def __init__(
+        self,
+        *,
+        xen: Hypervisor,
+        clock: Clock,
+        job: OpenJob,
+        poisoned: frozenset[Mfn],
+        limits: SuspendLimits,
+    ) -> None:
+        self.results: dict[Mfn, PageResult] = {}
+        self._xen = xen
+        self._clock = clock
+        self._job = job
+        self._poisoned = poisoned
+        self._limits = limits
+        self._olds = np.empty(0, dtype=np.uint64)
+        self._news = np.empty(0, dtype=np.uint64)
+
+    def move(self, info: DomainInfo, plan: Plan, *, held: float, survey_seconds: float) -> None:
+        """Move the groups of a plan; survey anew once, if there is time, for what is not found.
+
+        ``held`` is when the guest began to stand still, ``survey_seconds`` what a survey takes.
+        """
+        until = held + self._limits.blackout
+        self._move_groups(info.domid, plan, until)
+        unsure = [
+            mfn
+            for mfn, result in self.results.items()
+            if isinstance(result, Refusal) and result.reason in _SURVEY_HELPS
+        ]
+        if not unsure:
+            return
+        if self._clock.monotonic() + survey_seconds > until:
+            for mfn in unsure:
+                detail = (
+                    "what maps it was not all found while the guest ran, and to search again "
+                    f"would keep it for longer than {self._limits.blackout:g} s"
+                )
+                self._note(Refusal(mfn=mfn, reason=RefusalReason.BLACKOUT_LIMIT, detail=detail))
+            return
+        try:
+            moved = dict(zip(self._olds.tolist(), self._news.tolist(), strict=True))
+            again = make_plan(survey(self._xen, info, unsure, self._poisoned, moved))
+        except (GuestLayoutError, PortError) as error:
+            if isinstance(error, DomainGone):
+                raise
+            detail = f"it could not be searched for again: {error}"
+            for mfn in unsure:
+                self._note(Refusal(mfn=mfn, reason=RefusalReason.GUEST_LAYOUT, detail=detail))
+            return
+        for refusal in again.refusals:
+            self._note(refusal)
+        self._move_groups(info.domid, again, until)
+
+    def _move_groups(self, domid: Domid, plan: Plan, until: float) -> None:
+        for number, group in enumerate(plan.groups):
+            if number and self._clock.monotonic() > until:
+                self._refuse_group(
+                    group,
+                    RefusalReason.BLACKOUT_LIMIT,
+                    f"the guest has been kept for {self._limits.blackout:g} s already",
+                )
+                continue
+            # Tables and p2m pages may have moved with the groups before.
+            self._move_group(domid, group.renamed(self._olds, self._news))
+
+    def _move_group(self, domid: Domid, group: Group) -> None:
+        try:
+            checked = check(self._xen, domid, group)
+        except DomainGone:
+            raise
+        except PortError as error:
+            self._refuse_group(group, RefusalReason.OUT_OF_DATE, str(error))
+            return
+        for refusal in checked.refusals:
+            self._note(refusal)
+        group = checked.group
+        if not len(group):
+            return
+        try:
+            self._job.intend(group)
+        except PortError as error:
+            self._refuse_group(group, RefusalReason.NOT_KEPT, str(error))
+            return
+        transfer = Transfer(self._xen, domid, group)
+        try:
+            transfer.run()
+        finally:
+            for result in transfer.results():
+                self._note(result)
+            olds, news = transfer.moved()
+            self._olds = np.concatenate([self._olds, olds])
+            self._news = np.concatenate([self._news, news])
+
+    def _refuse_group(self, group: Group, reason: RefusalReason, detail: str) -> None:
+        for mfn in group.mfns.tolist():
+            self._note(Refusal(mfn=Mfn(mfn), reason=reason, detail=detail))
+
+    def _note(self, result: PageResult) -> None:
+        self.results[page_of(result)] = result

@@ -1,0 +1,132 @@
+"""Exchange jobs as the worker threads run them, and the end of those that were cut off."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import assert_never
+
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.errors import PortError
+from pgofflined.core.events import Event
+from pgofflined.core.frames import Mfn
+from pgofflined.core.offline import OfflineState
+from pgofflined.core.outcomes import Damaged, ExchangeReport, Refusal, RefusalReason
+from pgofflined.core.policy import ExchangePolicy
+from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.journal_log import event
+from pgofflined.ports import Clock, Hypervisor, Journal, SuspendLimits, UnfinishedJob
+
+log = logging.getLogger(__name__)
+
+
+class Exchanging:
+    """Runs jobs, by the policy that is in force when each begins.
+
+    ``poisoned`` gives the frames whose contents must never be read.  No method but ``run`` may be
+    called from several threads.
+    """
+
+    def __init__(
+        self,
+        *,
+        xen: Hypervisor,
+        journal: Journal,
+        clock: Clock,
+        policy: Callable[[], ExchangePolicy],
+        poisoned: Callable[[], frozenset[Mfn]],
+    ) -> None:
+        self._xen = xen
+        self._journal = journal
+        self._clock = clock
+        self._policy = policy
+        self._poisoned = poisoned
+
+    def run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
+        """Exchange pages; never raises for a single job's sake."""
+        # numpy comes with it, which a daemon that has nothing to do need not hold.
+        from pgofflined.exchanger import exchange
+
+        policy = self._policy()
+        try:
+            report = exchange(
+                domain,
+                mfns,
+                never_read=self._poisoned(),
+                xen=self._xen,
+                journal=self._journal,
+                clock=self._clock,
+                limits=SuspendLimits(
+                    acknowledge=policy.acknowledge_timeout,
+                    suspend=policy.suspend_timeout,
+                    blackout=policy.max_blackout,
+                ),
+            )
+            if not self._xen.version().offlines_free_frames_safely:
+                self._withdraw(report)
+        except Exception:  # a fault in one job must not end the daemon of all other guests
+            log.exception("the exchange for d%d failed by a fault of our own", domain.domid)
+            detail = "a fault of our own, which the journal tells; please report it"
+            results = tuple(
+                Refusal(mfn=mfn, reason=RefusalReason.INTERNAL, detail=detail) for mfn in mfns
+            )
+            report = ExchangeReport(domain=domain, results=results, blackout=None)
+        return report
+
+    def _withdraw(self, report: ExchangeReport) -> None:
+        """Take the marks of refused pages back.
+
+        On a Xen whose allocator cannot take a page out of a free buddy, a page that stays marked
+        would do the damage whenever its owner frees it.
+        """
+        for result in report.results:
+            if not isinstance(result, Refusal):
+                continue
+            try:
+                # A page that has gone offline meanwhile would be given back to the allocator.
+                if self._xen.query(result.mfn) is OfflineState.OFFLINE_PENDING:
+                    self._xen.online(result.mfn)
+            except PortError as error:
+                log.error("the mark of mfn %#x could not be taken back: %s", result.mfn, error)
+
+    def recover(self) -> tuple[RecoveryReport, ...]:
+        """End every job that an earlier process left, one after the other; tells each."""
+        reports = []
+        for number, unfinished in enumerate(self._journal.unfinished(), start=1):
+            report = self._recover(unfinished)
+            _tell(f"r{number}", report)
+            reports.append(report)
+        return tuple(reports)
+
+    def _recover(self, unfinished: UnfinishedJob) -> RecoveryReport:
+        from pgofflined.exchanger import recover
+
+        domain = unfinished.record.domain
+        try:
+            return recover(unfinished, self._xen)
+        except PortError as error:
+            detail = f"d{domain.domid} may stand still because of us: {error}"
+        except Exception:  # one guest's record must not keep the daemon from all others
+            log.exception("the job of d%d could not be ended", domain.domid)
+            detail = f"a fault of our own in ending the job of d{domain.domid}; please report it"
+        return RecoveryReport(
+            domain=domain, outcome=Recovered.LEFT_ALONE, detail=detail, stuck=detail
+        )
+
+
+def _tell(job: str, report: RecoveryReport) -> None:
+    domid = report.domain.domid
+    message = f"an exchange was cut off: {report.detail}"
+    match report.outcome:
+        case Recovered.NOTHING_TO_DO | Recovered.GONE:
+            event(log, logging.INFO, Event.JOB_RECOVERED, message, domid=domid, job=job)
+        case Recovered.FINISHED:
+            event(log, logging.WARNING, Event.JOB_RECOVERED, message, domid=domid, job=job)
+        case Recovered.LEFT_ALONE:
+            event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
+        case _:
+            assert_never(report.outcome)
+    for result in report.results:
+        if isinstance(result, Damaged):
+            what = f"mfn {result.old:#x} of d{domid} could not be put right: {result.detail}"
+            event(log, logging.CRITICAL, Event.PAGE_DAMAGED, what, domid=domid, job=job)

@@ -1,0 +1,56 @@
+"""A journal in memory, that survives the simulated death of the process that writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pgofflined.ports import JobRecord, OpenJob, UnfinishedJob
+
+if TYPE_CHECKING:
+    from pgofflined.core.domains import DomainIdentity
+    from pgofflined.core.moves import Group
+
+
+@dataclass(eq=False)
+class _Kept:
+    record: JobRecord
+    group: Group | None = None
+
+
+@dataclass(eq=False)
+class MemoryJournal:
+    """``ports.Journal``; ``kept`` is what another process would find."""
+
+    kept: dict[DomainIdentity, _Kept] = field(default_factory=dict)
+
+    def open(self, record: JobRecord) -> OpenJob:
+        """Begin a job."""
+        self.kept[record.domain] = _Kept(record)
+        return _MemoryJob(self, record.domain)
+
+    def unfinished(self) -> Sequence[UnfinishedJob]:
+        """The jobs that were not closed."""
+        return [
+            UnfinishedJob(record=kept.record, group=kept.group, job=_MemoryJob(self, domain))
+            for domain, kept in self.kept.items()
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class _MemoryJob:
+    journal: MemoryJournal
+    domain: DomainIdentity
+
+    def intend(self, group: Group) -> None:
+        """Keep a group; the arrays are never written to by those who have them."""
+        self.journal.kept[self.domain].group = group
+
+    def settled(self) -> None:
+        """Forget the group."""
+        self.journal.kept[self.domain].group = None
+
+    def close(self) -> None:
+        """Forget the job."""
+        self.journal.kept.pop(self.domain, None)

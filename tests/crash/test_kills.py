@@ -1,0 +1,256 @@
+"""The daemon is killed at any call or record of an exchange, and another one ends the job.
+
+Afterwards every page is where it was or exchanged, the guest runs with its memory, and nothing is
+left of the job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pgofflined.core.errors import PortError
+from pgofflined.core.frames import Mfn
+from pgofflined.core.moves import Group
+from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.exchanger import exchange, recover
+from pgofflined.jobstore import JobStore
+from pgofflined.ports import JobRecord, Journal, OpenJob, SuspendLimits, UnfinishedJob
+from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
+from pgofflined.sim.journal import MemoryJournal
+from pgofflined.sim.layout import PvLayout
+from tests.unit.exchanger.conftest import Bench
+
+T = TypeVar("T")
+Pick = Callable[[PvLayout], Sequence[int]]
+
+PAGES: dict[str, Pick] = {
+    "data": lambda of: of.user_pages[:1],
+    "batch": lambda of: [*of.plain[:4], *of.user_pages[:2], of.text[0], of.p2m_list[0]],
+    "l1": lambda of: [of.text_upper[2]],
+    "l1-of-itself": lambda of: [of.direct_l1[0]],
+    "l1-pinned": lambda of: [of.processes[0].upper[2]],
+    "l2": lambda of: [of.direct_l2[0]],
+    "l3": lambda of: [of.direct_l3],
+    "l4": lambda of: [of.root],
+    "mixed": lambda of: [of.plain[0], of.direct_l2[0], of.root],
+}
+
+
+@dataclass
+class MortalJournal:
+    """The journal of a process that is killed at its n-th record, or at a call of ``xen``."""
+
+    inner: Journal
+    xen: FaultyHypervisor
+    at: int = 0
+    after: bool = False
+    count: int = 0
+
+    def open(self, record: JobRecord) -> OpenJob:
+        return _MortalJob(self, self.strike(lambda: self.inner.open(record)))
+
+    def unfinished(self) -> Sequence[UnfinishedJob]:
+        return self.inner.unfinished()
+
+    def strike(self, act: Callable[[], T]) -> T:
+        if self.xen.killed:
+            raise Killed
+        self.count += 1
+        if self.count == self.at and not self.after:
+            self._die()
+        result = act()
+        if self.count == self.at:
+            self._die()
+        return result
+
+    def _die(self) -> None:
+        self.xen.killed = True
+        raise Killed
+
+
+@dataclass
+class _MortalJob:
+    journal: MortalJournal
+    inner: OpenJob
+
+    def intend(self, group: Group) -> None:
+        self.journal.strike(lambda: self.inner.intend(group))
+
+    def settled(self) -> None:
+        self.journal.strike(self.inner.settled)
+
+    def close(self) -> None:
+        self.journal.strike(self.inner.close)
+
+
+def run(
+    bench: Bench,
+    mfns: Sequence[Mfn],
+    xen: FaultyHypervisor,
+    journal: MortalJournal | None = None,
+) -> None:
+    """The job, in a process that may be killed."""
+    exchange(
+        bench.identity,
+        mfns,
+        xen=xen,
+        journal=journal or MortalJournal(bench.journal, xen),
+        clock=bench.host.clock,
+        limits=SuspendLimits(),
+    )
+
+
+def mortal(unfinished: UnfinishedJob, xen: FaultyHypervisor) -> UnfinishedJob:
+    """A record in the hands of a process that may be killed at a call of ``xen``."""
+    job = _MortalJob(MortalJournal(MemoryJournal(), xen), unfinished.job)
+    return replace(unfinished, job=job)
+
+
+def calls_of_a_good_run(pick: Pick) -> list[str]:
+    bench = Bench.build()
+    _, xen = bench.exchange_traced(bench.mark(*pick(bench.layout)))
+    return xen.trace.methods
+
+
+def records_of_a_good_run(pick: Pick) -> int:
+    bench = Bench.build()
+    xen = FaultyHypervisor(bench.host)
+    journal = MortalJournal(bench.journal, xen)
+    run(bench, bench.mark(*pick(bench.layout)), xen, journal)
+    return journal.count
+
+
+def assert_ended_well(bench: Bench, pfns: Sequence[int], reports: list[RecoveryReport]) -> None:
+    after = bench.assert_guest_runs_unharmed()
+    assert set(bench.before.moved(after)) <= set(pfns)
+    assert [r for r in reports if r.outcome is Recovered.LEFT_ALONE or r.stuck] == []
+    assert bench.journal.kept == {}
+
+
+KILLS = [
+    pytest.param(name, nth, moment, id=f"{name}-{nth}-{method}-{moment.name.lower()}")
+    for name, pick in PAGES.items()
+    for nth, method in enumerate(calls_of_a_good_run(pick), start=1)
+    for moment in Moment
+]
+
+
+@pytest.mark.parametrize(("name", "nth", "moment"), KILLS)
+def test_a_job_that_is_killed_at_a_call_is_ended_by_another_process(
+    name: str, nth: int, moment: Moment
+) -> None:
+    bench = Bench.build()
+    pfns = PAGES[name](bench.layout)
+    xen = FaultyHypervisor(bench.host, Fault(nth=nth, moment=moment, kills=True))
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*pfns), xen)
+    reports = [recover(unfinished, bench.host) for unfinished in bench.journal.unfinished()]
+    assert_ended_well(bench, pfns, reports)
+
+
+RECORDS = [
+    pytest.param(name, at, after, id=f"{name}-{at}-{'after' if after else 'before'}")
+    for name, pick in PAGES.items()
+    for at in range(1, records_of_a_good_run(pick) + 1)
+    for after in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "at", "after"), RECORDS)
+def test_a_job_that_is_killed_at_a_record_is_ended_by_another_process(
+    name: str,
+    at: int,
+    after: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    bench = Bench.build()
+    pfns = PAGES[name](bench.layout)
+    xen = FaultyHypervisor(bench.host)
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*pfns), xen, MortalJournal(bench.journal, xen, at, after=after))
+    reports = [recover(unfinished, bench.host) for unfinished in bench.journal.unfinished()]
+    assert_ended_well(bench, pfns, reports)
+
+
+@given(
+    name=st.sampled_from(sorted(PAGES)),
+    first=st.integers(1, 40),
+    further=st.lists(st.integers(1, 25), max_size=3),
+    moments=st.lists(st.sampled_from(Moment), min_size=4, max_size=4),
+)
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+def test_processes_that_are_killed_one_after_the_other_are_followed_by_one_that_ends_the_job(
+    name: str, first: int, further: list[int], moments: list[Moment]
+) -> None:
+    bench = Bench.build()
+    pfns = PAGES[name](bench.layout)
+    mfns = bench.mark(*pfns)
+    xen = FaultyHypervisor(bench.host, Fault(nth=first, moment=moments[0], kills=True))
+    with contextlib.suppress(Killed):
+        run(bench, mfns, xen)
+    for nth, moment in zip(further, moments[1:], strict=False):
+        dying = FaultyHypervisor(bench.host, Fault(nth=nth, moment=moment, kills=True))
+        try:
+            for unfinished in bench.journal.unfinished():
+                recover(mortal(unfinished, dying), dying)
+        except Killed:
+            continue
+    reports = [recover(unfinished, bench.host) for unfinished in bench.journal.unfinished()]
+    assert_ended_well(bench, pfns, reports)
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+@pytest.mark.parametrize("method", ["exchange", "update_ptes", "write_frames", "unpause"])
+def test_a_record_in_a_file_is_as_good_as_one_in_memory(
+    name: str, method: str, tmp_path: Path
+) -> None:
+    bench = Bench.build()
+    pfns = PAGES[name](bench.layout)
+    xen = FaultyHypervisor(bench.host, Fault(method=method, moment=Moment.AFTER, kills=True))
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*pfns), xen, MortalJournal(JobStore(tmp_path / "left"), xen))
+    # What another process finds: this one, which is not really dead, still holds its locks.
+    found = tmp_path / "found"
+    shutil.copytree(tmp_path / "left", found)
+    reports = [recover(unfinished, bench.host) for unfinished in JobStore(found).unfinished()]
+    assert len(reports) == 1
+    assert_ended_well(bench, pfns, reports)
+    assert list(found.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_recovery_that_fails_at_any_call_leaves_a_guest_that_a_second_one_puts_right(
+    name: str,
+) -> None:
+    def killed() -> tuple[Bench, Sequence[int]]:
+        bench = Bench.build()
+        pfns = PAGES[name](bench.layout)
+        dying = Fault(method="exchange", moment=Moment.AFTER, kills=True)
+        with pytest.raises(Killed):
+            run(bench, bench.mark(*pfns), FaultyHypervisor(bench.host, dying))
+        return bench, pfns
+
+    bench, _ = killed()
+    dry = FaultyHypervisor(bench.host)
+    for unfinished in bench.journal.unfinished():
+        recover(unfinished, dry)
+    for nth in range(1, len(dry.trace.calls) + 1):
+        bench, pfns = killed()
+        failing = FaultyHypervisor(bench.host, Fault(nth=nth))
+        reports: list[RecoveryReport] = []
+        for unfinished in bench.journal.unfinished():
+            try:
+                reports = [recover(unfinished, failing)]
+            except PortError:
+                reports = [recover(unfinished, bench.host)]
+        assert_ended_well(bench, pfns, reports)
