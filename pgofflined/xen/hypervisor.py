@@ -155,6 +155,7 @@ class XenHypervisor:
             if self._guests_parts is None:
                 from pgofflined.xen.exchange import Exchange
                 from pgofflined.xen.memory import Memory
+                from pgofflined.xen.pagetables import PageTables
 
                 self._guests_parts = _Guests(
                     memory=Memory(call=self._call, control=self._control, pages=self._pages),

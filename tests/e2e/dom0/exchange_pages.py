@@ -21,14 +21,14 @@ from typing import TypedDict
 
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineState
-from pgofflined.core.outcomes import Exchanged, Refusal
+from pgofflined.core.outcomes import Exchanged, ExchangeReport, Refusal
 from pgofflined.daemon import HostClock
 from pgofflined.exchanger import exchange
 from pgofflined.jobstore import JobStore
-from pgofflined.ports import SuspendLimits
+from pgofflined.ports import Hypervisor, SuspendLimits
 from pgofflined.xen.hypervisor import XenHypervisor
 
-_JOBS = Path("/run/pgofflined-tests")
+JOBS = Path("/run/pgofflined-tests")
 
 # The guest finishes what it does after a resume before it is suspended again.
 _PAUSE_SECONDS = 1.0
@@ -68,6 +68,18 @@ def _mark(xen: XenHypervisor, mfns: Iterator[Mfn], count: int) -> list[Mfn]:
     return marked
 
 
+def run_job(xen: Hypervisor, domid: Domid, mfns: list[Mfn]) -> ExchangeReport:
+    """Exchange marked pages in one suspend."""
+    return exchange(
+        xen.domain(domid).identity,
+        mfns,
+        xen=xen,
+        journal=JobStore(JOBS),
+        clock=HostClock(),
+        limits=SuspendLimits(),
+    )
+
+
 class Report(TypedDict):
     """One job: how many pages it had and moved, which it refused, and the guest's pause in s."""
 
@@ -80,15 +92,7 @@ class Report(TypedDict):
 
 
 def _exchange(xen: XenHypervisor, domid: Domid, mfns: list[Mfn]) -> Report:
-    identity = xen.domain(domid).identity
-    report = exchange(
-        identity,
-        mfns,
-        xen=xen,
-        journal=JobStore(_JOBS),
-        clock=HostClock(),
-        limits=SuspendLimits(),
-    )
+    report = run_job(xen, domid, mfns)
     refused = [result for result in report.results if isinstance(result, Refusal)]
     moved = [result for result in report.results if isinstance(result, Exchanged)]
     if len(refused) + len(moved) < len(mfns) or report.stuck is not None:
