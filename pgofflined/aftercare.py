@@ -81,5 +81,6 @@ class Aftercare:
 
     def _resume(self, domid: Domid) -> None:
         self._xen.resume(domid)
+        self._xen.tell_resumed(domid)
         message = f"d{domid} was still suspended on our request and was resumed"
         event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)

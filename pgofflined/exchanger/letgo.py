@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from pgofflined.core.errors import DomainGone, PortError
@@ -12,7 +13,10 @@ _TRIES = 10
 
 
 def let_go(xen: DomainControl, domid: Domid) -> str | None:
-    """Take our pause back and resume the guest; what is wrong if that cannot be done."""
+    """Take our pause back and resume the guest; what is wrong if that cannot be done.
+
+    ``told`` is to follow, when it runs and there is time.
+    """
     problems = (_insist(lambda: _unpause(xen, domid), "unpause"), resume_only(xen, domid))
     return "; ".join(problem for problem in problems if problem) or None
 
@@ -22,9 +26,15 @@ def resume_only(xen: DomainControl, domid: Domid) -> str | None:
     return _insist(lambda: xen.resume(domid), "resume")
 
 
+def told(xen: DomainControl, domid: Domid) -> None:
+    """Tell xenstored that a guest was resumed; what fails there is tried with the next resume."""
+    with contextlib.suppress(PortError):
+        xen.tell_resumed(domid)
+
+
 def _unpause(xen: DomainControl, domid: Domid) -> None:
     """Take our pause back, if there is one: the reply to the pause may have been lost."""
-    if xen.domain(domid).paused:
+    if xen.condition(domid).paused:
         xen.unpause(domid)
 
 

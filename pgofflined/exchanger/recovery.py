@@ -16,7 +16,7 @@ from pgofflined.core.frames import Domid
 from pgofflined.core.moves import Group
 from pgofflined.core.outcomes import PageResult
 from pgofflined.core.recovery import Recovered, RecoveryReport
-from pgofflined.exchanger.letgo import let_go
+from pgofflined.exchanger.letgo import let_go, told
 from pgofflined.exchanger.transfer import SETTLE_TRIES, Transfer
 from pgofflined.ports import Hypervisor, JobRecord, UnfinishedJob
 
@@ -86,10 +86,13 @@ def _finish(unfinished: UnfinishedJob, xen: Hypervisor, info: DomainInfo) -> Rec
         else:
             detail = f"d{domid} still stood still; its memory is whole, and it was let go"
             stuck = let_go(xen, domid)
+            told(xen, domid)
             return _report(unfinished, Recovered.FINISHED, detail, results=results, stuck=stuck)
     # What is not mapped it will fault at, which harms it less than to stand still for ever.
     detail = f"d{domid} could not be put right: {problem}"
-    return _report(unfinished, Recovered.LEFT_ALONE, detail, stuck=let_go(xen, domid))
+    stuck = let_go(xen, domid)
+    told(xen, domid)
+    return _report(unfinished, Recovered.LEFT_ALONE, detail, stuck=stuck)
 
 
 class _ChangedByOthers(Exception):
@@ -98,7 +101,7 @@ class _ChangedByOthers(Exception):
 
 def _make_whole(xen: Hypervisor, domid: Domid, group: Group | None) -> tuple[PageResult, ...]:
     """Settle what was exchanged and undo what was not.  Raises _ChangedByOthers, PortError."""
-    if not xen.domain(domid).paused:
+    if not xen.condition(domid).paused:
         xen.pause(domid)
     if group is None:
         return ()

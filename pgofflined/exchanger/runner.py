@@ -24,7 +24,7 @@ from pgofflined.core.outcomes import (
     Refusal,
     RefusalReason,
 )
-from pgofflined.exchanger.letgo import let_go, resume_only
+from pgofflined.exchanger.letgo import let_go, resume_only, told
 from pgofflined.exchanger.moving import Mover
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
 from pgofflined.exchanger.survey import GuestLayoutError, survey
@@ -191,7 +191,7 @@ class ExchangeJob:
         return self._verified(mover.results)
 
     def _move(self, mover: Mover, job: OpenJob, surveyed: Surveyed) -> None:
-        info = self._xen.domain(self._domain.domid)
+        info = self._xen.condition(self._domain.domid)
         if info.identity != self._domain or info.dying:
             raise DomainGone(self._domain.domid)
         if info.shutdown is not ShutdownReason.SUSPEND:
@@ -220,6 +220,7 @@ class ExchangeJob:
         except PortError:
             # We cannot tell how far the request got; resuming a guest that runs does nothing.
             held.stuck = resume_only(self._xen, domid)
+            told(self._xen, domid)
             held.owes_nothing = held.stuck is None
             raise
         held.held = self._clock.monotonic()
@@ -232,6 +233,7 @@ class ExchangeJob:
             held.stuck = let_go(self._xen, domid)
             held.owes_nothing = held.stuck is None
             held.released = self._clock.monotonic()
+            told(self._xen, domid)
 
     # When it runs again.
 

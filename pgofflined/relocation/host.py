@@ -50,6 +50,10 @@ class Host(Protocol):
         """Let a suspended guest run on."""
         ...
 
+    def tell_resumed(self, domid: Domid) -> None:
+        """Tell xenstored of it."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
@@ -154,6 +158,7 @@ class MigrationHost:
         domid = domain.domid
         try:
             self._xen.resume(domid)
+            self._xen.tell_resumed(domid)
             still = self._xen.domain(domid).shutdown
         except DomainGone:
             return Care(ended=True)

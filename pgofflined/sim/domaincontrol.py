@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from errno import EBUSY, EINVAL, EOPNOTSUPP
 
 from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
@@ -28,6 +29,11 @@ class SimulatedDomainControl(HostState):
         """One domain."""
         with self.call("getdomaininfo", domid):
             return self.simulated(domid).info()
+
+    def condition(self, domid: Domid) -> DomainInfo:
+        """One domain, without its name."""
+        with self.call("getdomaininfo", domid):
+            return replace(self.simulated(domid).info(), name="")
 
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """control/shutdown = suspend, and what the guest makes of it."""
@@ -64,6 +70,11 @@ class SimulatedDomainControl(HostState):
                 domain.shutdown = None
                 domain.resume_pending = True
                 self._let_run(domain)
+
+    def tell_resumed(self, domid: Domid) -> None:
+        """XS_RESUME; nothing here depends on it."""
+        with self.call("xs_resume_domain", domid):
+            self.simulated(domid)
 
     def pause(self, domid: Domid) -> None:
         """XEN_DOMCTL_pausedomain."""

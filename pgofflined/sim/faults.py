@@ -142,6 +142,10 @@ class FaultyHypervisor:
         """See ``ports.DomainControl``."""
         return self._call("domain", (domid,), lambda: self.inner.domain(domid))
 
+    def condition(self, domid: Domid) -> DomainInfo:
+        """See ``ports.DomainControl``."""
+        return self._call("condition", (domid,), lambda: self.inner.condition(domid))
+
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """See ``ports.DomainControl``."""
         self._call("suspend", (domid, limits), lambda: self.inner.suspend(domid, limits))
@@ -149,6 +153,10 @@ class FaultyHypervisor:
     def resume(self, domid: Domid) -> None:
         """See ``ports.DomainControl``."""
         self._call("resume", (domid,), lambda: self.inner.resume(domid))
+
+    def tell_resumed(self, domid: Domid) -> None:
+        """See ``ports.DomainControl``."""
+        self._call("tell_resumed", (domid,), lambda: self.inner.tell_resumed(domid))
 
     def pause(self, domid: Domid) -> None:
         """See ``ports.DomainControl``."""

@@ -74,6 +74,10 @@ class Domains:
         with self._stores() as store:
             return _decode(info, _name(store.read(_name_path(domid))))
 
+    def condition(self, domid: Domid) -> DomainInfo:
+        """One domain without its name, which takes xenstore.  Raises DomainGone."""
+        return _decode(self.state(domid), "")
+
     def state(self, domid: Domid) -> GetDomainInfo | GetDomainInfoBefore416:
         """One domain as the hypervisor describes it, without asking xenstore.
 

@@ -121,6 +121,10 @@ class XenHypervisor:
         """One domain."""
         return self._domains.domain(domid)
 
+    def condition(self, domid: Domid) -> DomainInfo:
+        """One domain, without its name."""
+        return self._domains.condition(domid)
+
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """Ask the guest to suspend itself and wait until it has."""
         self._suspension.suspend(domid, limits)
@@ -132,6 +136,10 @@ class XenHypervisor:
     def resume(self, domid: Domid) -> None:
         """Let a suspended guest run on."""
         self._suspension.resume(domid)
+
+    def tell_resumed(self, domid: Domid) -> None:
+        """Tell xenstored of a resume."""
+        self._suspension.tell_resumed(domid)
 
     def pause(self, domid: Domid) -> None:
         """Pause every vCPU."""

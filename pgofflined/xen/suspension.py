@@ -60,6 +60,8 @@ class Suspension:
         self._stores = stores
         self._monotonic = monotonic
         self._untold: set[Domid] = set()
+        # Domains that we have suspended: their kind need not be asked for while they stand still.
+        self._fit: set[Domid] = set()
 
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """Ask the guest to suspend itself and wait until it has.
@@ -91,6 +93,7 @@ class Suspension:
                 raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
             if not self._await_suspended(store, domid, limits.suspend):
                 raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
+            self._fit.add(domid)
 
     def _refuse_unfit(self, domid: Domid) -> None:
         info = self._domains.state(domid)
@@ -149,25 +152,27 @@ class Suspension:
                 raise DomainGone(domid)
 
     def resume(self, domid: Domid) -> None:
-        """Let a suspended guest run on in its own domain, and tell xenstored.
-
-        Does nothing for a domain that runs, except telling xenstored if that failed before.
+        """Let a suspended guest run on in its own domain; does nothing for one that runs.
 
         Raises XenError when the guest's context cannot be written or the domain not be resumed,
         after three tries.  It is then left suspended on purpose: resumed without the 1 in rax, a
         guest takes itself for restored elsewhere and is lost, whereas a suspended one is intact and
-        can be resumed later, by another call or by ``xl resume`` (Xen 4.20).  A failure to tell
-        xenstored is logged, not raised, since the guest runs.
+        can be resumed later, by another call or by ``xl resume`` (Xen 4.20).
         """
         info = self._domains.state(domid)
-        if shutdown_reason(info.flags) is ShutdownReason.SUSPEND:
-            if guest_kind(info.flags, info.arch_config.emulation_flags) is not GuestKind.PV:
-                raise XenError(errno.EOPNOTSUPP, op="resume (PV only)", domid=domid)
-            if self._domains.address_size(domid) != 64:
-                raise XenError(errno.EOPNOTSUPP, op="resume (64-bit only)", domid=domid)
-            _insist(lambda: self._set_suspend_result(domid))
-            _insist(lambda: self._control.domctl(XEN_DOMCTL_resumedomain, domid, op="resumedomain"))
-            self._untold.add(domid)
+        if shutdown_reason(info.flags) is not ShutdownReason.SUSPEND:
+            return
+        if guest_kind(info.flags, info.arch_config.emulation_flags) is not GuestKind.PV:
+            raise XenError(errno.EOPNOTSUPP, op="resume (PV only)", domid=domid)
+        if domid not in self._fit and self._domains.address_size(domid) != 64:
+            raise XenError(errno.EOPNOTSUPP, op="resume (64-bit only)", domid=domid)
+        _insist(lambda: self._set_suspend_result(domid))
+        _insist(lambda: self._control.domctl(XEN_DOMCTL_resumedomain, domid, op="resumedomain"))
+        self._fit.discard(domid)
+        self._untold.add(domid)
+
+    def tell_resumed(self, domid: Domid) -> None:
+        """Tell xenstored that a domain runs again, if it does because of us."""
         if domid in self._untold:
             self._tell_xenstored(domid)
 

@@ -171,6 +171,7 @@ def standing_still(hypervisor: Hypervisor, domid: Domid) -> Iterator[None]:
             yield
     finally:
         hypervisor.resume(domid)
+        hypervisor.tell_resumed(domid)
 
 
 def assert_runs(hypervisor: Hypervisor, domid: Domid) -> None:

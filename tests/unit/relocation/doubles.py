@@ -154,6 +154,9 @@ class FakeHost:
         if self.resume_works:
             self.change(domid, shutdown=None)
 
+    def tell_resumed(self, domid: Domid) -> None:
+        assert domid in self.resumed
+
 
 @dataclass
 class Call:

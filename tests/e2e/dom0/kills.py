@@ -1,0 +1,181 @@
+"""Kills the process that exchanges pages of a PV domain, and has another one end the job.
+
+    ... DOMID calls KIND BATCH [FIRST LAST]   at every call of an exchange, before and after it
+    ... DOMID instants KIND BATCH COUNT       at random instants
+
+KIND is what tests.e2e.dom0.pages understands.  Prints one JSON object for each kill: where it was,
+how the job ended, and what became of the pages.  The marks of pages that stayed are taken back.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+from pgofflined.aftercare import Aftercare
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.offline import OfflineState
+from pgofflined.core.outcomes import Damaged
+from pgofflined.core.recovery import RecoveryReport
+from pgofflined.daemon import HostClock
+from pgofflined.exchanger import recover
+from pgofflined.jobstore import JobStore
+from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
+from pgofflined.xen.hypervisor import XenHypervisor
+
+from .exchange_pages import JOBS, run_job
+from .pages import of_pv_guest
+
+# A program that hangs is to say where before the rig kills it.
+_TALK_AFTER_SECONDS = 1500.0
+_MOMENTS = (Moment.BEFORE, Moment.AFTER)
+_PAUSE_SECONDS = 0.2
+# A guest that has read the request follows it within so many seconds.
+_LATE_SECONDS = 4.0
+
+
+class Driver:
+    """Marks pages, has them exchanged by a child that is killed, and looks what is left."""
+
+    def __init__(self, domid: Domid, kind: str, batch: int) -> None:
+        JOBS.mkdir(mode=0o700, exist_ok=True)
+        self._xen = XenHypervisor()
+        self._domid = domid
+        self._kind = kind
+        self._batch = batch
+
+    def calls(self, first: int, last: int) -> None:
+        """Kill at every call, counted from 1, as long as there are so many."""
+        for nth in range(first, last + 1):
+            for moment in _MOMENTS:
+                if not self._kill_at_call(nth, moment):
+                    return
+
+    def instants(self, count: int) -> None:
+        """Kill at random instants of the time that an exchange takes."""
+        began = time.monotonic()
+        self._run_child(self._mark(), lambda mfns: run_job(XenHypervisor(), self._domid, mfns))
+        longest = (time.monotonic() - began) * 1.1
+        for _ in range(count):
+            after = random.uniform(0, longest)  # noqa: S311 - no secret hangs on it
+            mfns = self._mark()
+            child = _fork(lambda mfns=mfns: run_job(XenHypervisor(), self._domid, mfns))  # type: ignore[misc]
+            time.sleep(after)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            self._end({"after": round(after, 4)}, mfns)
+
+    def _kill_at_call(self, nth: int, moment: Moment) -> bool:
+        """Whether there was such a call."""
+        mfns = self._mark()
+
+        def job(mfns: list[Mfn]) -> None:
+            die = Fault(nth=nth, moment=moment, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
+            run_job(FaultyHypervisor(XenHypervisor(), die), self._domid, mfns)
+
+        killed = self._run_child(mfns, job)
+        self._end({"call": nth, "moment": moment.name, "killed": killed}, mfns)
+        return killed
+
+    def _run_child(self, mfns: list[Mfn], job: Callable[[list[Mfn]], object]) -> bool:
+        """Whether it was killed.  A child that fails otherwise ends us too."""
+        _, status = os.waitpid(_fork(lambda: job(mfns)), 0)
+        if os.WIFSIGNALED(status):
+            return os.WTERMSIG(status) == signal.SIGKILL
+        if os.WEXITSTATUS(status):
+            raise SystemExit("the exchange failed; see above")
+        return False
+
+    def _mark(self) -> list[Mfn]:
+        found = of_pv_guest(self._xen, self._domid, self._kind)
+        marked: list[Mfn] = []
+        with self._xen.placed():
+            while len(marked) < self._batch:
+                mfn = Mfn(random.choice(found)[1])  # noqa: S311 - no secret hangs on it
+                if self._xen.query(mfn) is OfflineState.ONLINE:
+                    self._xen.offline(mfn)
+                    marked.append(mfn)
+        return marked
+
+    def _end(self, where: dict[str, object], mfns: list[Mfn]) -> None:
+        """What a daemon does when it starts; by a child, so that nothing of us is left in it."""
+        began = time.monotonic()
+        reports = [recover(unfinished, self._xen) for unfinished in JobStore(JOBS).unfinished()]
+        took = time.monotonic() - began
+        self._look_after(reports)
+        states = [self._xen.query(mfn) for mfn in mfns]
+        for mfn, state in zip(mfns, states, strict=True):
+            if state is OfflineState.OFFLINE_PENDING:
+                self._xen.online(mfn)
+        info = self._xen.domain(self._domid)
+        told = {
+            "ended": [report.outcome.value for report in reports],
+            "stuck": [report.stuck for report in reports if report.stuck],
+            "damaged": [
+                str(result)
+                for report in reports
+                for result in report.results
+                if isinstance(result, Damaged)
+            ],
+            "states": [state.name for state in states],
+            "runs": info.shutdown is None and not info.paused,
+            "left": [path.name for path in JOBS.iterdir()],
+            "seconds": round(took, 3),
+        }
+        print(json.dumps(where | told), flush=True)
+        time.sleep(_PAUSE_SECONDS)
+
+    def _look_after(self, reports: list[RecoveryReport]) -> None:
+        """What the daemon does for guests that may follow a dead one's request late."""
+        aftercare = Aftercare(self._xen, HostClock(), interval=0)
+        for report in reports:
+            aftercare.note(
+                "kills",
+                report.domain,
+                stuck=report.stuck,
+                may_suspend_late=report.may_suspend_late,
+            )
+        until = time.monotonic() + _LATE_SECONDS
+        while aftercare and time.monotonic() < until:
+            aftercare.look()
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _fork(act: Callable[[], object]) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        act()
+    except BaseException:
+        faulthandler.dump_traceback()
+        raise
+    finally:
+        os._exit(0 if sys.exc_info()[0] is None else 1)
+
+
+def main(domid: Domid, what: str, kind: str, batch: int, numbers: list[int]) -> None:
+    """Do the kills."""
+    driver = Driver(domid, kind, batch)
+    if what == "calls":
+        first, last = numbers or (1, 10_000)
+        driver.calls(first, last)
+    else:
+        driver.instants(numbers[0])
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(_TALK_AFTER_SECONDS, exit=True)
+    main(
+        Domid(int(sys.argv[1])),
+        sys.argv[2],
+        sys.argv[3],
+        int(sys.argv[4]),
+        [int(word) for word in sys.argv[5:]],
+    )
