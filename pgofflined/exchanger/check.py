@@ -7,7 +7,7 @@ entries, the p2m slots and the pages themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -15,9 +15,12 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group, same_mapping
 from pgofflined.core.outcomes import Refusal, RefusalReason
 from pgofflined.core.pages import (
+    PFINFO_BROKEN,
     PFINFO_PINNED,
     PFINFO_TYPE_MASK,
     PFINFO_TYPE_SHIFT,
+    PFINFO_XALLOC,
+    PFINFO_XTAB,
     PageKind,
     decode_page_type,
 )
@@ -34,6 +37,10 @@ from pgofflined.ports import Hypervisor
 if TYPE_CHECKING:
     from pgofflined.core.moves import Chosen
     from pgofflined.ports import FrameArray, TypeArray
+
+
+# Frames that are not the domain's, or broken.
+_NOT_READABLE: Final = np.array([PFINFO_BROKEN, PFINFO_XALLOC, PFINFO_XTAB], dtype=np.uint32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +108,7 @@ def _check_places(
     group: Group, involved: FrameArray, types: TypeArray, refusals: dict[int, Refusal]
 ) -> Chosen:
     """Tables are still tables of their level and the slots' frames the domain's: these are read."""
-    kinds = {
-        frame: decode_page_type(int(word)).kind
-        for frame, word in zip(involved.tolist(), types.tolist(), strict=True)
-    }
-    own = np.array(
-        [kinds[frame] not in (PageKind.NOT_THE_DOMAINS, PageKind.BROKEN) for frame in kinds],
-        dtype=np.bool_,
-    )
+    own = ~np.isin(types & np.uint32(PFINFO_TYPE_MASK), _NOT_READABLE)
     levels = table_levels(types)
     references = group.references
     found = levels[np.searchsorted(involved, references.tables)]
@@ -145,13 +145,14 @@ def _check_contents(
 
 
 def _refuse_table(xen: Hypervisor, domid: Domid, group: Group) -> Refusal | None:
-    """Whether a page table could be validated again."""
+    """Whether a page table cannot be taken away now, or could not be validated again."""
     mfn = Mfn(int(group.mfns[0]))
-    if mfn in xen.vcpu_frames(domid).roots:
+    if group.kind is PageKind.L4 and mfn in xen.vcpu_frames(domid).roots:
         return refuse_root(mfn)
-    shared = xen.shared_frames(domid)
-    if has_frames_of_others(xen, domid, group.kind, group.contents[0], shared):
-        return refuse_mapping_others(mfn)
+    if group.kind is PageKind.L1:
+        shared = xen.shared_frames(domid)
+        if has_frames_of_others(xen, domid, group.contents[0], shared):
+            return refuse_mapping_others(mfn)
     return None
 
 

@@ -8,7 +8,7 @@ still.  Whatever happens between suspend and resume, the guest is let go on ever
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -76,7 +76,7 @@ class ExchangeJob:
         journal: Journal,
         clock: Clock,
         limits: SuspendLimits,
-        never_read: Container[Mfn],
+        never_read: frozenset[Mfn],
     ) -> None:
         self._domain = domain
         self._xen = xen
@@ -151,13 +151,8 @@ class ExchangeJob:
 
     def _survey_once(self, info: DomainInfo, mfns: Sequence[Mfn]) -> Surveyed:
         began = self._clock.monotonic()
-        facts = survey(self._xen, info, mfns, self._poisoned())
+        facts = survey(self._xen, info, mfns, self._never_read)
         return Surveyed(plan=make_plan(facts), seconds=self._clock.monotonic() - began)
-
-    def _poisoned(self) -> frozenset[Mfn]:
-        """The frames never to be read, as they are known now."""
-        known = self._never_read
-        return frozenset(known) if isinstance(known, (set, frozenset)) else frozenset()
 
     # While it stands still.
 
@@ -177,7 +172,7 @@ class ExchangeJob:
             xen=self._xen,
             clock=self._clock,
             job=job,
-            poisoned=self._poisoned(),
+            poisoned=self._never_read,
             limits=self._limits,
         )
         try:
@@ -297,7 +292,7 @@ def exchange(
     journal: Journal,
     clock: Clock,
     limits: SuspendLimits,
-    never_read: Container[Mfn] = frozenset(),
+    never_read: frozenset[Mfn] = frozenset(),
 ) -> ExchangeReport:
     """Exchange pages of one PV domain, all in one suspend; see ``ExchangeJob``."""
     job = ExchangeJob(

@@ -77,7 +77,7 @@ class PageFacts:
 
     ``is_shared`` says that it is Xen's own and lent to the guest, ``in_gdt`` that a vCPU has it in
     its GDT, ``is_root`` that it is an L4 table in a vCPU's control registers, ``maps_others`` that
-    it is a page table with entries for frames that are not the guest's.
+    it is an L1 table with entries for frames that are not the guest's.
     """
 
     mfn: Mfn
@@ -158,9 +158,9 @@ def _facts(
     inside = pfn is not None and pfn < len(p2m.entries)
     state = xen.query(mfn)
     maps_others = False
-    if kind.kind.is_table and not state & OfflineState.BROKEN:
+    if kind.kind is PageKind.L1 and not state & OfflineState.BROKEN:
         words = xen.read_frames(domid, np.array([mfn], dtype=np.uint64))
-        maps_others = has_frames_of_others(xen, domid, kind.kind, words[0], shared)
+        maps_others = has_frames_of_others(xen, domid, words[0], shared)
     return PageFacts(
         mfn=mfn,
         state=state,
@@ -177,15 +177,13 @@ def _facts(
     )
 
 
-def has_frames_of_others(
-    xen: Hypervisor, domid: Domid, kind: PageKind, table: Words, shared: FrameArray
-) -> bool:
-    """Whether a page table has entries that Xen would not take if they were made anew.
+def has_frames_of_others(xen: Hypervisor, domid: Domid, table: Words, shared: FrameArray) -> bool:
+    """Whether an L1 table has entries that Xen would not take if they were made anew.
 
     Frames that another domain has granted are mapped through the grant table only, and I/O memory
     is checked against rights.  The guest's own frames and those in ``shared`` can be mapped again.
     """
-    targets = frames_below(kind, table)
+    targets = frames_below(PageKind.L1, table)
     targets = targets[~np.isin(targets, shared)]
     kinds = [decode_page_type(int(word)).kind for word in xen.page_types(domid, targets)]
     return PageKind.NOT_THE_DOMAINS in kinds

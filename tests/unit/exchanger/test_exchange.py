@@ -302,7 +302,7 @@ def test_a_page_that_only_we_know_to_be_poisoned_is_never_read(bench: Bench) -> 
         journal=bench.journal,
         clock=bench.host.clock,
         limits=SuspendLimits(),
-        never_read={mfn},
+        never_read=frozenset({mfn}),
     )
     [result] = report.results
     assert isinstance(result, Refusal)
