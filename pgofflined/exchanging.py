@@ -12,7 +12,7 @@ from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Damaged, ExchangeReport, Refusal, RefusalReason
-from pgofflined.core.policy import ExchangePolicy
+from pgofflined.core.policy import ExchangePolicy, Marking
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.journal_log import event
 from pgofflined.ports import Clock, Hypervisor, Journal, SuspendLimits, UnfinishedJob
@@ -61,6 +61,7 @@ class Exchanging:
                     suspend=policy.suspend_timeout,
                     blackout=policy.max_blackout,
                 ),
+                marked=not self._marks_later(policy),
             )
             if not self._xen.version().offlines_free_frames_safely:
                 self._withdraw(report)
@@ -72,6 +73,10 @@ class Exchanging:
             )
             report = ExchangeReport(domain=domain, results=results, blackout=None)
         return report
+
+    def _marks_later(self, policy: ExchangePolicy) -> bool:
+        fixed = self._xen.version().offlines_free_frames_safely
+        return fixed and policy.mark is Marking.AFTER_SCRUB
 
     def _withdraw(self, report: ExchangeReport) -> None:
         """Take the marks of refused pages back.

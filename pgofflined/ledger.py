@@ -59,12 +59,12 @@ class Ledger:
             if not entry.phase.is_final:
                 self._enter(entry.mfn, phase=Phase.TRIAGE, next_try=None)
 
-    def hand_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase) -> None:
+    def hand_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase, *, marked: bool = True) -> None:
         """Note the owner, whose job has the page now."""
         self._enter(
             mfn,
             phase=phase,
-            marked=True,
+            marked=marked,
             domain=domain.identity,
             domain_name=domain.name,
             next_try=None,

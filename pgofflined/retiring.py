@@ -27,7 +27,7 @@ from pgofflined.core.outcomes import (
     Refusal,
     RefusalReason,
 )
-from pgofflined.core.policy import Backoff, Denied, Policy, domain_allowed
+from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
 from pgofflined.exchanging import Exchanging
 from pgofflined.journal_log import event
@@ -245,7 +245,11 @@ class Retirer:
     def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:
         """Triage pages in one thread, so that the pages of one domain can go in one suspend."""
         self._poison_in_use = any(self._may_be_read(mfn) for mfn in tuple(self.poisoned))
-        rules = Rules(denial=self._denial, wedged=lambda domain: domain.identity in self.wedged)
+        rules = Rules(
+            denial=self._denial,
+            wedged=lambda domain: domain.identity in self.wedged,
+            mark_pv_later=self.policy.exchange.mark is Marking.AFTER_SCRUB,
+        )
         settled: list[tuple[Mfn, Disposition | PortError]] = []
         for mfn in mfns:
             try:
@@ -277,8 +281,8 @@ class Retirer:
                     # Somebody owned it while it was marked, and freed it since.
                     self._note_freed_dirty()
                 self.ledger.offlined(mfn, detail)
-            case ToExchange(domain=domain):
-                self._to_exchange(mfn, domain)
+            case ToExchange(domain=domain, marked=marked):
+                self._to_exchange(mfn, domain, marked=marked)
             case ToRelocate(domain=domain):
                 self._to_relocate(mfn, domain)
             case Left(reason=why, detail=detail, marked=marked):
@@ -290,16 +294,16 @@ class Retirer:
             case _:
                 assert_never(disposition)
 
-    def _to_exchange(self, mfn: Mfn, domain: DomainInfo) -> None:
+    def _to_exchange(self, mfn: Mfn, domain: DomainInfo, *, marked: bool) -> None:
         if mfn in self.poisoned:
             detail = (
                 "it has had an uncorrected error and must not be copied; "
                 f"it goes when d{domain.domid} ends, restart that guest"
             )
-            self.ledger.leave(mfn, "uncorrected", detail, marked=True)
+            self.ledger.leave(mfn, "uncorrected", detail, marked=marked)
             return
         if self._exchanges.submit(domain.identity, domain.name, mfn):
-            self._handed_over(mfn, domain, Phase.EXCHANGE)
+            self._handed_over(mfn, domain, Phase.EXCHANGE, marked=marked)
         else:
             self._queue_full(mfn, "exchanges")
 
@@ -319,14 +323,15 @@ class Retirer:
             )
             self.ledger.leave(mfn, "no_relocation", detail, marked=True)
         elif self._relocations.submit(domain.identity, domain.name, (mfn,)):
-            self._handed_over(mfn, domain, Phase.RELOCATION)
+            self._handed_over(mfn, domain, Phase.RELOCATION, marked=True)
         else:
             self._queue_full(mfn, "migrations")
 
-    def _handed_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase) -> None:
-        what = f"is marked offline-pending and waits for {phase.value}"
+    def _handed_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase, *, marked: bool) -> None:
+        mark = "marked offline-pending" if marked else "to be marked when it has been scrubbed"
+        what = f"is {mark} and waits for {phase.value}"
         tell(logging.INFO, Event.PAGE_MARKED, what, mfn, domid=domain.domid)
-        self.ledger.hand_over(mfn, domain, phase)
+        self.ledger.hand_over(mfn, domain, phase, marked=marked)
 
     def _queue_full(self, mfn: Mfn, which: str) -> None:
         tell(logging.WARNING, Event.QUEUE_FULL, f"waits: the queue of {which} is full", mfn)
@@ -340,7 +345,7 @@ class Retirer:
                     self._note_freed_dirty()
                     self.ledger.offlined(old, f"d{domid} was moved from it to mfn {new:#x}")
                 else:
-                    self.ledger.wait(old, _SOON, "not_confirmed", "Xen has yet to take it out")
+                    self._wait_for_xen(old)
             case Refusal():
                 self._refused(job, domain, result)
             case Damaged(old=old, detail=detail):
@@ -350,11 +355,22 @@ class Retirer:
             case _:
                 assert_never(result)
 
+    def _wait_for_xen(self, mfn: Mfn) -> None:
+        """A page has left its guest, and is not out of use yet."""
+        entry = self.ledger.book.get(mfn)
+        if entry is None or entry.marked:
+            self.ledger.wait(mfn, _SOON, "not_confirmed", "Xen has yet to take it out")
+            return
+        seconds = self.policy.exchange.scrub_wait
+        detail = f"it is free, and is marked when there were {seconds:g} s to scrub it"
+        self.ledger.wait(mfn, Backoff(first=seconds, last=_SOON.last), "scrubbing", detail)
+
     def _refused(self, job: str, domain: DomainIdentity, refusal: Refusal) -> None:
         mfn, reason, detail = refusal.mfn, refusal.reason, refusal.detail
         what = f"was not exchanged: {detail}"
         tell(logging.WARNING, Event.PAGE_REFUSED, what, mfn, domid=domain.domid, job=job)
-        marked = self._marks_are_safe
+        entry = self.ledger.book.get(mfn)
+        marked = self._marks_are_safe and (entry is None or entry.marked)
         if reason in _LOOK_AGAIN:
             self.ledger.wait(mfn, _SOON, reason.value, detail, marked=marked)
         elif reason.may_pass:

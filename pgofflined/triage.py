@@ -53,10 +53,11 @@ class Offlined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToExchange:
-    """Marked; its PV owner is to be moved off it in place."""
+    """Its PV owner is to be moved off it in place; ``marked`` says whether Xen has its mark."""
 
     mfn: Mfn
     domain: DomainInfo
+    marked: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,17 +98,19 @@ class Rules:
     ``denial`` gives the reason why a domain's pages are to be left alone, None where they are
     not.  ``wedged`` says whether Xen itself has broken a page of that domain: the lock that such
     a pass may have left behind would make the next offline call hang the host.
+    ``mark_pv_later``: a page of a PV guest is marked when the guest has left it, not before.
     """
 
     denial: Callable[[DomainInfo], str | None]
     wedged: Callable[[DomainInfo], bool]
+    mark_pv_later: bool = False
 
 
 def triage(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition:
     """Settle one page as far as that goes without moving its owner.
 
-    Marks the page unless the result is ``Left`` or ``Later`` with ``marked`` False.  Raises
-    PortError when Xen cannot be asked.
+    Marks the page unless the result says ``marked`` False.  Raises PortError when Xen cannot be
+    asked.
     """
     try:
         state = xen.query(mfn)
@@ -182,6 +185,8 @@ def _settled_by_owner(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition | 
     # that the unfixed allocator takes apart wrongly.
     if not fixed and xen.m2p(Mfn(mfn ^ 1)) is None:
         return _unfixed(mfn, "its neighbour is free, and the two would be joined")
+    if fixed and rules.mark_pv_later:
+        return ToExchange(mfn=mfn, domain=owner, marked=False)
     return None
 
 

@@ -79,6 +79,15 @@ class DomainPolicy:
     dom0: Dom0Action = Dom0Action.REPORT
 
 
+class Marking(StrEnum):
+    """When a page of a PV guest is marked offline-pending."""
+
+    BEFORE = "before"
+    """Before the exchange: Xen takes it out as the guest leaves it, not yet scrubbed."""
+    AFTER_SCRUB = "after_scrub"
+    """When it is free and has been scrubbed; until then Xen may hand it out again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangePolicy:
     """How pages of PV domains are exchanged."""
@@ -90,6 +99,8 @@ class ExchangePolicy:
     acknowledge_timeout: float = field(default=10.0, metadata=_SECONDS)
     suspend_timeout: float = field(default=60.0, metadata=_SECONDS)
     max_blackout: float = field(default=1.0, metadata=_SECONDS)
+    mark: Marking = Marking.BEFORE
+    scrub_wait: float = field(default=10.0, metadata=_SECONDS)
     retry_first: float = field(default=60.0, metadata=_SECONDS)
     retry_last: float = field(default=3600.0, metadata=_SECONDS)
     attempts: int = 10

@@ -14,6 +14,7 @@ import msgspec
 from pgofflined.core.policy import (
     Dom0Action,
     DomainDefault,
+    Marking,
     SourceName,
     TcpAddress,
     UnixAddress,
@@ -224,6 +225,8 @@ SECTIONS: Final[Mapping[str, Mapping[str, Reader]]] = {
         "acknowledge_timeout": _duration("100ms", "10m"),
         "suspend_timeout": _duration("100ms", "10m"),
         "max_blackout": _duration("10ms", "10m"),
+        "mark": _choice(Marking),
+        "scrub_wait": _duration("1s", "1h"),
         **_RETRIES,
         "attempts": _ATTEMPTS,
     },

@@ -29,6 +29,7 @@ class Mover:
         clock: Clock,
         job: OpenJob,
         poisoned: frozenset[Mfn],
+        marked: bool,
         limits: SuspendLimits,
     ) -> None:
         self.results: dict[Mfn, PageResult] = {}
@@ -36,6 +37,7 @@ class Mover:
         self._clock = clock
         self._job = job
         self._poisoned = poisoned
+        self._marked = marked
         self._limits = limits
         self._olds = np.empty(0, dtype=np.uint64)
         self._news = np.empty(0, dtype=np.uint64)
@@ -64,7 +66,8 @@ class Mover:
             return
         try:
             moved = dict(zip(self._olds.tolist(), self._news.tolist(), strict=True))
-            again = make_plan(survey(self._xen, info, unsure, self._poisoned, moved))
+            facts = survey(self._xen, info, unsure, self._poisoned, moved)
+            again = make_plan(facts, marked=self._marked)
         except (GuestLayoutError, PortError) as error:
             if isinstance(error, DomainGone):
                 raise

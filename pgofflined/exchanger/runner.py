@@ -63,8 +63,9 @@ class _Held:
 class ExchangeJob:
     """Pages of one PV domain, exchanged in one suspend.
 
-    The pages are marked offline-pending already; those in ``never_read`` are known to hold an
-    uncorrected error and are refused, whatever Xen knows of them.  Synchronous on purpose: doing
+    The pages are marked offline-pending already, unless ``marked`` is False: they become free then,
+    and may be marked later.  Those in ``never_read`` are known to hold an uncorrected error and
+    are refused, whatever Xen knows of them.  Synchronous on purpose: doing
     and undoing happen in one thread, so no cancellation can make them overlap.
     """
 
@@ -77,6 +78,7 @@ class ExchangeJob:
         clock: Clock,
         limits: SuspendLimits,
         never_read: frozenset[Mfn],
+        marked: bool,
     ) -> None:
         self._domain = domain
         self._xen = xen
@@ -84,6 +86,7 @@ class ExchangeJob:
         self._clock = clock
         self._limits = limits
         self._never_read = never_read
+        self._marked = marked
         self._held = _Held()
 
     def run(self, mfns: Sequence[Mfn]) -> ExchangeReport:
@@ -121,7 +124,7 @@ class ExchangeJob:
         for mfn in mfns:
             poisoned = mfn in self._never_read
             state = OfflineState.BROKEN if poisoned else self._xen.query(mfn)
-            refusal = refuse_by_state(mfn, state)
+            refusal = refuse_by_state(mfn, state, marked=self._marked)
             if refusal is not None:
                 refusals[mfn] = refusal
         return refusals
@@ -152,7 +155,9 @@ class ExchangeJob:
     def _survey_once(self, info: DomainInfo, mfns: Sequence[Mfn]) -> Surveyed:
         began = self._clock.monotonic()
         facts = survey(self._xen, info, mfns, self._never_read)
-        return Surveyed(plan=make_plan(facts), seconds=self._clock.monotonic() - began)
+        return Surveyed(
+            plan=make_plan(facts, marked=self._marked), seconds=self._clock.monotonic() - began
+        )
 
     # While it stands still.
 
@@ -173,6 +178,7 @@ class ExchangeJob:
             clock=self._clock,
             job=job,
             poisoned=self._never_read,
+            marked=self._marked,
             limits=self._limits,
         )
         try:
@@ -293,9 +299,16 @@ def exchange(
     clock: Clock,
     limits: SuspendLimits,
     never_read: frozenset[Mfn] = frozenset(),
+    marked: bool = True,
 ) -> ExchangeReport:
     """Exchange pages of one PV domain, all in one suspend; see ``ExchangeJob``."""
     job = ExchangeJob(
-        domain, xen=xen, journal=journal, clock=clock, limits=limits, never_read=never_read
+        domain,
+        xen=xen,
+        journal=journal,
+        clock=clock,
+        limits=limits,
+        never_read=never_read,
+        marked=marked,
     )
     return job.run(mfns)

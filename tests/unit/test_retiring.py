@@ -11,7 +11,7 @@ from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import ExchangeReport
-from pgofflined.core.policy import DomainPolicy, ExchangePolicy, Policy
+from pgofflined.core.policy import DomainPolicy, ExchangePolicy, Marking, Policy
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.jobs import ExchangePool
 from pgofflined.ledger import Ledger
@@ -22,6 +22,7 @@ from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.host import HostSpec
 from pgofflined.sim.journal import MemoryJournal
+from pgofflined.sim.layout import PvSpec
 from pgofflined.sim.scenarios import SmallHost, small_host
 
 QUICK = Policy(
@@ -109,6 +110,65 @@ async def test_a_page_of_a_pv_guest_ends_offlined() -> None:
         assert entry.marked
         assert entry.domain_name == "pv"
         assert scene.small.host.query(mfn) is OfflineState.OFFLINED
+
+
+async def test_a_page_that_is_taken_out_before_it_is_scrubbed_keeps_an_idle_cpu_searching() -> None:
+    async with at_work() as scene:
+        mfn = scene.pv_frame()
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.OFFLINED)
+        await asyncio.to_thread(scene.small.host.clock.wait, 10)
+        assert scene.small.host.idle_scrub_spinning
+        assert scene.retirer.idle_scrub == 1
+
+
+LATER = replace(QUICK, exchange=replace(QUICK.exchange, mark=Marking.AFTER_SCRUB, scrub_wait=0.1))
+
+
+async def test_a_page_that_is_marked_after_it_was_scrubbed_keeps_no_cpu_searching() -> None:
+    async with at_work(LATER, HostSpec(scrub_seconds=0.02)) as scene:
+        mfn = scene.pv_frame()
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.OFFLINED)
+        assert entry.marked
+        assert scene.small.host.query(mfn) is OfflineState.OFFLINED
+        assert not scene.small.host.idle_scrub_spinning
+        assert scene.retirer.idle_scrub == 0
+        assert [len(report.results) for report in scene.reports] == [1]
+
+
+async def test_a_page_that_is_handed_out_again_meanwhile_is_moved_from_its_next_owner() -> None:
+    async with at_work(LATER) as scene:
+        host = scene.small.host
+        mfn = scene.pv_frame()
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.WAITING)
+        # The next guest takes the highest free frames, and among them the bad one.
+        heir = host.add_pv(PvSpec(name="heir", pages=2048))
+        assert int(host.frames.owner[mfn]) == heir
+        await scene.pages.until(mfn, Phase.OFFLINED)
+        assert host.query(mfn) is OfflineState.OFFLINED
+        host.check_invariants()
+
+
+async def test_a_refused_page_that_was_to_be_marked_later_has_no_mark() -> None:
+    async with at_work(LATER) as scene:
+        mfn = scene.pv_frame()
+        scene.small.host.hold(scene.small.pv, int(scene.small.host.m2p(mfn) or 0), why="dom0")
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert not entry.marked
+        assert scene.small.host.query(mfn) is OfflineState.ONLINE
+
+
+async def test_on_an_unfixed_xen_pages_are_marked_before_whatever_the_policy_says() -> None:
+    async with at_work(LATER, HostSpec(version=XenVersion(4, 17, 7))) as scene:
+        host, pv = scene.small.host, scene.small.pv
+        plain = [host.frame_of(pv, pfn) for pfn in host.pv(pv).layout.plain]
+        mfn = next(m for m in plain if host.m2p(Mfn(m ^ 1)) is not None)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.OFFLINED)
+        assert host.corrupted is None
 
 
 async def test_pages_that_come_together_go_in_one_suspend() -> None:
