@@ -1,7 +1,8 @@
 """Kills the process that exchanges pages of a PV domain, and has another one end the job.
 
-    ... DOMID calls KIND BATCH [FIRST LAST]   at every call of an exchange, before and after it
-    ... DOMID instants KIND BATCH COUNT       at random instants
+    ... DOMID calls KIND BATCH [held]     at every call of an exchange, before and after it;
+                                          with `held`, only from the suspend on
+    ... DOMID instants KIND BATCH COUNT   at random instants
 
 KIND is what tests.e2e.dom0.pages understands.  Prints one JSON object for each kill: where it was,
 how the job ended, and what became of the pages.  The marks of pages that stayed are taken back.
@@ -50,12 +51,21 @@ class Driver:
         self._kind = kind
         self._batch = batch
 
-    def calls(self, first: int, last: int) -> None:
-        """Kill at every call, counted from 1, as long as there are so many."""
-        for nth in range(first, last + 1):
-            for moment in _MOMENTS:
-                if not self._kill_at_call(nth, moment):
-                    return
+    def calls(self, *, held: bool) -> None:
+        """Kill at every call, or at those from the suspend on only."""
+        killed = True
+        nth = self._calls_before_the_suspend() if held else 0
+        while killed:
+            nth += 1
+            killed = all(self._kill_at_call(nth, moment) for moment in _MOMENTS)
+
+    def _calls_before_the_suspend(self) -> int:
+        """By a rehearsal with the suspend left out."""
+        mfns = self._mark()
+        xen = FaultyHypervisor(self._xen, Fault(method="suspend"))
+        run_job(xen, self._domid, mfns)
+        self._end({"rehearsal": True, "killed": False}, mfns)
+        return xen.trace.methods.index("suspend")
 
     def instants(self, count: int) -> None:
         """Kill at random instants of the time that an exchange takes."""
@@ -160,14 +170,13 @@ def _fork(act: Callable[[], object]) -> int:
         os._exit(0 if sys.exc_info()[0] is None else 1)
 
 
-def main(domid: Domid, what: str, kind: str, batch: int, numbers: list[int]) -> None:
+def main(domid: Domid, what: str, kind: str, batch: int, rest: list[str]) -> None:
     """Do the kills."""
     driver = Driver(domid, kind, batch)
     if what == "calls":
-        first, last = numbers or (1, 10_000)
-        driver.calls(first, last)
+        driver.calls(held=rest == ["held"])
     else:
-        driver.instants(numbers[0])
+        driver.instants(int(rest[0]))
 
 
 if __name__ == "__main__":
@@ -177,5 +186,5 @@ if __name__ == "__main__":
         sys.argv[2],
         sys.argv[3],
         int(sys.argv[4]),
-        [int(word) for word in sys.argv[5:]],
+        sys.argv[5:],
     )

@@ -1,0 +1,98 @@
+"""The exchanger on real Xen: any page, and a process that is killed at any moment."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from .rig.guest import Guest, GuestSpec
+from .rig.host import Host
+
+NATIVE = "intel-native-noservice"
+TESTS = "cd /opt/pgofflined-tests && python3 -m tests.e2e.dom0"
+LIMIT = 1500.0
+
+# What a page of a guest can be refused for, and is true of a few of them.
+TRUE_REASONS = {
+    "granted": "the rings of console and xenstore, and those of devices",
+    "root_in_use": "the address spaces that the vCPUs are in",
+    "descriptor_table": "the vCPUs' GDTs",
+    "other_references": "the areas that vCPUs have registered with Xen",
+    "not_marked": "memory that Xen's image had at boot",
+}
+
+pytestmark = [pytest.mark.e2e, pytest.mark.hosts(NATIVE)]
+
+
+def exchange_each(host: Host, guest: Guest, kind: str, count: int, batch: int) -> Counter[str]:
+    """Exchange pages of a guest once; how many had which outcome."""
+    done = host.run(
+        f"{TESTS}.pages {guest.domid} {kind} {count} > /tmp/pages && "
+        f"{TESTS}.exchange_each {guest.domid} {batch} < /tmp/pages",
+        timeout=LIMIT,
+    )
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [row for row in rows if row.get("stuck")] == []
+    return Counter(row["outcome"] for row in rows if "outcome" in row)
+
+
+def assert_refused_only_for(outcomes: Counter[str], *reasons: str) -> None:
+    assert set(outcomes) - {"exchanged"} <= set(reasons), outcomes
+
+
+def test_a_thousand_random_pages_of_a_guest_are_exchanged(host: Host) -> None:
+    guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
+    outcomes = exchange_each(host, guest, "any", 1000, 50)
+    assert outcomes.total() == 1000
+    assert_refused_only_for(outcomes, *TRUE_REASONS)
+    assert outcomes["exchanged"] >= 990, outcomes
+    guest.wait_passes(2)
+    guest.assert_clean()
+
+
+def test_every_page_table_of_a_guest_is_exchanged_unless_a_vcpu_is_in_it(host: Host) -> None:
+    guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
+    outcomes = exchange_each(host, guest, "table", 10_000, 16)
+    assert outcomes.total() > 100
+    assert_refused_only_for(outcomes, "root_in_use", "not_marked")
+    # A vCPU is in one address space, with a root for the kernel and one for the user.
+    assert outcomes["root_in_use"] <= 2 * 2 + 1
+    guest.wait_passes(2)
+    guest.assert_clean()
+
+
+def kills(host: Host, guest: Guest, what: str) -> list[dict[str, Any]]:
+    """Kill exchanges; what came of each."""
+    done = host.run(f"{TESTS}.kills {guest.domid} {what}", timeout=LIMIT)
+    rows = [json.loads(line) for line in done.out.splitlines()]
+    assert [row for row in rows if not row["runs"]] == []
+    assert [row for row in rows if row["stuck"] or row["damaged"] or row["left"]] == []
+    assert {ended for row in rows for ended in row["ended"]} <= {"finished", "nothing_to_do"}
+    states = {state for row in rows for state in row["states"]}
+    assert states <= {"OFFLINED", "OFFLINE_PENDING"}
+    return rows
+
+
+@pytest.mark.parametrize(("kind", "batch"), [("data", 8), ("table", 1)])
+def test_an_exchange_that_is_killed_at_any_call_is_ended_by_another_process(
+    host: Host, kind: str, batch: int
+) -> None:
+    guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
+    # Before the suspend there is nothing to end; it is the calls from there on that count.
+    rows = kills(host, guest, f"calls {kind} {batch} held")
+    assert sum(row["killed"] for row in rows) >= 25
+    assert sum("finished" in row["ended"] for row in rows) >= 20
+    guest.wait_passes(2)
+    guest.assert_clean()
+
+
+def test_a_hundred_exchanges_that_are_killed_at_random_instants_harm_no_guest(host: Host) -> None:
+    guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
+    rows = kills(host, guest, "instants any 4 100")
+    assert len(rows) == 100
+    assert sum("finished" in row["ended"] for row in rows) >= 5
+    guest.wait_passes(2)
+    guest.assert_clean()
