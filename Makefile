@@ -2,7 +2,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check e2e bench clean
+.PHONY: demo test check e2e fuzz bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m pgofflined demo
@@ -19,6 +19,9 @@ check: $(VENV)/.dev
 
 e2e: $(VENV)/.dev | system-e2e
 	$(BIN)/python -m pytest -m e2e tests/e2e $(E2E)
+
+fuzz: $(VENV)/.dev
+	$(BIN)/python -m tests.fuzz.hostile 100000
 
 bench: $(VENV)/.dev | system-e2e
 	$(BIN)/python -m bench

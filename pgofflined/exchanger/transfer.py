@@ -292,13 +292,26 @@ class Transfer:
             try:
                 act(rows)
             except DomainGone as error:
-                self._refuse_all(RefusalReason.DOMAIN_GONE, error, everything=True)
+                self._note_gone(error)
                 return None
             except PortError as error:
                 problem = error
             else:
                 return None
-        return problem
+        try:
+            gone = self._xen.condition(self._domid).dying
+        except DomainGone:
+            gone = True
+        except PortError:
+            gone = False
+        if not gone:
+            return problem
+        self._note_gone(DomainGone(self._domid))
+        return None
+
+    def _note_gone(self, error: DomainGone) -> None:
+        """The domain has ended, and with it all that could be put right."""
+        self._refuse_all(RefusalReason.DOMAIN_GONE, error, everything=True)
 
     # What became of it.
 

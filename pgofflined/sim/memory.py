@@ -127,6 +127,10 @@ class SimulatedMemory(HostState):
             mfn = Mfn(int(writes.tables[done])) if done < len(writes) else None
             raise XenError(error.errno, op=error.op, domid=domid, mfn=mfn, done=done) from None
 
+    def guest_update(self, domid: Domid, table: int, index: int, value: int) -> None:
+        """mmu_update by the guest itself, which runs.  Refused as Xen refuses."""
+        self._update(domid, table, index, value)
+
     def pin_tables(self, domid: Domid, mfns: FrameArray, level: int) -> None:
         """MMUEXT_PIN_L*_TABLE."""
         self._each_table(

@@ -10,7 +10,7 @@ from pgofflined.core.frames import PAGE_SHIFT, WORDS_PER_PAGE, Mfn, Pfn
 from pgofflined.core.pages import MFN_BITS, PTE_RW
 from pgofflined.sim import linux
 from pgofflined.sim.frames import FrameType
-from pgofflined.sim.layout import P2M_MISSING, Process, PvLayout
+from pgofflined.sim.layout import P2M_MISSING, VMALLOC, Process, PvLayout
 from pgofflined.sim.pagetables import mapped_frames, walk
 from pgofflined.sim.references import target_of
 
@@ -42,9 +42,9 @@ class PvGuest:
 
     def p2m(self) -> FrameArray:
         """The whole p2m list as the guest reads it: raw entries by pfn."""
-        vaddr = self._shared_info(linux.ARCH_P2M_VADDR)
-        number = self._shared_info(linux.ARCH_MAX_PFN) // WORDS_PER_PAGE
-        pages = mapped_frames(self._frames.contents, self.root, vaddr, number)
+        # By variables of its own (xen_p2m_addr, xen_max_p2m_pfn), whatever it has published.
+        number = self.layout.max_pfn // WORDS_PER_PAGE
+        pages = mapped_frames(self._frames.contents, self.root, VMALLOC, number)
         return self._frames.contents.read(pages).reshape(-1)
 
     def mfns(self) -> FrameArray:
@@ -100,15 +100,8 @@ class PvGuest:
 
     def lie(self, pfn: int, entry: int) -> None:
         """Put any value into the p2m list, as a hostile guest may."""
-        vaddr = self._shared_info(linux.ARCH_P2M_VADDR)
-        page = int(
-            mapped_frames(
-                self._frames.contents,
-                self.root,
-                vaddr + (pfn // WORDS_PER_PAGE << PAGE_SHIFT),
-                1,
-            )[0]
-        )
+        vaddr = VMALLOC + (pfn // WORDS_PER_PAGE << PAGE_SHIFT)
+        page = int(mapped_frames(self._frames.contents, self.root, vaddr, 1)[0])
         self._frames.contents.write(page, pfn % WORDS_PER_PAGE, np.array([entry], dtype=np.uint64))
 
     def set_shared_info(self, word: int, value: int) -> None:
@@ -118,9 +111,6 @@ class PvGuest:
     def plain_pfns(self) -> tuple[Pfn, ...]:
         """Ordinary kernel data that nothing but the direct map refers to."""
         return tuple(Pfn(pfn) for pfn in self.layout.plain)
-
-    def _shared_info(self, word: int) -> int:
-        return int(self._frames.contents.page(self._domain.shared_info)[word])
 
     def _protect(self, pfn: int, mfns: FrameArray) -> None:
         """Make a future table read-only in the direct map."""

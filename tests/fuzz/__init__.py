@@ -1,0 +1,1 @@
+"""Random cases in numbers; a few of them in every test run."""
