@@ -66,7 +66,9 @@ def test_every_page_table_of_a_guest_is_exchanged_unless_a_vcpu_is_in_it(host: H
 
 def kills(host: Host, guest: Guest, what: str) -> list[dict[str, Any]]:
     """Kill exchanges; what came of each."""
-    done = host.run(f"{TESTS}.kills {guest.domid} {what}", timeout=LIMIT)
+    done = host.run(
+        f"export OPENBLAS_NUM_THREADS=1; {TESTS}.kills {guest.domid} {what}", timeout=LIMIT
+    )
     rows = [json.loads(line) for line in done.out.splitlines()]
     assert [row for row in rows if not row["runs"]] == []
     assert [row for row in rows if row["stuck"] or row["damaged"] or row["left"]] == []

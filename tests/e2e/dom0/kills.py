@@ -17,6 +17,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 
 from pgofflined.aftercare import Aftercare
@@ -33,8 +34,9 @@ from pgofflined.xen.hypervisor import XenHypervisor
 from .exchange_pages import JOBS, run_job
 from .pages import of_pv_guest
 
-# A program that hangs is to say where before the rig kills it.
-_TALK_AFTER_SECONDS = 1500.0
+# What hangs is to say where, child or parent.
+_CHILD_SECONDS = 60
+_KILL_SECONDS = 120
 _MOMENTS = (Moment.BEFORE, Moment.AFTER)
 _PAUSE_SECONDS = 0.2
 # A guest that has read the request follows it within so many seconds.
@@ -96,13 +98,14 @@ class Driver:
     def _run_child(self, mfns: list[Mfn], job: Callable[[list[Mfn]], object]) -> bool:
         """Whether it was killed.  A child that fails otherwise ends us too."""
         _, status = os.waitpid(_fork(lambda: job(mfns)), 0)
-        if os.WIFSIGNALED(status):
-            return os.WTERMSIG(status) == signal.SIGKILL
-        if os.WEXITSTATUS(status):
-            raise SystemExit("the exchange failed; see above")
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            return True
+        if status:
+            raise SystemExit(f"the exchange failed with status {status}; see above")
         return False
 
     def _mark(self) -> list[Mfn]:
+        signal.alarm(_KILL_SECONDS)
         found = of_pv_guest(self._xen, self._domid, self._kind)
         marked: list[Mfn] = []
         with self._xen.placed():
@@ -161,10 +164,11 @@ def _fork(act: Callable[[], object]) -> int:
     child = os.fork()
     if child:
         return child
+    signal.alarm(_CHILD_SECONDS)
     try:
         act()
     except BaseException:
-        faulthandler.dump_traceback()
+        traceback.print_exc()
         raise
     finally:
         os._exit(0 if sys.exc_info()[0] is None else 1)
@@ -180,7 +184,9 @@ def main(domid: Domid, what: str, kind: str, batch: int, rest: list[str]) -> Non
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(_TALK_AFTER_SECONDS, exit=True)
+    # A signal, and no thread: children are forked here.  For the same reason numpy is to have none
+    # (OPENBLAS_NUM_THREADS=1).
+    faulthandler.register(signal.SIGALRM, chain=True)
     main(
         Domid(int(sys.argv[1])),
         sys.argv[2],
