@@ -146,8 +146,14 @@ class Group:
         """A page's frame and pfn."""
         return Mfn(int(self.mfns[row])), Pfn(int(self.pfns[row]))
 
+    def frames(self) -> list[Mfn]:
+        """The pages' frames one by one."""
+        return [Mfn(mfn) for mfn in self.mfns.tolist()]
+
     def only(self, rows: Chosen) -> Group:
         """Some of the pages, with the entries that map them."""
+        if rows.all():
+            return self
         numbers = np.cumsum(rows) - 1
         references = self.references.chosen(rows[self.references.pages])
         return replace(
@@ -162,6 +168,8 @@ class Group:
 
     def renamed(self, olds: Frames, news: Frames) -> Group:
         """The same after frames have moved that hold entries or p2m slots of it."""
+        if not len(olds):
+            return self
         references = replace(self.references, tables=_renamed(self.references.tables, olds, news))
         slots = _renamed(self.slot_frames, olds, news)
         return replace(self, references=references, slot_frames=slots)
@@ -172,8 +180,10 @@ class Group:
         Without the entries that lie in the pages themselves (a table of the direct map may map
         itself), and without what Xen keeps in an L4.
         """
+        if not self.kind.is_table:
+            return self.contents
         words = self.contents.copy()
-        for row, mfn in enumerate(self.mfns.tolist() if self.kind.is_table else []):
+        for row, mfn in enumerate(self.mfns.tolist()):
             inside = self.references.tables == np.uint64(mfn)
             words[row, self.references.indexes[inside]] = 0
         if self.kind is PageKind.L4:
@@ -182,9 +192,10 @@ class Group:
 
 
 def _renamed(frames: Frames, olds: Frames, news: Frames) -> Frames:
-    renamed = frames.copy()
-    for old, new in zip(olds.tolist(), news.tolist(), strict=True):
-        renamed[frames == np.uint64(old)] = new
+    order = np.argsort(olds)
+    places = np.searchsorted(olds, frames, sorter=order)
+    nearest = order[np.minimum(places, len(olds) - 1)]
+    renamed: Frames = np.where(olds[nearest] == frames, news[nearest], frames)
     return renamed
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
 from pgofflined.core.domains import DomainInfo
@@ -20,7 +22,7 @@ _SURVEY_HELPS = frozenset({RefusalReason.OUT_OF_DATE, RefusalReason.OTHER_REFERE
 
 
 class Mover:
-    """``results`` fills as pages are settled; it holds what is known if something is raised."""
+    """``results`` tells what became of the pages, also where ``move`` has raised something."""
 
     def __init__(
         self,
@@ -32,7 +34,8 @@ class Mover:
         marked: bool,
         limits: SuspendLimits,
     ) -> None:
-        self.results: dict[Mfn, PageResult] = {}
+        # In their order; told in full only when nobody waits any more.
+        self._outcomes: list[Transfer | Refusal] = []
         self._xen = xen
         self._clock = clock
         self._job = job
@@ -49,20 +52,15 @@ class Mover:
         """
         until = held + self._limits.blackout
         self._move_groups(info.domid, plan, until)
-        unsure = [
-            mfn
-            for mfn, result in self.results.items()
-            if isinstance(result, Refusal) and result.reason in _SURVEY_HELPS
-        ]
+        unsure = [refusal.mfn for refusal in self._refusals() if refusal.reason in _SURVEY_HELPS]
         if not unsure:
             return
         if self._clock.monotonic() + survey_seconds > until:
-            for mfn in unsure:
-                detail = (
-                    "what maps it was not all found while the guest ran, and to search again "
-                    f"would keep it for longer than {self._limits.blackout:g} s"
-                )
-                self._note(Refusal(mfn=mfn, reason=RefusalReason.BLACKOUT_LIMIT, detail=detail))
+            detail = (
+                "what maps it was not all found while the guest ran, and to search again would "
+                f"keep it for longer than {self._limits.blackout:g} s"
+            )
+            self._refuse(unsure, RefusalReason.BLACKOUT_LIMIT, detail)
             return
         try:
             moved = dict(zip(self._olds.tolist(), self._news.tolist(), strict=True))
@@ -73,17 +71,18 @@ class Mover:
                 raise
             detail = f"it could not be searched for again: {error}"
             for mfn in unsure:
-                self._note(Refusal(mfn=mfn, reason=RefusalReason.GUEST_LAYOUT, detail=detail))
+                self._outcomes.append(
+                    Refusal(mfn=mfn, reason=RefusalReason.GUEST_LAYOUT, detail=detail)
+                )
             return
-        for refusal in again.refusals:
-            self._note(refusal)
+        self._outcomes += again.refusals
         self._move_groups(info.domid, again, until)
 
     def _move_groups(self, domid: Domid, plan: Plan, until: float) -> None:
         for number, group in enumerate(plan.groups):
             if number and self._clock.monotonic() > until:
-                self._refuse_group(
-                    group,
+                self._refuse(
+                    group.frames(),
                     RefusalReason.BLACKOUT_LIMIT,
                     f"the guest has been kept for {self._limits.blackout:g} s already",
                 )
@@ -97,31 +96,40 @@ class Mover:
         except DomainGone:
             raise
         except PortError as error:
-            self._refuse_group(group, RefusalReason.OUT_OF_DATE, str(error))
+            self._refuse(group.frames(), RefusalReason.OUT_OF_DATE, str(error))
             return
-        for refusal in checked.refusals:
-            self._note(refusal)
+        self._outcomes += checked.refusals
         group = checked.group
         if not len(group):
             return
         try:
             self._job.intend(group)
         except PortError as error:
-            self._refuse_group(group, RefusalReason.NOT_KEPT, str(error))
+            self._refuse(group.frames(), RefusalReason.NOT_KEPT, str(error))
             return
         transfer = Transfer(self._xen, domid, group)
+        self._outcomes.append(transfer)
         try:
             transfer.run()
         finally:
-            for result in transfer.results():
-                self._note(result)
             olds, news = transfer.moved()
             self._olds = np.concatenate([self._olds, olds])
             self._news = np.concatenate([self._news, news])
 
-    def _refuse_group(self, group: Group, reason: RefusalReason, detail: str) -> None:
-        for mfn in group.mfns.tolist():
-            self._note(Refusal(mfn=Mfn(mfn), reason=reason, detail=detail))
+    def _refuse(self, mfns: Iterable[Mfn], reason: RefusalReason, detail: str) -> None:
+        self._outcomes += [Refusal(mfn=mfn, reason=reason, detail=detail) for mfn in mfns]
 
-    def _note(self, result: PageResult) -> None:
-        self.results[page_of(result)] = result
+    def _refusals(self) -> Iterator[Refusal]:
+        for outcome in self._outcomes:
+            if isinstance(outcome, Refusal):
+                yield outcome
+            else:
+                yield from outcome.refusals
+
+    def results(self) -> dict[Mfn, PageResult]:
+        """By page; the last word on each."""
+        results: dict[Mfn, PageResult] = {}
+        for outcome in self._outcomes:
+            told = [outcome] if isinstance(outcome, Refusal) else outcome.results()
+            results |= {page_of(result): result for result in told}
+        return results

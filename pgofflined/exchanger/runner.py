@@ -168,7 +168,7 @@ class ExchangeJob:
             cpu_time=info.cpu_time,
             began=self._clock.now(),
         )
-        planned = [Mfn(mfn) for group in surveyed.plan.groups for mfn in group.mfns.tolist()]
+        planned = [mfn for group in surveyed.plan.groups for mfn in group.frames()]
         try:
             job = self._journal.open(record)
         except PortError as error:
@@ -181,26 +181,26 @@ class ExchangeJob:
             marked=self._marked,
             limits=self._limits,
         )
+        why = RefusalReason.XEN_REFUSED, "the exchange was not reached; nothing was changed"
         try:
             with self._suspended():
-                self._move(mover, job, surveyed)
+                self._move(mover, job, info, surveyed)
+        except _ResumedByOthers as error:
+            why = RefusalReason.DOMAIN_BUSY, str(error)
         except PortError as error:
-            mover.results = self._refuse_rest(planned, mover.results, *_reason_of(error))
+            why = _reason_of(error)
         finally:
             if self._held.owes_nothing:
                 job.close()
-        return self._verified(mover.results)
+        return self._verified(self._refuse_rest(planned, mover.results(), *why))
 
-    def _move(self, mover: Mover, job: OpenJob, surveyed: Surveyed) -> None:
+    def _move(self, mover: Mover, job: OpenJob, before: DomainInfo, surveyed: Surveyed) -> None:
         info = self._xen.condition(self._domain.domid)
         if info.identity != self._domain or info.dying:
             raise DomainGone(self._domain.domid)
         if info.shutdown is not ShutdownReason.SUSPEND:
-            planned = [Mfn(m) for group in surveyed.plan.groups for m in group.mfns.tolist()]
-            detail = f"d{self._domain.domid} was resumed by someone else"
-            mover.results |= self._refuse_rest(planned, {}, RefusalReason.DOMAIN_BUSY, detail)
-            return
-        mover.move(info, surveyed.plan, held=self._held.held, survey_seconds=surveyed.seconds)
+            raise _ResumedByOthers(f"d{self._domain.domid} was resumed by someone else")
+        mover.move(before, surveyed.plan, held=self._held.held, survey_seconds=surveyed.seconds)
         job.settled()
 
     @contextmanager
@@ -278,6 +278,10 @@ class ExchangeJob:
             stuck=held.stuck,
             may_suspend_late=held.may_suspend_late,
         )
+
+
+class _ResumedByOthers(Exception):
+    """The guest suspended itself for us, and does not stand still any more."""
 
 
 def _reason_of(error: PortError) -> tuple[RefusalReason, str]:

@@ -337,6 +337,11 @@ class Transfer:
             detail="the exchange was not reached; nothing was changed",
         )
 
+    @property
+    def refusals(self) -> Iterable[Refusal]:
+        """Those of the pages that were refused."""
+        return self._refusals.values()
+
     def moved(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Old and new frames of the pages that have moved."""
         return self._group.mfns[self._committed], self._homes[self._committed]
