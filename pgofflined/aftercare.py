@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 
-from pgofflined.core.domains import DomainIdentity, ShutdownReason
+from pgofflined.core.domains import DomainIdentity, DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.events import Event
-from pgofflined.core.frames import Domid
 from pgofflined.journal_log import event
+from pgofflined.letgo import let_go, told
 from pgofflined.ports import Clock, DomainControl
 
 log = logging.getLogger(__name__)
@@ -65,22 +65,33 @@ class Aftercare:
     def _needs_no_more(self, domain: DomainIdentity) -> bool:
         domid = domain.domid
         try:
-            info = self._xen.domain(domid)
+            info = self._xen.condition(domid)
             if info.identity != domain:
                 return True
+            if domain in self.stuck:
+                return self._is_let_go(info)
             if info.shutdown is not ShutdownReason.SUSPEND:
-                # One that could not be let go and runs has been helped by somebody else.
-                return domain in self.stuck and info.shutdown is None and not info.paused
-            self._resume(domid)
+                return False
+            self._xen.resume(domid)
+            self._xen.tell_resumed(domid)
         except DomainGone:
             return True
         except PortError as error:
             log.warning("d%d may stand still because of us, and cannot be helped: %s", domid, error)
             return False
-        return True
-
-    def _resume(self, domid: Domid) -> None:
-        self._xen.resume(domid)
-        self._xen.tell_resumed(domid)
         message = f"d{domid} was still suspended on our request and was resumed"
         event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)
+        return True
+
+    def _is_let_go(self, info: DomainInfo) -> bool:
+        """Try again to let a stuck guest go; whether it runs, by us or by somebody else."""
+        domid = info.domid
+        if info.shutdown is not ShutdownReason.SUSPEND and not info.paused:
+            return True
+        problem = let_go(self._xen, domid)
+        told(self._xen, domid)
+        if problem is not None:
+            return False
+        message = f"d{domid}, which could not be let go, runs again"
+        event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)
+        return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import assert_never
 
 from pgofflined.core.domains import DomainIdentity
@@ -18,6 +18,10 @@ from pgofflined.journal_log import event
 from pgofflined.ports import Clock, Hypervisor, Journal, SuspendLimits, UnfinishedJob
 
 log = logging.getLogger(__name__)
+
+# What keeps a guest from being put right (dom0 short of memory, xenstored not up yet) passes within
+# so many tries, one with each look of the aftercare, or not at all.
+RECOVERY_TRIES = 12
 
 
 class Exchanging:
@@ -41,6 +45,8 @@ class Exchanging:
         self._clock = clock
         self._policy = policy
         self._poisoned = poisoned
+        self._rest: list[UnfinishedJob] = []
+        self._tries = 0
 
     def run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
         """Exchange pages; never raises for a single job's sake."""
@@ -95,38 +101,66 @@ class Exchanging:
                 log.error("the mark of mfn %#x could not be taken back: %s", result.mfn, error)
 
     def recover(self) -> tuple[RecoveryReport, ...]:
-        """End every job that an earlier process left, one after the other; tells each."""
+        """End every job that an earlier process left, one after the other; tells each.
+
+        Those that could not be ended are tried again by ``recover_rest``.
+        """
+        return self._recover(self._journal.unfinished())
+
+    def recover_rest(self) -> tuple[RecoveryReport, ...]:
+        """Try the jobs again that could not be ended."""
+        self._tries += 1
+        rest, self._rest = self._rest, []
+        return self._recover(rest)
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether there are jobs to try again."""
+        return bool(self._rest)
+
+    def _recover(self, jobs: Sequence[UnfinishedJob]) -> tuple[RecoveryReport, ...]:
         reports = []
-        for number, unfinished in enumerate(self._journal.unfinished(), start=1):
-            report = self._recover(unfinished)
-            _tell(f"r{number}", report)
-            reports.append(report)
+        for unfinished in jobs:
+            report = self._recover_one(unfinished)
+            _tell(report)
+            if report.outcome is Recovered.NOT_YET:
+                self._rest.append(unfinished)
+            else:
+                reports.append(report)
         return tuple(reports)
 
-    def _recover(self, unfinished: UnfinishedJob) -> RecoveryReport:
+    def _recover_one(self, unfinished: UnfinishedJob) -> RecoveryReport:
         from pgofflined.exchanger import recover
 
+        last = self._tries >= RECOVERY_TRIES
         domain = unfinished.record.domain
         try:
-            return recover(unfinished, self._xen)
-        except PortError as error:
-            detail = f"d{domain.domid} may stand still because of us: {error}"
+            return recover(
+                unfinished,
+                self._xen,
+                now=self._clock.now(),
+                never_read=self._poisoned(),
+                last_try=last,
+            )
         except Exception:  # one guest's record must not keep the daemon from all others
             log.exception("the job of d%d could not be ended", domain.domid)
             detail = f"a fault of our own in ending the job of d{domain.domid}; please report it"
-        return RecoveryReport(
-            domain=domain, outcome=Recovered.LEFT_ALONE, detail=detail, stuck=detail
-        )
+            outcome = Recovered.LEFT_ALONE if last else Recovered.NOT_YET
+            return RecoveryReport(
+                domain=domain, outcome=outcome, detail=detail, stuck=detail if last else None
+            )
 
 
-def _tell(job: str, report: RecoveryReport) -> None:
-    domid = report.domain.domid
+def _tell(report: RecoveryReport) -> None:
+    domid, job = report.domain.domid, "recovery"
     message = f"an exchange was cut off: {report.detail}"
     match report.outcome:
         case Recovered.NOTHING_TO_DO | Recovered.GONE:
             event(log, logging.INFO, Event.JOB_RECOVERED, message, domid=domid, job=job)
         case Recovered.FINISHED:
             event(log, logging.WARNING, Event.JOB_RECOVERED, message, domid=domid, job=job)
+        case Recovered.NOT_YET:
+            log.error("%s; the guest is held, and it is tried again", message)
         case Recovered.LEFT_ALONE:
             event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
         case _:

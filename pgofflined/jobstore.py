@@ -64,7 +64,9 @@ _PUT: Final = "INSERT OR REPLACE INTO moving VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, 
 _MOVING: Final = ("UPDATE job SET moving = 1", ())
 _SETTLED: Final = ("UPDATE job SET moving = 0", ())
 _SUFFIX: Final = ".job"
-_ALL_SUFFIXES: Final = ("", "-wal", "-shm", "-journal")
+_ASIDE: Final = ".damaged"
+# In the order of removal: whoever finds the first file is to find all of them.
+_ALL_SUFFIXES: Final = ("-wal", "-shm", "-journal", "")
 
 
 class JobStore:
@@ -100,6 +102,10 @@ class JobStore:
     def unfinished(self) -> Sequence[UnfinishedJob]:
         """The jobs that earlier processes left; those that cannot be read are told and kept."""
         found = []
+        for orphan in self._directory.glob(f"*{_SUFFIX}-*"):
+            owner = orphan.with_name(orphan.name.rpartition("-")[0])
+            if not owner.exists():
+                _remove(owner)
         for path in sorted(self._directory.glob(f"*{_SUFFIX}")):
             try:
                 found.append(_load(path))
@@ -108,7 +114,7 @@ class JobStore:
             except sqlite3.OperationalError as error:
                 _log.error("%s is in use by another process (%s) and left to it", path, error)
             except (sqlite3.Error, ValueError, OSError) as error:
-                aside = path.with_suffix(".damaged")
+                aside = path.with_suffix(_ASIDE)
                 _log.critical(
                     "the record of an exchange in %s cannot be read (%s) and was moved to %s: look "
                     "whether that domain stands still (`xl list`), and restart it if it does",
@@ -116,10 +122,7 @@ class JobStore:
                     error,
                     aside,
                 )
-                for suffix in _ALL_SUFFIXES:
-                    file = path.with_name(path.name + suffix)
-                    if file.exists():
-                        file.rename(aside.with_name(aside.name + suffix))
+                _move(path, aside)
         return found
 
 
@@ -128,7 +131,7 @@ class _NeverBegun(Exception):
 
 
 class _StoredJob:
-    """``ports.OpenJob`` in a file.  To be used from the thread that opened it."""
+    """``ports.OpenJob`` in a file."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path = path
@@ -156,6 +159,18 @@ class _StoredJob:
             _remove(self._path)
         except OSError as error:
             _log.error("%s holds pages of a guest and could not be removed: %s", self._path, error)
+        with suppress(sqlite3.Error):
+            self._connection.close()
+
+    def set_aside(self) -> None:
+        """Leave the file under another name, which no process takes for a job."""
+        aside = self._path.with_suffix(_ASIDE)
+        try:
+            _move(self._path, aside)
+        except OSError as error:
+            _log.error("%s could not be put aside: %s", self._path, error)
+        else:
+            _log.error("what was to be put right is kept in %s; remove it some time", aside)
         with suppress(sqlite3.Error):
             self._connection.close()
 
@@ -194,7 +209,8 @@ def _begin(path: Path, record: JobRecord) -> sqlite3.Connection:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=0)
+    # One thread at a time, not always the same: a job that could not be ended is tried again.
+    connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
     try:
         # A record has pages of 4 KiB whole in it: with pages of its own that are larger there are
         # fewer pieces to write and to check.
@@ -299,6 +315,13 @@ def _remove(path: Path) -> None:
             with file.open("r+b", buffering=0) as opened:
                 opened.write(bytes(file.stat().st_size))
             file.unlink()
+
+
+def _move(path: Path, aside: Path) -> None:
+    for suffix in _ALL_SUFFIXES:
+        file = path.with_name(path.name + suffix)
+        if file.exists():
+            file.rename(aside.with_name(aside.name + suffix))
 
 
 def may_reach_a_disk(

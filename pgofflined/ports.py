@@ -136,8 +136,9 @@ class DomainControl(Protocol):
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """Ask the guest to suspend itself and wait until it has.
 
-        Raises GuestDidNotSuspend after the request has been withdrawn, DomainGone when it ended
-        meanwhile.  A guest that suspends just as the request is withdrawn counts as suspended.
+        Raises SuspendNotAsked before anything was asked, GuestDidNotSuspend after the request has
+        been withdrawn, DomainGone when it ended meanwhile.  A guest that suspends just as the
+        request is withdrawn counts as suspended.
         """
         ...
 
@@ -302,6 +303,10 @@ class OpenJob(Protocol):
 
     def close(self) -> None:
         """The guest runs: forget the job, leaving nothing of the guest's contents behind."""
+        ...
+
+    def set_aside(self) -> None:
+        """The guest could not be put right: keep the record where no later process takes it up."""
         ...
 
 

@@ -28,6 +28,7 @@ from pgofflined.core.outcomes import (
     RefusalReason,
 )
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
+from pgofflined.core.recovery import RecoveryReport
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
 from pgofflined.exchanging import Exchanging
 from pgofflined.journal_log import event
@@ -163,8 +164,8 @@ class Retirer:
         self.ledger.begin_again()
         while not self._stopping:
             self._wake.clear()
-            if self.aftercare:
-                await asyncio.to_thread(self.aftercare.look)
+            if self._has_guests_to_look_after():
+                await asyncio.to_thread(self._look_after)
             due = self.ledger.due(_ROUND)
             if due:
                 self._triage_began = self._clock.monotonic()
@@ -177,9 +178,12 @@ class Retirer:
                 async with asyncio.timeout(self._seconds_to_sleep()):
                     await self._wake.wait()
 
+    def _has_guests_to_look_after(self) -> bool:
+        return bool(self.aftercare) or self.exchanging.has_rest
+
     def _seconds_to_sleep(self) -> float | None:
         due = self.ledger.seconds_to_next()
-        if not self.aftercare:
+        if not self._has_guests_to_look_after():
             return due
         return self.aftercare.interval if due is None else min(due, self.aftercare.interval)
 
@@ -195,7 +199,15 @@ class Retirer:
 
     def recover(self) -> None:
         """End what an earlier process left of exchanges; makes hypercalls, for a thread."""
-        for report in self.exchanging.recover():
+        self._care_for(self.exchanging.recover())
+
+    def _look_after(self) -> None:
+        if self.exchanging.has_rest:
+            self._care_for(self.exchanging.recover_rest())
+        self.aftercare.look()
+
+    def _care_for(self, reports: Iterable[RecoveryReport]) -> None:
+        for report in reports:
             self.aftercare.note(
                 "recovery",
                 report.domain,
@@ -305,7 +317,7 @@ class Retirer:
         if self._exchanges.submit(domain.identity, domain.name, mfn):
             self._handed_over(mfn, domain, Phase.EXCHANGE, marked=marked)
         else:
-            self._queue_full(mfn, "exchanges")
+            self._queue_full(mfn, "exchanges", marked=marked)
 
     def _to_relocate(self, mfn: Mfn, domain: DomainInfo) -> None:
         if self._poison_in_use:
@@ -325,7 +337,7 @@ class Retirer:
         elif self._relocations.submit(domain.identity, domain.name, (mfn,)):
             self._handed_over(mfn, domain, Phase.RELOCATION, marked=True)
         else:
-            self._queue_full(mfn, "migrations")
+            self._queue_full(mfn, "migrations", marked=True)
 
     def _handed_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase, *, marked: bool) -> None:
         mark = "marked offline-pending" if marked else "to be marked when it has been scrubbed"
@@ -333,9 +345,9 @@ class Retirer:
         tell(logging.INFO, Event.PAGE_MARKED, what, mfn, domid=domain.domid)
         self.ledger.hand_over(mfn, domain, phase, marked=marked)
 
-    def _queue_full(self, mfn: Mfn, which: str) -> None:
+    def _queue_full(self, mfn: Mfn, which: str, *, marked: bool) -> None:
         tell(logging.WARNING, Event.QUEUE_FULL, f"waits: the queue of {which} is full", mfn)
-        self.ledger.wait(mfn, _SOON, "queue_full", f"the queue of {which} is full", marked=True)
+        self.ledger.wait(mfn, _SOON, "queue_full", f"the queue of {which} is full", marked=marked)
 
     def _exchange_result(self, job: str, domain: DomainIdentity, result: PageResult) -> None:
         domid = domain.domid

@@ -123,7 +123,7 @@ class Service:
             self._exchange_finished,
             clock=world.clock,
             workers=policy.exchange.workers,
-            max_pages=policy.exchange.max_pages_per_suspend,
+            max_pages=policy.exchange.pages_in_one_suspend,
             queue_limit=policy.exchange.max_queued,
         )
         self.metrics = Metrics(self.snapshot, world.clock.now)
@@ -190,7 +190,7 @@ class Service:
             max_pages=policy.retire.max_tracked_pages,
         )
         self.pool.set_limits(
-            max_pages=policy.exchange.max_pages_per_suspend,
+            max_pages=policy.exchange.pages_in_one_suspend,
             queue_limit=policy.exchange.max_queued,
         )
         self.relocation.set_policy(policy.relocation)

@@ -71,6 +71,13 @@ class GuestDidNotSuspend(PortError):
         super().__init__(f"d{domid} {what} within {seconds:g} s; it runs on")
 
 
+class SuspendNotAsked(XenError):
+    """The guest was not even asked to suspend, and nothing of ours is to be taken back.
+
+    EBUSY where somebody else has it suspended, or is about to: it is his to resume.
+    """
+
+
 class OfflineCallUnsafe(PortError):
     """No thread can be placed so that the offline call stays off pCPU 0 (see xen-bugs)."""
 

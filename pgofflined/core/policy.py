@@ -110,6 +110,11 @@ class ExchangePolicy:
         """The waits between tries for one domain."""
         return Backoff(first=self.retry_first, last=self.retry_last, attempts=self.attempts)
 
+    @property
+    def pages_in_one_suspend(self) -> int:
+        """Unmarked, a page that was just left would be given for the next one of its batch."""
+        return 1 if self.mark is Marking.AFTER_SCRUB else self.max_pages_per_suspend
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelocationPolicy:

@@ -113,8 +113,10 @@ def _check_places(
     references = group.references
     found = levels[np.searchsorted(involved, references.tables)]
     wrong = set(references.pages[found != references.levels].tolist())
+    # A p2m slot lies in plain memory, or we could not write it: the group's own pages are checked.
+    plain = (types & np.uint32(PFINFO_TYPE_MASK)) == 0
     slots = np.searchsorted(involved, group.slot_frames)
-    wrong |= set(np.flatnonzero(~own[slots]).tolist())
+    wrong |= set(np.flatnonzero(~plain[slots]).tolist())
     for row in sorted(wrong):
         what = "a page table that maps it is none any more"
         refusals.setdefault(row, _out_of_date(group.page(row)[0], what))

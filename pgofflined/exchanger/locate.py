@@ -24,10 +24,22 @@ class Ambiguous:
 
 
 def still_owned(xen: Hypervisor, domid: Domid, mfns: FrameArray) -> Chosen:
-    """Which frames belong to a domain.  A frame that was exchanged does not come back to it."""
+    """Which frames belong to a domain."""
     types = xen.page_types(domid, mfns)
     owned: Chosen = (types & np.uint32(PFINFO_TYPE_MASK)) != np.uint32(PFINFO_XTAB)
     return owned
+
+
+def may_have_gone(xen: Hypervisor, domid: Domid, mfns: FrameArray, pfns: FrameArray) -> Chosen:
+    """Which frames are not those of their pfns any more.
+
+    A frame that was exchanged belongs to nobody, or to another.  One that was not marked may come
+    back to the same domain, but at another pfn.
+    """
+    gone: Chosen = ~still_owned(xen, domid, mfns)
+    for row, (mfn, pfn) in enumerate(zip(mfns.tolist(), pfns.tolist(), strict=True)):
+        gone[row] |= xen.m2p(Mfn(mfn)) != pfn
+    return gone
 
 
 def where_they_went(
@@ -42,14 +54,16 @@ def where_they_went(
     if not len(pfns):
         return []
     candidates = xen.m2p_search(pfns)
-    candidates = candidates[~np.isin(candidates, olds)]
     candidates = candidates[still_owned(xen, domid, candidates)]
     found: dict[int, list[Mfn]] = {int(pfn): [] for pfn in pfns.tolist()}
     for candidate in candidates.tolist():
         pfn = xen.m2p(Mfn(candidate))
         if pfn is not None and int(pfn) in found:
             found[int(pfn)].append(Mfn(candidate))
-    return [_only(int(pfn), found[int(pfn)]) for pfn in pfns.tolist()]
+    return [
+        _only(int(pfn), [mfn for mfn in found[int(pfn)] if mfn != old])
+        for pfn, old in zip(pfns.tolist(), olds.tolist(), strict=True)
+    ]
 
 
 def _only(pfn: int, frames: list[Mfn]) -> Mfn | Ambiguous:

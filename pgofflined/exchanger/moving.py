@@ -22,7 +22,10 @@ _SURVEY_HELPS = frozenset({RefusalReason.OUT_OF_DATE, RefusalReason.OTHER_REFERE
 
 
 class Mover:
-    """``results`` tells what became of the pages, also where ``move`` has raised something."""
+    """``results`` tells what became of the pages, also where ``move`` has raised something.
+
+    ``is_whole`` is False while a group is neither undone nor settled.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,7 @@ class Mover:
     ) -> None:
         # In their order; told in full only when nobody waits any more.
         self._outcomes: list[Transfer | Refusal] = []
+        self.is_whole = True
         self._xen = xen
         self._clock = clock
         self._job = job
@@ -109,12 +113,27 @@ class Mover:
             return
         transfer = Transfer(self._xen, domid, group)
         self._outcomes.append(transfer)
+        self.is_whole = False
         try:
             transfer.run()
+            self.is_whole = not transfer.is_damaged
+        except PortError:
+            raise
+        except Exception:
+            self._rescue(domid, group)
+            raise
         finally:
             olds, news = transfer.moved()
             self._olds = np.concatenate([self._olds, olds])
             self._news = np.concatenate([self._news, news])
+
+    def _rescue(self, domid: Domid, group: Group) -> None:
+        """After a fault of our own: begin from what Xen says is true, as another process would."""
+        rescue = Transfer(self._xen, domid, group)
+        rescue.take_over()
+        rescue.settle()
+        self._outcomes.append(rescue)
+        self.is_whole = True
 
     def _refuse(self, mfns: Iterable[Mfn], reason: RefusalReason, detail: str) -> None:
         self._outcomes += [Refusal(mfn=mfn, reason=reason, detail=detail) for mfn in mfns]

@@ -8,12 +8,14 @@ still.  Whatever happens between suspend and resume, the guest is let go on ever
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from errno import EBUSY
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError
+from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError, SuspendNotAsked
 from pgofflined.core.frames import Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import (
@@ -24,11 +26,13 @@ from pgofflined.core.outcomes import (
     Refusal,
     RefusalReason,
 )
-from pgofflined.exchanger.letgo import let_go, resume_only, told
 from pgofflined.exchanger.moving import Mover
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
 from pgofflined.exchanger.survey import GuestLayoutError, survey
+from pgofflined.letgo import let_go, resume_only, told
 from pgofflined.ports import Clock, Hypervisor, JobRecord, Journal, OpenJob, SuspendLimits
+
+log = logging.getLogger(__name__)
 
 # Frames that have to stay free in the host besides the ones we take: an exchange that runs out
 # of memory half-way may silently lose the page's mark (assign_pages, xen/common/page_alloc.c).
@@ -189,8 +193,13 @@ class ExchangeJob:
             why = RefusalReason.DOMAIN_BUSY, str(error)
         except PortError as error:
             why = _reason_of(error)
+        except Exception:  # a fault in one job must cost neither the guest nor its other pages
+            log.exception("the exchange for d%d met a fault of our own", self._domain.domid)
+            why = RefusalReason.INTERNAL, "a fault of our own, which the journal tells"
         finally:
-            if self._held.owes_nothing:
+            if not mover.is_whole:
+                job.set_aside()
+            elif self._held.owes_nothing:
                 job.close()
         return self._verified(self._refuse_rest(planned, mover.results(), *why))
 
@@ -215,7 +224,8 @@ class ExchangeJob:
             held.may_suspend_late = error.stage == "suspend"
             held.owes_nothing = not held.may_suspend_late
             raise
-        except DomainGone:
+        except (DomainGone, SuspendNotAsked):
+            # One that somebody else has suspended is his to resume.
             held.owes_nothing = True
             raise
         except PortError:
@@ -290,6 +300,8 @@ def _reason_of(error: PortError) -> tuple[RefusalReason, str]:
             return RefusalReason.NO_SUSPEND, str(error)
         case DomainGone():
             return RefusalReason.DOMAIN_GONE, str(error)
+        case SuspendNotAsked(errno=code) if code == EBUSY:
+            return RefusalReason.DOMAIN_BUSY, f"somebody else has it suspended: {error}"
         case _:
             return RefusalReason.XEN_REFUSED, str(error)
 

@@ -35,6 +35,8 @@ from pgofflined.core.pagetable import find_references, guest_frames, table_level
 from pgofflined.ports import Hypervisor, VcpuFrames
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pgofflined.ports import FrameArray, Words
 
 # struct arch_shared_info inside struct shared_info of a 64-bit guest, in 64-bit words:
@@ -47,6 +49,7 @@ _UNSET = (0, (1 << 64) - 1)
 # maximum are believed, the rest of a larger claim would only make us allocate.
 _HOLE_PFNS = 1 << 24
 _TABLE_BATCH = 1024
+_P2M_BATCH = 1 << 20
 
 
 class GuestLayoutError(Exception):
@@ -252,11 +255,13 @@ class _Believed:
             raise GuestLayoutError(f"{what}: it names a frame that no host has")
         if np.isin(mfns, self.poisoned).any():
             raise GuestLayoutError(f"{what}: a frame of it has had an uncorrected error")
+        contents = np.empty((len(mfns), WORDS_PER_PAGE), dtype=np.uint64)
         try:
-            parts = [self.xen.read_frames(self.domid, part) for part in _batches(mfns)]
+            for start, part in zip(range(0, len(mfns), _TABLE_BATCH), _batches(mfns), strict=True):
+                contents[start : start + len(part)] = self.xen.read_frames(self.domid, part)
         except XenError as error:
             raise GuestLayoutError(f"{what} cannot be read: {error}") from error
-        return np.concatenate(parts)
+        return contents
 
 
 def _walk(believed: _Believed, root: int, vaddr: int, leaves: int) -> FrameArray:
@@ -292,11 +297,7 @@ def _scan_tables(
     xen: Hypervisor, domid: Domid, p2m: P2m, mfns: Sequence[Mfn], poisoned: FrameArray
 ) -> dict[Mfn, tuple[PteReference, ...]]:
     """Every present entry of every page table of the domain that maps one of ``mfns``."""
-    own = np.unique(p2m.entries[guest_frames(p2m.entries)])
-    types = xen.page_types(domid, own)
-    levels = table_levels(types)
-    readable = (levels > 0) & ~np.isin(own, poisoned)
-    tables, levels = own[readable], levels[readable]
+    tables, levels = _tables(xen, domid, p2m, poisoned)
     wanted = np.array(mfns, dtype=np.uint64)
     found: dict[Mfn, list[PteReference]] = {}
     for start in range(0, len(tables), _TABLE_BATCH):
@@ -313,6 +314,26 @@ def _scan_tables(
             )
             found.setdefault(Mfn((value & PTE_ADDR_MASK) >> 12), []).append(reference)
     return {mfn: tuple(references) for mfn, references in found.items()}
+
+
+def _tables(
+    xen: Hypervisor, domid: Domid, p2m: P2m, poisoned: FrameArray
+) -> tuple[FrameArray, NDArray[np.uint8]]:
+    """The domain's page tables that may be read, and their levels.
+
+    Part by part, since the p2m of a large guest is large enough to have in memory once.
+    """
+    tables: list[FrameArray] = [_NONE]
+    levels: list[NDArray[np.uint8]] = [np.empty(0, dtype=np.uint8)]
+    for start in range(0, len(p2m.entries), _P2M_BATCH):
+        part = p2m.entries[start : start + _P2M_BATCH]
+        own = part[guest_frames(part)]
+        of_own = table_levels(xen.page_types(domid, own))
+        tables.append(own[of_own > 0])
+        levels.append(of_own[of_own > 0])
+    found, first = np.unique(np.concatenate(tables), return_index=True)
+    readable = ~np.isin(found, poisoned)
+    return found[readable], np.concatenate(levels)[first][readable]
 
 
 def _batches(mfns: FrameArray) -> Iterator[FrameArray]:

@@ -23,8 +23,15 @@ from pgofflined.core.errors import DomainGone, PortError, XenError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group, PteWrites, same_mapping
 from pgofflined.core.outcomes import Damaged, Exchanged, PageResult, Refusal, RefusalReason
-from pgofflined.core.pages import L4_XEN_SLOTS, PFINFO_PINNED, PageKind, decode_page_type
-from pgofflined.exchanger.locate import Ambiguous, still_owned, where_they_went
+from pgofflined.core.pages import (
+    L4_XEN_SLOTS,
+    PFINFO_BROKEN,
+    PFINFO_PINNED,
+    PFINFO_TYPE_MASK,
+    PageKind,
+    decode_page_type,
+)
+from pgofflined.exchanger.locate import Ambiguous, may_have_gone, still_owned, where_they_went
 from pgofflined.ports import Hypervisor, Swapped
 
 if TYPE_CHECKING:
@@ -161,10 +168,15 @@ class Transfer:
 
         def ask(some: list[int]) -> None:
             asked = np.array(some, dtype=np.intp)
-            gone = asked[~still_owned(self._xen, self._domid, group.mfns[asked])]
+            mfns, pfns = group.mfns[asked], group.pfns[asked]
+            gone = asked[may_have_gone(self._xen, self._domid, mfns, pfns)]
+            owned = still_owned(self._xen, self._domid, group.mfns[gone])
             homes = where_they_went(self._xen, self._domid, group.pfns[gone], group.mfns[gone])
-            for row, home in zip(gone.tolist(), homes, strict=True):
+            for row, home, own in zip(gone.tolist(), homes, owned.tolist(), strict=True):
                 if isinstance(home, Ambiguous):
+                    if own:
+                        # It is where it was, whatever the guest had the M2P note for it.
+                        continue
                     self._damage[row] = f"it has left the guest, and {home.why}"
                 else:
                     self._note_committed(np.array([row]), np.array([home], dtype=np.uint64))
@@ -181,7 +193,7 @@ class Transfer:
         """Find out how far another process came with this group; ``settle`` is to follow."""
         self.resolve(np.arange(len(self._group)))
 
-    def changed_by_others(self) -> str | None:
+    def changed_by_others(self, never_read: frozenset[Mfn]) -> str | None:
         """What tells that not only we have changed the guest since; None where nothing does.
 
         Every entry must be cleared, or be what it was, leading to where its page is now.  Raises
@@ -191,6 +203,11 @@ class Transfer:
         outside = ~np.isin(references.tables, self._group.mfns)
         wanted = references.chosen(outside)
         tables, rows = np.unique(wanted.tables, return_inverse=True)
+        types = self._xen.page_types(self._domid, tables)
+        broken = (types & np.uint32(PFINFO_TYPE_MASK)) == np.uint32(PFINFO_BROKEN)
+        broken |= np.isin(tables, np.array(sorted(never_read), dtype=np.uint64))
+        if broken.any():
+            return f"its page table mfn {int(tables[broken][0]):#x} has had an uncorrected error"
         contents = self._xen.read_frames(self._domid, tables)
         found = contents[rows, wanted.indexes]
         good = (found == 0) | same_mapping(found, wanted.leading_to(self._homes).values)
@@ -341,6 +358,11 @@ class Transfer:
     def refusals(self) -> Iterable[Refusal]:
         """Those of the pages that were refused."""
         return self._refusals.values()
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether a page could not be put right."""
+        return bool(self._damage)
 
     def moved(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Old and new frames of the pages that have moved."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from errno import EBUSY, EINVAL, EOPNOTSUPP
 
 from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend
+from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, SuspendNotAsked
 from pgofflined.core.frames import DOM0, Domid
 from pgofflined.ports import SuspendLimits, VcpuFrames
 from pgofflined.sim.errors import Refused
@@ -135,9 +135,9 @@ class SimulatedDomainControl(HostState):
     def _refuse_or_ignore(self, domain: SimulatedDomain) -> bool:
         """Whether the guest will not read the request.  Refuses what can never work."""
         if domain.kind is not GuestKind.PV:
-            raise Refused(EOPNOTSUPP)
+            raise SuspendNotAsked(EOPNOTSUPP, op="suspend", domid=domain.domid)
         if domain.suspended:
-            raise Refused(EBUSY)
+            raise SuspendNotAsked(EBUSY, op="suspend", domid=domain.domid)
         if domain.shutdown is not None:
             raise DomainGone(domain.domid)
         return (

@@ -75,7 +75,14 @@ def split_misaligns(order: int, offset: int) -> bool:
 class Frames:
     """The frame table: one entry of each array for each host frame; all free at first."""
 
-    def __init__(self, count: int, rng: np.random.Generator, *, splits_safely: bool) -> None:
+    def __init__(
+        self,
+        count: int,
+        rng: np.random.Generator,
+        *,
+        splits_safely: bool,
+        reuses_first: bool = False,
+    ) -> None:
         self.count = count
         self.contents = Contents(count, rng)
         self.owner = np.full(count, NOBODY, dtype=np.int32)
@@ -97,6 +104,9 @@ class Frames:
         self.corrupted: str | None = None
         self.dirty_taken_out = 0
         self._splits_safely = splits_safely
+        # Whether the frame that was freed last is given out first, as a list of single frames does.
+        self._reuses_first = reuses_first
+        self._freed: list[int] = []
         self._cursor = count
 
     def valid(self, mfn: int) -> bool:
@@ -113,6 +123,12 @@ class Frames:
         """Take one frame from the heap, without owner or reference.  Refuses with ENOMEM."""
         if self.free_count == 0:
             raise Refused(ENOMEM)
+        while self._reuses_first and self._freed:
+            mfn = self._freed.pop()
+            if self.state[mfn] == FrameState.FREE:
+                self._leave_heap(np.array([mfn], dtype=np.int64))
+                self.contents.scramble(mfn)
+                return Mfn(mfn)
         for _ in range(2):
             while self._cursor > 0:
                 low = max(0, self._cursor - _SEARCH_BLOCK)
@@ -162,6 +178,7 @@ class Frames:
         self.state[mfn] = FrameState.FREE
         self.dirty[mfn] = dirty
         self.free_count += 1
+        self._freed.append(mfn)
         if marked:
             self.take_out(mfn)
 

@@ -42,7 +42,8 @@ class HostSpec:
     """What a simulated host is to have; counts are frames.
 
     The host's frames are, from 0 on: the hypervisor's image, its heap, I/O and holes, dom0's,
-    and what is left for guests.  ``scrub_seconds`` is how long freed frames stay dirty.
+    and what is left for guests.  ``scrub_seconds`` is how long freed frames stay dirty;
+    ``reuses_first`` gives out first what was freed last.
     """
 
     frames: int = 8192
@@ -55,6 +56,7 @@ class HostSpec:
     l1tf: bool = False
     seed: int = 1
     scrub_seconds: float = 3.0
+    reuses_first: bool = False
 
 
 class HostState:
@@ -69,6 +71,7 @@ class HostState:
             self.spec.frames,
             self.rng,
             splits_safely=self.spec.version.offlines_free_frames_safely,
+            reuses_first=self.spec.reuses_first,
         )
         self.references = References(self.frames, l1tf=self.spec.l1tf, crash=self.crash)
         self.by_domid: dict[Domid, SimulatedDomain] = {}

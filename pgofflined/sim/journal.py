@@ -24,6 +24,7 @@ class MemoryJournal:
     """``ports.Journal``; ``kept`` is what another process would find."""
 
     kept: dict[DomainIdentity, _Kept] = field(default_factory=dict)
+    aside: list[_Kept] = field(default_factory=list)
 
     def open(self, record: JobRecord) -> OpenJob:
         """Begin a job."""
@@ -54,3 +55,7 @@ class _MemoryJob:
     def close(self) -> None:
         """Forget the job."""
         self.journal.kept.pop(self.domain, None)
+
+    def set_aside(self) -> None:
+        """Keep it for a person."""
+        self.journal.aside.append(self.journal.kept.pop(self.domain))

@@ -17,7 +17,13 @@ from collections.abc import Callable
 from typing import Final
 
 from pgofflined.core.domains import GuestKind, ShutdownReason, guest_kind, shutdown_reason
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError, XenError
+from pgofflined.core.errors import (
+    DomainGone,
+    GuestDidNotSuspend,
+    PortError,
+    SuspendNotAsked,
+    XenError,
+)
 from pgofflined.core.frames import Domid
 from pgofflined.ports import SuspendLimits
 from pgofflined.xen.abi.domctl import (
@@ -72,17 +78,12 @@ class Suspension:
         suspended until somebody resumes it, so the caller must look at it again from time to time
         and call ``resume``, which does nothing as long as it runs.
 
-        Raises XenError: EBUSY when another shutdown, suspend or migration of the domain is under
-        way, EOPNOTSUPP for guests that are not 64-bit PV; DomainGone when it ends meanwhile.
+        Raises SuspendNotAsked: EBUSY when another shutdown, suspend or migration of the domain is
+        under way, EOPNOTSUPP for guests that are not 64-bit PV; DomainGone when it ends meanwhile.
         """
-        self._refuse_unfit(domid)
         path = _shutdown_node(domid)
         with self._stores() as store:
-            store.watch("@releaseDomain")
-            store.watch(path)
-            before = store.replace(path, expected=frozenset({b""}), value=_SUSPEND)
-            if before:
-                raise XenError(errno.EBUSY, op="write control/shutdown", domid=domid)
+            self._ask(store, domid, path)
             try:
                 acknowledged = self._await_acknowledgement(store, domid, path, limits.acknowledge)
             except BaseException:
@@ -94,6 +95,18 @@ class Suspension:
             if not self._await_suspended(store, domid, limits.suspend):
                 raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
             self._fit.add(domid)
+
+    def _ask(self, store: StorePort, domid: Domid, path: str) -> None:
+        """Write the request, unless the guest is unfit or somebody else's."""
+        try:
+            self._refuse_unfit(domid)
+            store.watch("@releaseDomain")
+            store.watch(path)
+        except XenError as error:
+            raise SuspendNotAsked(error.errno, op=error.op, domid=domid) from error
+        before = store.replace(path, expected=frozenset({b""}), value=_SUSPEND)
+        if before:
+            raise SuspendNotAsked(errno.EBUSY, op="write control/shutdown", domid=domid)
 
     def _refuse_unfit(self, domid: Domid) -> None:
         info = self._domains.state(domid)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn
-from pgofflined.core.moves import Group
+from pgofflined.core.moves import Group, PteWrite
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanger import exchange, recover
 from pgofflined.jobstore import JobStore
@@ -27,13 +27,15 @@ from pgofflined.ports import JobRecord, Journal, OpenJob, SuspendLimits, Unfinis
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.layout import PvLayout
+from tests.single import set_ptes
 from tests.unit.exchanger.conftest import Bench
 
 T = TypeVar("T")
 Pick = Callable[[PvLayout], Sequence[int]]
 
 PAGES: dict[str, Pick] = {
-    "data": lambda of: of.user_pages[:1],
+    "data": lambda of: of.plain[:1],
+    "shared": lambda of: of.user_pages[:1],
     "batch": lambda of: [*of.plain[:4], *of.user_pages[:2], of.text[0], of.p2m_list[0]],
     "l1": lambda of: [of.text_upper[2]],
     "l1-of-itself": lambda of: [of.direct_l1[0]],
@@ -91,12 +93,17 @@ class _MortalJob:
     def close(self) -> None:
         self.journal.strike(self.inner.close)
 
+    def set_aside(self) -> None:
+        self.journal.strike(self.inner.set_aside)
+
 
 def run(
     bench: Bench,
     mfns: Sequence[Mfn],
     xen: FaultyHypervisor,
     journal: MortalJournal | None = None,
+    *,
+    marked: bool = True,
 ) -> None:
     """The job, in a process that may be killed."""
     exchange(
@@ -106,6 +113,7 @@ def run(
         journal=journal or MortalJournal(bench.journal, xen),
         clock=bench.host.clock,
         limits=SuspendLimits(),
+        marked=marked,
     )
 
 
@@ -153,7 +161,7 @@ def test_a_job_that_is_killed_at_a_call_is_ended_by_another_process(
     xen = FaultyHypervisor(bench.host, Fault(nth=nth, moment=moment, kills=True))
     with pytest.raises(Killed):
         run(bench, bench.mark(*pfns), xen)
-    reports = [recover(unfinished, bench.host) for unfinished in bench.journal.unfinished()]
+    reports = bench.end_jobs()
     assert_ended_well(bench, pfns, reports)
 
 
@@ -176,7 +184,7 @@ def test_a_job_that_is_killed_at_a_record_is_ended_by_another_process(
     xen = FaultyHypervisor(bench.host)
     with pytest.raises(Killed):
         run(bench, bench.mark(*pfns), xen, MortalJournal(bench.journal, xen, at, after=after))
-    reports = [recover(unfinished, bench.host) for unfinished in bench.journal.unfinished()]
+    reports = bench.end_jobs()
     assert_ended_well(bench, pfns, reports)
 
 
@@ -202,10 +210,10 @@ def test_processes_that_are_killed_one_after_the_other_are_followed_by_one_that_
         dying = FaultyHypervisor(bench.host, Fault(nth=nth, moment=moment, kills=True))
         try:
             for unfinished in bench.journal.unfinished():
-                recover(mortal(unfinished, dying), dying)
+                recover(mortal(unfinished, dying), dying, now=bench.host.clock.now())
         except Killed:
             continue
-    reports = [recover(unfinished, bench.host) for unfinished in bench.journal.unfinished()]
+    reports = bench.end_jobs()
     assert_ended_well(bench, pfns, reports)
 
 
@@ -222,7 +230,7 @@ def test_a_record_in_a_file_is_as_good_as_one_in_memory(
     # What another process finds: this one, which is not really dead, still holds its locks.
     found = tmp_path / "found"
     shutil.copytree(tmp_path / "left", found)
-    reports = [recover(unfinished, bench.host) for unfinished in JobStore(found).unfinished()]
+    reports = bench.end_jobs(journal=JobStore(found))
     assert len(reports) == 1
     assert_ended_well(bench, pfns, reports)
     assert list(found.iterdir()) == []
@@ -242,15 +250,81 @@ def test_recovery_that_fails_at_any_call_leaves_a_guest_that_a_second_one_puts_r
 
     bench, _ = killed()
     dry = FaultyHypervisor(bench.host)
-    for unfinished in bench.journal.unfinished():
-        recover(unfinished, dry)
+    bench.end_jobs(dry)
     for nth in range(1, len(dry.trace.calls) + 1):
-        bench, pfns = killed()
-        failing = FaultyHypervisor(bench.host, Fault(nth=nth))
-        reports: list[RecoveryReport] = []
-        for unfinished in bench.journal.unfinished():
-            try:
-                reports = [recover(unfinished, failing)]
-            except PortError:
-                reports = [recover(unfinished, bench.host)]
+        for times in (1, 6):
+            bench, pfns = killed()
+            reports = bench.end_jobs(FaultyHypervisor(bench.host, Fault(nth=nth, times=times)))
+            assert_ended_well(bench, pfns, reports)
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+@pytest.mark.parametrize("moment", [Moment.HALFWAY, Moment.AFTER])
+def test_a_frame_that_comes_back_at_once_is_not_taken_for_one_that_never_left(
+    name: str, moment: Moment
+) -> None:
+    # Unmarked, the frame that a page has just left is free, and may be given for the next page.
+    bench = Bench.build(reuses_first=True)
+    pfns = PAGES[name](bench.layout)
+    mfns = [bench.host.frame_of(bench.domid, pfn) for pfn in pfns]
+    for dies in (False, True):
+        xen = FaultyHypervisor(
+            bench.host, Fault(method="exchange", moment=moment, kills=dies, error=LOST)
+        )
+        with contextlib.suppress(Killed):
+            run(bench, mfns, xen, marked=False)
+        reports = bench.end_jobs()
         assert_ended_well(bench, pfns, reports)
+
+
+LOST = PortError("the reply was lost")
+
+
+def test_a_guest_that_stays_beyond_help_is_let_go_and_its_record_kept_for_a_person() -> None:
+    bench = Bench.build()
+    dying = Fault(method="exchange", moment=Moment.AFTER, kills=True)
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*PAGES["data"](bench.layout)), FaultyHypervisor(bench.host, dying))
+    broken = Fault(method="write_frames", times=10**6)
+    reports = bench.end_jobs(FaultyHypervisor(bench.host, broken))
+    assert [report.outcome for report in reports] == [Recovered.LEFT_ALONE]
+    info = bench.host.domain(bench.domid)
+    assert info.shutdown is None
+    assert not info.paused
+    assert bench.journal.kept == {}
+    [kept] = bench.journal.aside
+    assert kept.group is not None
+
+
+def test_a_guest_that_somebody_else_let_go_and_stopped_again_is_left_as_it_is() -> None:
+    bench = Bench.build()
+    dying = Fault(method="update_ptes", moment=Moment.AFTER, kills=True)
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*PAGES["data"](bench.layout)), FaultyHypervisor(bench.host, dying))
+    # `xl resume`, work, and `xl save`, which finds it suspended and not paused.
+    [kept] = bench.journal.kept.values()
+    assert kept.group is not None
+    table, index = int(kept.group.references.tables[0]), int(kept.group.references.indexes[0])
+    other = bench.host.frame_of(bench.domid, bench.layout.plain[9])
+    write = PteWrite(table=Mfn(table), index=index, value=other << 12 | 0x25)
+    set_ptes(bench.host, bench.domid, [write])
+    bench.host.unpause(bench.domid)
+    xen = FaultyHypervisor(bench.host)
+    reports = bench.end_jobs(xen)
+    assert [report.outcome for report in reports] == [Recovered.LEFT_ALONE]
+    assert not {"pause", "resume", "update_ptes", "exchange"} & set(xen.trace.methods)
+
+
+def test_a_request_that_is_too_old_to_have_been_followed_is_nobodys_suspend() -> None:
+    bench = Bench.build()
+    dying = Fault(method="suspend", kills=True)
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*PAGES["data"](bench.layout)), FaultyHypervisor(bench.host, dying))
+    bench.host.clock.wait(3600)
+    # Somebody saves the guest.
+    bench.host.suspend(bench.domid, SuspendLimits())
+    xen = FaultyHypervisor(bench.host)
+    reports = bench.end_jobs(xen)
+    assert [report.outcome for report in reports] == [Recovered.NOTHING_TO_DO]
+    assert "resume" not in xen.trace.methods
+    assert bench.journal.kept == {}

@@ -18,15 +18,16 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pgofflined.aftercare import Aftercare
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Damaged
+from pgofflined.core.policy import ExchangePolicy
 from pgofflined.core.recovery import RecoveryReport
 from pgofflined.daemon import HostClock
-from pgofflined.exchanger import recover
+from pgofflined.exchanging import Exchanging
 from pgofflined.jobstore import JobStore
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.xen.hypervisor import XenHypervisor
@@ -119,7 +120,14 @@ class Driver:
     def _end(self, where: dict[str, object], mfns: list[Mfn]) -> None:
         """What a daemon does when it starts; by a child, so that nothing of us is left in it."""
         began = time.monotonic()
-        reports = [recover(unfinished, self._xen) for unfinished in JobStore(JOBS).unfinished()]
+        work = Exchanging(
+            xen=self._xen,
+            journal=JobStore(JOBS),
+            clock=HostClock(),
+            policy=ExchangePolicy,
+            poisoned=frozenset,
+        )
+        reports = work.recover()
         took = time.monotonic() - began
         self._look_after(reports)
         states = [self._xen.query(mfn) for mfn in mfns]
@@ -144,7 +152,7 @@ class Driver:
         print(json.dumps(where | told), flush=True)
         time.sleep(_PAUSE_SECONDS)
 
-    def _look_after(self, reports: list[RecoveryReport]) -> None:
+    def _look_after(self, reports: Iterable[RecoveryReport]) -> None:
         """What the daemon does for guests that may follow a dead one's request late."""
         aftercare = Aftercare(self._xen, HostClock(), interval=0)
         for report in reports:

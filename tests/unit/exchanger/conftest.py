@@ -10,8 +10,11 @@ import pytest
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import ExchangeReport
+from pgofflined.core.policy import ExchangePolicy
+from pgofflined.core.recovery import RecoveryReport
 from pgofflined.exchanger import exchange
-from pgofflined.ports import Hypervisor, SuspendLimits
+from pgofflined.exchanging import Exchanging
+from pgofflined.ports import Hypervisor, Journal, SuspendLimits
 from pgofflined.sim.faults import FaultyHypervisor
 from pgofflined.sim.host import HostSpec
 from pgofflined.sim.invariants import check_invariants
@@ -31,8 +34,8 @@ class Bench:
     journal: MemoryJournal = field(default_factory=MemoryJournal)
 
     @classmethod
-    def build(cls, *, l1tf: bool = True) -> Bench:
-        host = SimulatedHost(HostSpec(l1tf=l1tf))
+    def build(cls, *, l1tf: bool = True, reuses_first: bool = False) -> Bench:
+        host = SimulatedHost(HostSpec(l1tf=l1tf, reuses_first=reuses_first))
         domid = host.add_pv()
         return cls(host=host, domid=domid, before=guest_view(host, domid))
 
@@ -49,6 +52,22 @@ class Bench:
         for mfn in mfns:
             self.host.offline(mfn)
         return mfns
+
+    def end_jobs(
+        self, xen: Hypervisor | None = None, *, journal: Journal | None = None
+    ) -> list[RecoveryReport]:
+        """What a daemon does that starts: end what was left, again and again if need be."""
+        work = Exchanging(
+            xen=xen or self.host,
+            journal=journal or self.journal,
+            clock=self.host.clock,
+            policy=ExchangePolicy,
+            poisoned=frozenset,
+        )
+        reports = [*work.recover()]
+        while work.has_rest:
+            reports += work.recover_rest()
+        return reports
 
     def exchange(self, mfns: Sequence[Mfn], xen: Hypervisor | None = None) -> ExchangeReport:
         return exchange(

@@ -425,3 +425,44 @@ def test_a_page_that_changes_after_it_was_copied_is_put_back(bench: Bench) -> No
     assert result.reason is RefusalReason.CONTENTS_CHANGED
     assert bench.host.frame_of(bench.domid, pfn) == mfn
     assert bench.host.domain(bench.domid).shutdown is None
+
+
+def test_a_guest_that_somebody_else_suspends_meanwhile_is_his_to_resume(bench: Bench) -> None:
+    [mfn] = bench.mark(bench.layout.plain[0])
+    # `xl save`, while we look through its page tables.
+    saving = Fault(
+        method="vcpu_frames", act=lambda: bench.host.suspend(bench.domid, SuspendLimits())
+    )
+    xen = FaultyHypervisor(bench.host, saving)
+    report = bench.exchange([mfn], xen)
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.DOMAIN_BUSY
+    assert not {"resume", "unpause", "pause"} & set(xen.trace.methods)
+    assert bench.host.simulated(bench.domid).suspended
+    assert bench.journal.kept == {}
+
+
+@pytest.mark.parametrize("method", ["write_frames", "write_entries", "update_ptes", "read_frames"])
+def test_a_fault_of_our_own_costs_neither_the_guest_nor_its_pages(
+    bench: Bench, method: str
+) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    rehearsal = Bench.build()
+    _, dry = rehearsal.exchange_traced(rehearsal.mark(*rehearsal.layout.plain[:3]))
+    methods = dry.trace.methods
+    held = methods[: methods.index("suspend")].count(method)
+    for nth in range(held + 1, methods.count(method) + 1):
+        bench = Bench.build()
+        mfns = bench.mark(*bench.layout.plain[:3])
+        report = bench.exchange(
+            mfns, FaultyHypervisor(bench.host, Fault(method=method, nth=nth, act=fail))
+        )
+        assert report.stuck is None
+        after = bench.assert_guest_runs_unharmed()
+        moved = [result.pfn for result in report.results if isinstance(result, Exchanged)]
+        assert bench.before.moved(after) == sorted(moved)
+        assert bench.journal.kept == {}
+        assert bench.journal.aside == []

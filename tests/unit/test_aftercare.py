@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+
+from pgofflined.aftercare import Aftercare
+from pgofflined.ports import SuspendLimits
+from pgofflined.sim.faults import Fault, FaultyHypervisor
+from pgofflined.sim.scenarios import SmallHost, small_host
+
+
+@pytest.fixture
+def held() -> SmallHost:
+    """A host with a guest that a job had to leave suspended and paused."""
+    small = small_host()
+    small.host.suspend(small.pv, SuspendLimits())
+    small.host.pause(small.pv)
+    return small
+
+
+def caring(small: SmallHost, *plan: Fault) -> Aftercare:
+    xen = FaultyHypervisor(small.host, *plan)
+    aftercare = Aftercare(xen, small.host.clock, interval=5)
+    domain = small.host.domain(small.pv).identity
+    aftercare.note("x1", domain, stuck="could not unpause it", may_suspend_late=False)
+    return aftercare
+
+
+def runs(small: SmallHost) -> bool:
+    info = small.host.domain(small.pv)
+    return info.shutdown is None and not info.paused
+
+
+def test_a_stuck_guest_is_unpaused_and_resumed(held: SmallHost) -> None:
+    aftercare = caring(held)
+    aftercare.look()
+    assert runs(held)
+    assert not aftercare
+    assert aftercare.stuck == {}
+
+
+@pytest.mark.parametrize("method", ["unpause", "resume"])
+def test_a_guest_that_stays_stuck_is_looked_at_until_it_runs(held: SmallHost, method: str) -> None:
+    aftercare = caring(held, Fault(method=method, times=15))
+    aftercare.look()
+    assert not runs(held)
+    assert aftercare.stuck
+    aftercare.look()
+    assert runs(held)
+    assert not aftercare
+
+
+def test_a_guest_that_somebody_has_helped_is_left_alone(held: SmallHost) -> None:
+    aftercare = caring(held)
+    held.host.unpause(held.pv)
+    held.host.resume(held.pv)
+    aftercare.look()
+    assert runs(held)
+    assert not aftercare
+
+
+def test_a_guest_that_suspends_late_is_resumed(held: SmallHost) -> None:
+    held.host.unpause(held.pv)
+    aftercare = Aftercare(held.host, held.host.clock, interval=5)
+    domain = held.host.domain(held.pv).identity
+    aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
+    aftercare.look()
+    assert runs(held)
+    assert not aftercare
+
+
+def test_a_guest_that_may_suspend_late_is_given_up_after_a_while() -> None:
+    small = small_host()
+    aftercare = Aftercare(small.host, small.host.clock, interval=5)
+    domain = small.host.domain(small.pv).identity
+    aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
+    aftercare.look()
+    assert aftercare
+    small.host.clock.wait(301)
+    aftercare.look()
+    assert not aftercare
