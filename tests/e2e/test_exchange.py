@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from .daemon import frames, running
 from .rig.guest import Guest, GuestSpec
 from .rig.host import Host
+from .rig.waiting import wait_until
 
 NATIVE = "intel-native-noservice"
 TESTS = "cd /opt/pgofflined-tests && python3 -m tests.e2e.dom0"
@@ -96,5 +98,30 @@ def test_a_hundred_exchanges_that_are_killed_at_random_instants_harm_no_guest(ho
     rows = kills(host, guest, "instants any 4 100")
     assert len(rows) == 100
     assert sum("finished" in row["ended"] for row in rows) >= 5
+    guest.wait_passes(2)
+    guest.assert_clean()
+
+
+def test_a_daemon_that_is_killed_while_a_guest_stands_still_is_followed_by_one_that_helps_it(
+    host: Host,
+) -> None:
+    guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
+    [mfn] = frames(host, "data", guest.domid, 1)
+    with running(host) as daemon:
+        killer = (
+            f"{TESTS}.kill_when_suspended {guest.domid} {daemon.pid()} > /tmp/killed & "
+            "until grep -q watching /tmp/killed; do sleep 0.1; done; "
+            f"pgofflined offline {mfn:#x} || true; wait"
+        )
+        host.run(killer, timeout=120)
+        assert '"suspended": true' in host.read_text("/tmp/killed")  # noqa: S108 - in dom0
+        wait_until(
+            lambda: "an exchange was cut off" in daemon.journal(),
+            timeout=120,
+            what="the next daemon's word on what it found",
+        )
+        daemon.wait_for(mfn, "offlined")
+        assert daemon.state(mfn) == "OFFLINED"
+        assert host.run("ls /run/pgofflined/jobs").out == ""
     guest.wait_passes(2)
     guest.assert_clean()
