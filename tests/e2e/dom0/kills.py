@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 
 from pgofflined.aftercare import Aftercare
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.offline import OfflineState
+from pgofflined.core.offline import OfflineFlag, OfflineState
 from pgofflined.core.outcomes import Damaged
 from pgofflined.core.policy import ExchangePolicy
 from pgofflined.core.recovery import RecoveryReport
@@ -112,8 +112,10 @@ class Driver:
         with self._xen.placed():
             while len(marked) < self._batch:
                 mfn = Mfn(random.choice(found)[1])  # noqa: S311 - no secret hangs on it
-                if self._xen.query(mfn) is OfflineState.ONLINE:
-                    self._xen.offline(mfn)
+                if self._xen.query(mfn) is not OfflineState.ONLINE:
+                    continue
+                # What was of Xen's image at boot cannot be marked.
+                if self._xen.offline(mfn).flags & OfflineFlag.PENDING:
                     marked.append(mfn)
         return marked
 
