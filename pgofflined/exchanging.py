@@ -20,8 +20,9 @@ from pgofflined.ports import Clock, Hypervisor, Journal, SuspendLimits, Unfinish
 log = logging.getLogger(__name__)
 
 # What keeps a guest from being put right (dom0 short of memory, xenstored not up yet) passes within
-# so many tries, one with each look of the aftercare, or not at all.
+# so many tries, so many seconds apart at least, or not at all.
 RECOVERY_TRIES = 12
+RECOVERY_SECONDS = 5.0
 
 
 class Exchanging:
@@ -47,6 +48,7 @@ class Exchanging:
         self._poisoned = poisoned
         self._rest: list[UnfinishedJob] = []
         self._tries = 0
+        self._next_try = 0.0
 
     def run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
         """Exchange pages; never raises for a single job's sake."""
@@ -108,7 +110,9 @@ class Exchanging:
         return self._recover(self._journal.unfinished())
 
     def recover_rest(self) -> tuple[RecoveryReport, ...]:
-        """Try the jobs again that could not be ended."""
+        """Try the jobs again that could not be ended, if it is time for that."""
+        if self._clock.monotonic() < self._next_try:
+            return ()
         self._tries += 1
         rest, self._rest = self._rest, []
         return self._recover(rest)
@@ -119,6 +123,7 @@ class Exchanging:
         return bool(self._rest)
 
     def _recover(self, jobs: Sequence[UnfinishedJob]) -> tuple[RecoveryReport, ...]:
+        self._next_try = self._clock.monotonic() + RECOVERY_SECONDS
         reports = []
         for unfinished in jobs:
             report = self._recover_one(unfinished)

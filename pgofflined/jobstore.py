@@ -111,9 +111,10 @@ class JobStore:
                 found.append(_load(path))
             except _NeverBegun:
                 _remove(path)
-            except sqlite3.OperationalError as error:
-                _log.error("%s is in use by another process (%s) and left to it", path, error)
             except (sqlite3.Error, ValueError, OSError) as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
+                    _log.error("%s is in use by another process and left to it", path)
+                    continue
                 aside = path.with_suffix(_ASIDE)
                 _log.critical(
                     "the record of an exchange in %s cannot be read (%s) and was moved to %s: look "

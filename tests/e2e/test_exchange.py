@@ -97,8 +97,8 @@ def test_a_hundred_exchanges_that_are_killed_at_random_instants_harm_no_guest(ho
     guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
     rows = kills(host, guest, "instants any 4 100")
     assert len(rows) == 100
-    # Most instants fall into the survey and the wait for the guest, some into what follows.
-    assert sum("finished" in row["ended"] for row in rows) >= 1
+    # Half of them are while the guest stands still, save for pages that are refused before.
+    assert sum("finished" in row["ended"] for row in rows) >= 25
     guest.wait_passes(2)
     guest.assert_clean()
 

@@ -158,6 +158,27 @@ def test_a_damaged_record_is_told_and_put_aside(
     assert [file.name for file in folder.iterdir()] == ["d7-x.damaged"]
 
 
+def test_a_record_without_its_tables_is_told_and_put_aside(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.mkdir()
+    with sqlite3.connect(folder / "d7-x.job") as connection:
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    with caplog.at_level(logging.CRITICAL):
+        assert JobStore(folder).unfinished() == []
+    assert "d7-x.job cannot be read" in caplog.text
+    assert "d7-x.damaged" in [file.name for file in folder.iterdir()]
+
+
+def test_a_record_that_another_process_has_open_is_left_to_it(folder: Path) -> None:
+    job = JobStore(folder).open(RECORD)
+    job.intend(group())
+    before = sorted(file.name for file in folder.iterdir())
+    assert JobStore(folder).unfinished() == []
+    assert sorted(file.name for file in folder.iterdir()) == before
+
+
 def test_arrays_that_do_not_belong_together_are_not_believed(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterable
 
 from pgofflined.aftercare import Aftercare
+from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineState
 from pgofflined.core.outcomes import Damaged
@@ -40,6 +41,7 @@ _CHILD_SECONDS = 60
 _KILL_SECONDS = 120
 _MOMENTS = (Moment.BEFORE, Moment.AFTER)
 _PAUSE_SECONDS = 0.2
+_HELD_SECONDS = 0.1
 # A guest that has read the request follows it within so many seconds.
 _LATE_SECONDS = 4.0
 
@@ -75,14 +77,25 @@ class Driver:
         began = time.monotonic()
         self._run_child(self._mark(), lambda mfns: run_job(XenHypervisor(), self._domid, mfns))
         longest = (time.monotonic() - began) * 1.1
-        for _ in range(count):
+        for number in range(count):
             after = random.uniform(0, longest)  # noqa: S311 - no secret hangs on it
             mfns = self._mark()
             child = _fork(lambda mfns=mfns: run_job(XenHypervisor(), self._domid, mfns))  # type: ignore[misc]
+            if number % 2:
+                # Every other one while the guest stands still, which is a small part of the time.
+                self._wait_until_suspended(child)
+                after = random.uniform(0, _HELD_SECONDS)  # noqa: S311 - no secret hangs on it
+            # The instant itself is what is drawn: there is no condition to wait for.
             time.sleep(after)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            self._end({"after": round(after, 4)}, mfns)
+            self._end({"after": round(after, 4), "held": bool(number % 2)}, mfns)
+
+    def _wait_until_suspended(self, child: int) -> None:
+        """Watch the guest as long as the child lives, which refuses some pages before."""
+        while self._xen.condition(self._domid).shutdown is not ShutdownReason.SUSPEND:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return
 
     def _kill_at_call(self, nth: int, moment: Moment) -> bool:
         """Whether there was such a call."""
