@@ -19,12 +19,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from enum import IntEnum
 
 from pgofflined.aftercare import Aftercare
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineState
-from pgofflined.core.outcomes import Damaged
+from pgofflined.core.outcomes import Damaged, Exchanged, ExchangeReport
 from pgofflined.core.policy import ExchangePolicy
 from pgofflined.core.recovery import RecoveryReport
 from pgofflined.daemon import HostClock
@@ -44,6 +45,18 @@ _PAUSE_SECONDS = 0.2
 _HELD_SECONDS = 0.1
 # A guest that has read the request follows it within so many seconds.
 _LATE_SECONDS = 4.0
+# After so many calls in a row that no exchange has reached, there are no more of them.
+_ENDED_BEFORE = 3
+# So often are other pages drawn where all were refused.
+_REFUSED_PAGES = 20
+
+
+class _End(IntEnum):
+    """How an exchange that was to be killed ended; the status of the process."""
+
+    KILLED = -signal.SIGKILL
+    EXCHANGED = 0
+    REFUSED = 3
 
 
 class Driver:
@@ -57,20 +70,28 @@ class Driver:
         self._batch = batch
 
     def calls(self, *, held: bool) -> None:
-        """Kill at every call, or at those from the suspend on only."""
-        killed = True
+        """Kill at every call, or at those from the suspend on only.
+
+        Exchanges differ in how many calls they have, so one that ends before the call is reached
+        does not mean that there is none.
+        """
         nth = self._calls_before_the_suspend() if held else 0
-        while killed:
+        ended = 0
+        while ended < _ENDED_BEFORE:
             nth += 1
-            killed = all(self._kill_at_call(nth, moment) for moment in _MOMENTS)
+            killed = [self._kill_at_call(nth, moment) for moment in _MOMENTS]
+            ended = 0 if any(killed) else ended + 1
 
     def _calls_before_the_suspend(self) -> int:
-        """By a rehearsal with the suspend left out."""
-        mfns = self._mark()
-        xen = FaultyHypervisor(self._xen, Fault(method="suspend"))
-        run_job(xen, self._domid, mfns)
-        self._end({"rehearsal": True, "killed": False}, mfns)
-        return xen.trace.methods.index("suspend")
+        """By a rehearsal in which the suspend fails, with pages that are not refused before it."""
+        for _ in range(_REFUSED_PAGES):
+            mfns = self._mark()
+            xen = FaultyHypervisor(self._xen, Fault(method="suspend"))
+            run_job(xen, self._domid, mfns)
+            self._end({"rehearsal": True, "killed": False}, mfns)
+            if "suspend" in xen.trace.methods:
+                return xen.trace.methods.index("suspend")
+        raise SystemExit("all the pages that were drawn are refused before the suspend")
 
     def instants(self, count: int) -> None:
         """Kill at random instants of the time that an exchange takes."""
@@ -99,24 +120,28 @@ class Driver:
 
     def _kill_at_call(self, nth: int, moment: Moment) -> bool:
         """Whether there was such a call."""
-        mfns = self._mark()
 
-        def job(mfns: list[Mfn]) -> None:
+        def job(mfns: list[Mfn]) -> ExchangeReport:
             die = Fault(nth=nth, moment=moment, act=lambda: os.kill(os.getpid(), signal.SIGKILL))
-            run_job(FaultyHypervisor(XenHypervisor(), die), self._domid, mfns)
+            return run_job(FaultyHypervisor(XenHypervisor(), die), self._domid, mfns)
 
-        killed = self._run_child(mfns, job)
-        self._end({"call": nth, "moment": moment.name, "killed": killed}, mfns)
-        return killed
+        for _ in range(_REFUSED_PAGES):
+            mfns = self._mark()
+            end = self._run_child(mfns, job)
+            self._end({"call": nth, "moment": moment.name, "killed": end is _End.KILLED}, mfns)
+            if end is not _End.REFUSED:
+                return end is _End.KILLED
+        raise SystemExit("all the pages that were drawn are refused")
 
-    def _run_child(self, mfns: list[Mfn], job: Callable[[list[Mfn]], object]) -> bool:
-        """Whether it was killed.  A child that fails otherwise ends us too."""
+    def _run_child(self, mfns: list[Mfn], job: Callable[[list[Mfn]], ExchangeReport]) -> _End:
+        """How it ended.  A child that fails ends us too."""
         _, status = os.waitpid(_fork(lambda: job(mfns)), 0)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-            return True
-        if status:
-            raise SystemExit(f"the exchange failed with status {status}; see above")
-        return False
+            return _End.KILLED
+        code = os.waitstatus_to_exitcode(status)
+        if code not in (_End.EXCHANGED, _End.REFUSED):
+            raise SystemExit(f"the exchange failed with status {code}; see above")
+        return _End(code)
 
     def _mark(self) -> list[Mfn]:
         signal.alarm(_KILL_SECONDS)
@@ -183,18 +208,20 @@ class Driver:
             time.sleep(_PAUSE_SECONDS)
 
 
-def _fork(act: Callable[[], object]) -> int:
+def _fork(act: Callable[[], ExchangeReport]) -> int:
     child = os.fork()
     if child:
         return child
     signal.alarm(_CHILD_SECONDS)
+    code = 1
     try:
-        act()
+        moved = any(isinstance(result, Exchanged) for result in act().results)
+        code = _End.EXCHANGED if moved else _End.REFUSED
     except BaseException:
         traceback.print_exc()
         raise
     finally:
-        os._exit(0 if sys.exc_info()[0] is None else 1)
+        os._exit(code)
 
 
 def main(domid: Domid, what: str, kind: str, batch: int, rest: list[str]) -> None:
