@@ -134,7 +134,7 @@ class SimulatedDomainControl(HostState):
 
     def _refuse_or_ignore(self, domain: SimulatedDomain) -> bool:
         """Whether the guest will not read the request.  Refuses what can never work."""
-        if domain.kind is not GuestKind.PV:
+        if domain.kind is GuestKind.HVM:
             raise SuspendNotAsked(EOPNOTSUPP, op="suspend", domid=domain.domid)
         if domain.suspended:
             raise SuspendNotAsked(EBUSY, op="suspend", domid=domain.domid)

@@ -1,10 +1,12 @@
-"""Asking a PV guest to suspend itself, and letting it run on.
+"""Asking a PV or PVH guest to suspend itself, and letting it run on.
 
 The protocol is that of ``docs/misc/xenstore-paths`` in the Xen source: the toolstack writes
 ``suspend`` to ``control/shutdown``, the guest empties the node to acknowledge, quiesces itself and
 calls SCHEDOP_shutdown with reason suspend.  A guest that is resumed in its own domain must find 1
 in rax as that call's result ("the suspend was cancelled"); with 0 it would believe that it had been
-restored elsewhere, and break.
+restored elsewhere, and break.  A guest of the HVM class that has no PV drivers made no such call;
+its registers are its own.  One with a device model cannot be resumed by us at all: libxl stops the
+model, and only libxl starts it again.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Final, assert_never
 
 from pgofflined.core.domains import GuestKind, ShutdownReason, guest_kind, shutdown_reason
 from pgofflined.core.errors import (
@@ -27,18 +29,24 @@ from pgofflined.core.errors import (
 from pgofflined.core.frames import Domid
 from pgofflined.ports import SuspendLimits
 from pgofflined.xen.abi.domctl import (
+    GetDomainInfo,
+    GetDomainInfoBefore416,
     VcpuContext,
     XEN_DOMCTL_getvcpucontext,
     XEN_DOMCTL_resumedomain,
     XEN_DOMCTL_setvcpucontext,
 )
+from pgofflined.xen.abi.hvm import HVM_PARAM_CALLBACK_IRQ, HVMOP_get_param, HvmParam
 from pgofflined.xen.abi.vcpu import VcpuGuestContext
+from pgofflined.xen.abi.xen import HYPERVISOR_hvm_op
 from pgofflined.xen.control import Control
 from pgofflined.xen.domains import Domains
 from pgofflined.xen.libs import XenCall
 from pgofflined.xen.store import StoreOpener, StorePort, open_store
 
 _LOG = logging.getLogger(__name__)
+
+_Info = GetDomainInfo | GetDomainInfoBefore416
 
 _SUSPEND: Final = b"suspend"
 _CANCELLED: Final = 1
@@ -79,7 +87,7 @@ class Suspension:
         and call ``resume``, which does nothing as long as it runs.
 
         Raises SuspendNotAsked: EBUSY when another shutdown, suspend or migration of the domain is
-        under way, EOPNOTSUPP for guests that are not 64-bit PV; DomainGone when it ends meanwhile.
+        under way, EOPNOTSUPP for 32-bit PV and for HVM guests; DomainGone when it ends meanwhile.
         """
         path = _shutdown_node(domid)
         with self._stores() as store:
@@ -110,10 +118,7 @@ class Suspension:
 
     def _refuse_unfit(self, domid: Domid) -> None:
         info = self._domains.state(domid)
-        if guest_kind(info.flags, info.arch_config.emulation_flags) is not GuestKind.PV:
-            raise XenError(errno.EOPNOTSUPP, op="suspend (PV only)", domid=domid)
-        if self._domains.address_size(domid) != 64:
-            raise XenError(errno.EOPNOTSUPP, op="suspend (64-bit only)", domid=domid)
+        self._refuse_kind(info, "suspend")
         match shutdown_reason(info.flags):
             case None:
                 return
@@ -121,6 +126,22 @@ class Suspension:
                 raise XenError(errno.EBUSY, op="suspend (already suspended)", domid=domid)
             case _:
                 raise DomainGone(domid)
+
+    def _refuse_kind(self, info: _Info, op: str) -> GuestKind:
+        """The kind of a domain that can be suspended and resumed; it is asked for once."""
+        domid = Domid(info.domain)
+        kind = guest_kind(info.flags, info.arch_config.emulation_flags)
+        match kind:
+            case GuestKind.HVM:
+                raise XenError(errno.EOPNOTSUPP, op=f"{op} (HVM)", domid=domid)
+            case GuestKind.PVH:
+                pass
+            case GuestKind.PV:
+                if domid not in self._fit and self._domains.address_size(domid) != 64:
+                    raise XenError(errno.EOPNOTSUPP, op=f"{op} (32-bit PV)", domid=domid)
+            case _:
+                assert_never(kind)
+        return kind
 
     def _await_acknowledgement(
         self, store: StorePort, domid: Domid, path: str, seconds: float
@@ -175,11 +196,9 @@ class Suspension:
         info = self._domains.state(domid)
         if shutdown_reason(info.flags) is not ShutdownReason.SUSPEND:
             return
-        if guest_kind(info.flags, info.arch_config.emulation_flags) is not GuestKind.PV:
-            raise XenError(errno.EOPNOTSUPP, op="resume (PV only)", domid=domid)
-        if domid not in self._fit and self._domains.address_size(domid) != 64:
-            raise XenError(errno.EOPNOTSUPP, op="resume (64-bit only)", domid=domid)
-        _insist(lambda: self._set_suspend_result(domid))
+        kind = self._refuse_kind(info, "resume")
+        if kind is GuestKind.PV or self._has_pv_drivers(domid):
+            _insist(lambda: self._set_suspend_result(domid))
         _insist(lambda: self._control.domctl(XEN_DOMCTL_resumedomain, domid, op="resumedomain"))
         self._fit.discard(domid)
         self._untold.add(domid)
@@ -188,6 +207,24 @@ class Suspension:
         """Tell xenstored that a domain runs again, if it does because of us."""
         if domid in self._untold:
             self._tell_xenstored(domid)
+
+    def _has_pv_drivers(self, domid: Domid) -> bool:
+        """Whether a guest of the HVM class has asked for event channels, and hence made the call.
+
+        libxl takes this for the sign as well, and Linux sets it for that where it needs no callback
+        (``xen_set_upcall_vector``, arch/x86/xen/enlighten_hvm.c).
+        """
+        with self._call.struct(HvmParam) as parameter:
+            parameter.domid = domid
+            parameter.index = HVM_PARAM_CALLBACK_IRQ
+            self._call.hypercall(
+                HYPERVISOR_hvm_op,
+                HVMOP_get_param,
+                ctypes.addressof(parameter),
+                op="hvm_op(get_param)",
+                domid=domid,
+            )
+            return parameter.value != 0
 
     def _set_suspend_result(self, domid: Domid) -> None:
         """Put 1 into rax of vCPU 0, the one that made the call."""

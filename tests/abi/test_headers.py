@@ -34,6 +34,8 @@ INCLUDES = """
 #include <xen/arch-x86/xen-mca.h>
 #include <xen/domctl.h>
 #include <xen/grant_table.h>
+#include <xen/hvm/hvm_op.h>
+#include <xen/hvm/params.h>
 #include <xen/memory.h>
 #include <xen/sched.h>
 #include <xen/sysctl.h>

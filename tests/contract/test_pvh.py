@@ -7,7 +7,7 @@ from errno import EOPNOTSUPP
 import numpy as np
 import pytest
 
-from pgofflined.core.domains import GuestKind
+from pgofflined.core.domains import GuestKind, ShutdownReason
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import Mfn, Pfn
 from pgofflined.core.moves import PteWrite
@@ -53,10 +53,11 @@ def test_page_table_updates_are_refused(hypervisor: Hypervisor, host: ContractHo
     assert caught.value.errno == EOPNOTSUPP
 
 
-def test_suspend_is_refused_and_the_guest_runs_on(
-    hypervisor: Hypervisor, host: ContractHost
-) -> None:
-    with pytest.raises(XenError) as caught:
-        hypervisor.suspend(host.pvh, SuspendLimits())
-    assert caught.value.errno == EOPNOTSUPP
+def test_a_guest_is_suspended_and_runs_on(hypervisor: Hypervisor, host: ContractHost) -> None:
+    hypervisor.suspend(host.pvh, SuspendLimits())
+    try:
+        assert hypervisor.condition(host.pvh).shutdown is ShutdownReason.SUSPEND
+    finally:
+        hypervisor.resume(host.pvh)
+        hypervisor.tell_resumed(host.pvh)
     assert_runs(hypervisor, host.pvh)

@@ -13,6 +13,7 @@ HYPERVISOR_memory_op: Final = 12
 HYPERVISOR_xen_version: Final = 17
 HYPERVISOR_grant_table_op: Final = 20
 HYPERVISOR_mmuext_op: Final = 26
+HYPERVISOR_hvm_op: Final = 34
 HYPERVISOR_sysctl: Final = 35
 HYPERVISOR_domctl: Final = 36
 HYPERVISOR_arch_0: Final = 48

@@ -22,7 +22,9 @@ from pgofflined.xen.abi.domctl import (
     XEN_DOMCTL_resumedomain,
     XEN_DOMCTL_setvcpucontext,
 )
+from pgofflined.xen.abi.hvm import HVM_PARAM_CALLBACK_IRQ, HVMOP_get_param, HvmParam
 from pgofflined.xen.abi.vcpu import VcpuGuestContext
+from pgofflined.xen.abi.xen import HYPERVISOR_hvm_op
 from pgofflined.xen.control import Control
 from pgofflined.xen.domains import Domains
 from pgofflined.xen.store import StorePort
@@ -34,6 +36,8 @@ GUEST = Domid(3)
 NODE = "/local/domain/3/control/shutdown"
 SUSPENDED = 1 << 2 | 2 << 16
 CRASHED = 1 << 2 | 3 << 16
+HVM = 1 << 1
+DEVICE_MODEL = 0x1FF
 LIMITS = SuspendLimits(acknowledge=10, suspend=30)
 
 
@@ -48,6 +52,8 @@ class Guest:
     width: int = 64
     now: float = 0.0
     log: list[str] = field(default_factory=list)
+    emulation: int = 0
+    callback_irq: int = 0
     fail: dict[int, list[int]] = field(default_factory=dict)
     store_fails: int = 0
     watched: set[str] = field(default_factory=set)
@@ -89,12 +95,16 @@ class Guest:
 
     # Xen
 
-    def answer(self, _number: int, arguments: tuple[int, ...]) -> int:
+    def answer(self, number: int, arguments: tuple[int, ...]) -> int:
+        if number == HYPERVISOR_hvm_op:
+            return self.answer_hvm(*arguments)
         request, place = domctl_at(arguments[0])
         if self.fail.get(request.cmd):
             raise failing(self.fail[request.cmd].pop(0))
         if request.cmd == XEN_DOMCTL_getdomaininfo:
-            put(place, domain_info(GUEST, flags=self.flags))
+            info = domain_info(GUEST, flags=self.flags)
+            info.arch_config.emulation_flags = self.emulation
+            put(place, info)
         elif request.cmd == XEN_DOMCTL_get_address_size:
             put(place, AddressSize(size=self.width))
         elif request.cmd == XEN_DOMCTL_resumedomain:
@@ -113,6 +123,15 @@ class Guest:
                 assert bytes(context)[:512] == b"\x5a" * 512
                 self.rax = context.user_regs.rax
                 self.log.append(f"rax {self.rax}")
+        return 0
+
+    def answer_hvm(self, operation: int, place: int) -> int:
+        parameter = HvmParam.from_address(place)
+        assert operation == HVMOP_get_param
+        assert (parameter.domid, parameter.index) == (GUEST, HVM_PARAM_CALLBACK_IRQ)
+        if self.fail.get(HYPERVISOR_hvm_op):
+            raise failing(self.fail[HYPERVISOR_hvm_op].pop(0))
+        parameter.value = self.callback_irq
         return 0
 
 
@@ -223,7 +242,7 @@ def test_request_of_somebody_else_is_not_overwritten(node: bytes) -> None:
     ("guest", "code"),
     [
         (Guest(flags=SUSPENDED), errno.EBUSY),
-        (Guest(flags=1 << 1), errno.EOPNOTSUPP),
+        (Guest(flags=HVM, emulation=DEVICE_MODEL), errno.EOPNOTSUPP),
         (Guest(width=32), errno.EOPNOTSUPP),
     ],
 )
@@ -293,3 +312,34 @@ def test_xenstored_is_told_the_next_time_if_it_could_not_be(
     assert "could not be told" in caplog.text
     resuming.tell_resumed(GUEST)
     assert guest.log == ["rax 1", "resumed", "told xenstored"]
+
+
+def test_pvh_guest_with_pv_drivers_is_suspended_and_finds_its_call_cancelled() -> None:
+    guest = Guest({0.5: suspends}, flags=HVM, callback_irq=1)
+    suspending = suspension(guest)
+    suspending.suspend(GUEST, LIMITS)
+    guest.flags |= HVM
+    suspending.resume(GUEST)
+    assert guest.log == ["write 'suspend'", "rax 1", "resumed"]
+
+
+def test_registers_of_a_guest_without_pv_drivers_are_left_alone() -> None:
+    guest = Guest(flags=SUSPENDED | HVM, rax=0xDEAD)
+    suspension(guest).resume(GUEST)
+    assert (guest.log, guest.rax) == (["resumed"], 0xDEAD)
+
+
+@pytest.mark.parametrize(
+    "guest",
+    [
+        Guest(flags=SUSPENDED | HVM, emulation=DEVICE_MODEL, callback_irq=1),
+        Guest(flags=SUSPENDED | HVM, fail={HYPERVISOR_hvm_op: [errno.EIO]}),
+    ],
+)
+def test_guest_of_the_hvm_class_that_cannot_be_resumed_rightly_stays_suspended(
+    guest: Guest,
+) -> None:
+    before = guest.flags
+    with pytest.raises(XenError):
+        suspension(guest).resume(GUEST)
+    assert (guest.flags, guest.log) == (before, [])
