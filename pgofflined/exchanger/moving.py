@@ -116,14 +116,14 @@ class Mover:
         self.is_whole = False
         try:
             transfer.run()
-            self.is_whole = not transfer.is_damaged
+            self.is_whole = not transfer.progress.is_damaged
         except PortError:
             raise
         except Exception:
             self._rescue(domid, group)
             raise
         finally:
-            olds, news = transfer.moved()
+            olds, news = transfer.progress.moved()
             self._olds = np.concatenate([self._olds, olds])
             self._news = np.concatenate([self._news, news])
 
@@ -143,12 +143,12 @@ class Mover:
             if isinstance(outcome, Refusal):
                 yield outcome
             else:
-                yield from outcome.refusals
+                yield from outcome.progress.refusals
 
     def results(self) -> dict[Mfn, PageResult]:
         """By page; the last word on each."""
         results: dict[Mfn, PageResult] = {}
         for outcome in self._outcomes:
-            told = [outcome] if isinstance(outcome, Refusal) else outcome.results()
+            told = [outcome] if isinstance(outcome, Refusal) else outcome.progress.results()
             results |= {page_of(result): result for result in told}
         return results

@@ -131,7 +131,7 @@ class _Recovery:
         if not info.paused:
             self._xen.pause(self._domid)
         transfer.settle()
-        return tuple(transfer.results())
+        return tuple(transfer.progress.results())
 
     def give_up(self, report: RecoveryReport) -> RecoveryReport:
         """Let the guest go as it is.
