@@ -197,10 +197,11 @@ class ExchangeJob:
             log.exception("the exchange for d%d met a fault of our own", self._domain.domid)
             why = RefusalReason.INTERNAL, "a fault of our own, which the journal tells"
         finally:
-            if not mover.is_whole:
-                job.set_aside()
-            elif self._held.owes_nothing:
+            # The record of a guest that still stands still is for the next process.
+            if self._held.owes_nothing and mover.is_whole:
                 job.close()
+            elif self._held.owes_nothing:
+                job.set_aside()
         return self._verified(self._refuse_rest(planned, mover.results(), *why))
 
     def _move(self, mover: Mover, job: OpenJob, before: DomainInfo, surveyed: Surveyed) -> None:
@@ -210,7 +211,8 @@ class ExchangeJob:
         if info.shutdown is not ShutdownReason.SUSPEND:
             raise _ResumedByOthers(f"d{self._domain.domid} was resumed by someone else")
         mover.move(before, surveyed.plan, held=self._held.held, survey_seconds=surveyed.seconds)
-        job.settled()
+        if mover.is_whole:
+            job.settled()
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:

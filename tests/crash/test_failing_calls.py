@@ -10,6 +10,7 @@ import pytest
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import Damaged, Exchanged, Refusal
+from pgofflined.core.recovery import Recovered
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.sim.layout import DIRECT_MAP
 from pgofflined.sim.pagetables import PageFault
@@ -120,6 +121,23 @@ def test_a_page_whose_contents_are_lost_stays_unmapped_rather_than_wrong(method:
     assert isinstance(result, Damaged)
     with pytest.raises(PageFault):
         bench.host.pv(bench.domid).write(DIRECT_MAP + (pfn << 12), 1)
+
+
+def test_a_guest_that_can_neither_be_put_right_nor_let_go_is_left_to_the_next_process() -> None:
+    bench = Bench.build()
+    mfns = _pages(bench)[:1]
+    xen = FaultyHypervisor(
+        bench.host,
+        Fault(method="write_frames", times=10**6),
+        Fault(method="resume", times=10**6),
+    )
+    report = bench.exchange(mfns, xen)
+    assert [type(result) for result in report.results] == [Damaged]
+    assert report.stuck is not None
+    [ended] = bench.end_jobs()
+    assert ended.outcome is Recovered.FINISHED
+    assert [type(result) for result in ended.results] == [Exchanged]
+    bench.assert_guest_runs_unharmed()
 
 
 def test_one_page_that_cannot_be_written_does_not_harm_its_batch() -> None:
