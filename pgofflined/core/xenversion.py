@@ -45,6 +45,14 @@ class XenVersion:
         """
         return not (4, 14) <= (self.major, self.minor) <= (4, 18)
 
+    @property
+    def xl_takes_a_suspend_for_the_end(self) -> bool:
+        """Whether xl's monitor of a guest exits when the guest suspends.
+
+        Until 6b8c85872e (4.20).
+        """
+        return (self.major, self.minor) < (4, 20)
+
 
 def parse_version(version: int, extra: str) -> XenVersion:
     """Version from XENVER_version (major << 16 | minor) and XENVER_extraversion (".5-pre").

@@ -17,6 +17,7 @@ from pgofflined.xen.control import Control, probe_interface, read_version
 from pgofflined.xen.domains import Domains
 from pgofflined.xen.frames import Frames
 from pgofflined.xen.libs import ForeignPages, XenCall
+from pgofflined.xen.monitors import Monitors
 from pgofflined.xen.placement import LinuxThread, Placement
 from pgofflined.xen.suspension import Suspension
 from pgofflined.xen.vcpus import Dom0Vcpus
@@ -59,7 +60,12 @@ class XenHypervisor:
             version=version,
         )
         self._domains = Domains(self._call, self._control)
-        self._suspension = Suspension(call=self._call, control=self._control, domains=self._domains)
+        self._suspension = Suspension(
+            call=self._call,
+            control=self._control,
+            domains=self._domains,
+            monitors=_monitors(version),
+        )
         self._guests_parts: _Guests | None = None
         self._guests_lock = threading.Lock()
 
@@ -213,6 +219,15 @@ class XenHypervisor:
     def exchange(self, domid: Domid, mfns: FrameArray, pfns: FrameArray) -> Swapped:
         """Swap frames for fresh ones."""
         return self._guests().exchange.exchange(domid, mfns, pfns)
+
+
+def _monitors(version: XenVersion) -> Monitors | None:
+    """xl's monitors, where they need to be kept; none is left stopped by an earlier process."""
+    if not version.xl_takes_a_suspend_for_the_end:
+        return None
+    monitors = Monitors()
+    monitors.release_all()
+    return monitors
 
 
 if TYPE_CHECKING:

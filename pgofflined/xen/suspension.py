@@ -16,6 +16,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Final, assert_never
 
 from pgofflined.core.domains import GuestKind, ShutdownReason, guest_kind, shutdown_reason
@@ -42,6 +43,7 @@ from pgofflined.xen.abi.xen import HYPERVISOR_hvm_op
 from pgofflined.xen.control import Control
 from pgofflined.xen.domains import Domains
 from pgofflined.xen.libs import XenCall
+from pgofflined.xen.monitors import Monitors
 from pgofflined.xen.store import StoreOpener, StorePort, open_store
 
 _LOG = logging.getLogger(__name__)
@@ -66,13 +68,17 @@ class Suspension:
         control: Control,
         domains: Domains,
         stores: StoreOpener = open_store,
+        monitors: Monitors | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._call = call
         self._control = control
         self._domains = domains
         self._stores = stores
+        self._monitors = monitors
         self._monotonic = monotonic
+        # What keeps xl's monitors still, for each guest that we have suspended.
+        self._holds: dict[Domid, AbstractContextManager[None]] = {}
         self._untold: set[Domid] = set()
         # Domains that we have suspended: their kind need not be asked for while they stand still.
         self._fit: set[Domid] = set()
@@ -89,6 +95,15 @@ class Suspension:
         Raises SuspendNotAsked: EBUSY when another shutdown, suspend or migration of the domain is
         under way, EOPNOTSUPP for 32-bit PV and for HVM guests; DomainGone when it ends meanwhile.
         """
+        self._hold_monitors(domid)
+        try:
+            self._suspend(domid, limits)
+        except BaseException:
+            self._release_monitors(domid)
+            raise
+        self._fit.add(domid)
+
+    def _suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         path = _shutdown_node(domid)
         with self._stores() as store:
             self._ask(store, domid, path)
@@ -102,7 +117,17 @@ class Suspension:
                 raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
             if not self._await_suspended(store, domid, limits.suspend):
                 raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
-            self._fit.add(domid)
+
+    def _hold_monitors(self, domid: Domid) -> None:
+        if self._monitors is not None and domid not in self._holds:
+            hold = self._monitors.held()
+            hold.__enter__()
+            self._holds[domid] = hold
+
+    def _release_monitors(self, domid: Domid) -> None:
+        hold = self._holds.pop(domid, None)
+        if hold is not None:
+            hold.__exit__(None, None, None)
 
     def _ask(self, store: StorePort, domid: Domid, path: str) -> None:
         """Write the request, unless the guest is unfit or somebody else's."""
@@ -193,6 +218,14 @@ class Suspension:
         guest takes itself for restored elsewhere and is lost, whereas a suspended one is intact and
         can be resumed later, by another call or by ``xl resume`` (Xen 4.20).
         """
+        try:
+            self._resume(domid)
+        except DomainGone:
+            self._release_monitors(domid)
+            raise
+        self._release_monitors(domid)
+
+    def _resume(self, domid: Domid) -> None:
         info = self._domains.state(domid)
         if shutdown_reason(info.flags) is not ShutdownReason.SUSPEND:
             return

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, XenError
+from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError, XenError
 from pgofflined.core.frames import Domid
 from pgofflined.ports import SuspendLimits
 from pgofflined.xen.abi.domctl import (
@@ -27,6 +27,7 @@ from pgofflined.xen.abi.vcpu import VcpuGuestContext
 from pgofflined.xen.abi.xen import HYPERVISOR_hvm_op
 from pgofflined.xen.control import Control
 from pgofflined.xen.domains import Domains
+from pgofflined.xen.monitors import Monitors
 from pgofflined.xen.store import StorePort
 from pgofflined.xen.suspension import Suspension
 
@@ -135,7 +136,23 @@ class Guest:
         return 0
 
 
-def suspension(guest: Guest) -> Suspension:
+class CountingMonitors(Monitors):
+    """How often they are held now, in place of real processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.holders = 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self.holders += 1
+        try:
+            yield
+        finally:
+            self.holders -= 1
+
+
+def suspension(guest: Guest, monitors: Monitors | None = None) -> Suspension:
     @contextmanager
     def stores() -> Iterator[StorePort]:
         yield guest
@@ -147,6 +164,7 @@ def suspension(guest: Guest) -> Suspension:
         control=control,
         domains=Domains(call, control),
         stores=stores,
+        monitors=monitors,
         monotonic=lambda: guest.now,
     )
 
@@ -343,3 +361,48 @@ def test_guest_of_the_hvm_class_that_cannot_be_resumed_rightly_stays_suspended(
     with pytest.raises(XenError):
         suspension(guest).resume(GUEST)
     assert (guest.flags, guest.log) == (before, [])
+
+
+def test_monitors_stand_still_from_the_request_until_the_guest_runs() -> None:
+    monitors = CountingMonitors()
+
+    def looks(guest: Guest) -> None:
+        assert monitors.holders == 1
+        suspends(guest)
+
+    suspending = suspension(Guest({0.5: looks}), monitors)
+    suspending.suspend(GUEST, LIMITS)
+    assert monitors.holders == 1
+    suspending.resume(GUEST)
+    assert monitors.holders == 0
+
+
+@pytest.mark.parametrize("guest", [Guest(), Guest({0.5: crashes}), Guest(width=32)])
+def test_monitors_go_on_when_the_guest_does_not_suspend(guest: Guest) -> None:
+    monitors = CountingMonitors()
+    with pytest.raises(PortError):
+        suspension(guest, monitors).suspend(GUEST, LIMITS)
+    assert monitors.holders == 0
+
+
+def test_monitors_go_on_when_the_suspended_guest_is_gone() -> None:
+    monitors = CountingMonitors()
+    guest = Guest({0.5: suspends}, fail={})
+    suspending = suspension(guest, monitors)
+    suspending.suspend(GUEST, LIMITS)
+    guest.fail[XEN_DOMCTL_getdomaininfo] = [errno.ESRCH]
+    with pytest.raises(DomainGone):
+        suspending.resume(GUEST)
+    assert monitors.holders == 0
+
+
+def test_monitors_of_a_guest_that_cannot_be_resumed_stand_still_until_it_can() -> None:
+    monitors = CountingMonitors()
+    guest = Guest({0.5: suspends}, fail={XEN_DOMCTL_resumedomain: [errno.ENOMEM] * 3})
+    suspending = suspension(guest, monitors)
+    suspending.suspend(GUEST, LIMITS)
+    with pytest.raises(XenError):
+        suspending.resume(GUEST)
+    assert monitors.holders == 1
+    suspending.resume(GUEST)
+    assert monitors.holders == 0

@@ -1,0 +1,123 @@
+"""xl's monitors stand still with a guest, and go on with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pgofflined.xen.monitors import Monitors
+
+HERE = os.getpid()
+LIMIT = 10.0
+
+
+@contextmanager
+def process(directory: Path, *arguments: str, name: str = "xl") -> Iterator[int]:
+    """A process of ours that shows this name and these arguments."""
+    program = directory / name
+    shutil.copy("/bin/sh", program)
+    command = [str(program), "-c", "echo up; read line", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"up\n"
+        try:
+            yield running.pid
+        finally:
+            running.kill()
+
+
+def stops(pid: int) -> bool:
+    """Whether it stops; a signal takes effect when the process is next looked at by the kernel."""
+    return _comes_to(pid, lambda letter: letter == "T")
+
+
+def goes_on(pid: int) -> bool:
+    return _comes_to(pid, lambda letter: letter != "T")
+
+
+def ends(pid: int) -> bool:
+    """Whether it ends, as a process does that is not stopped and gets SIGUSR1."""
+    return _comes_to(pid, lambda letter: letter == "Z")
+
+
+def _comes_to(pid: int, wanted: Callable[[str], bool]) -> bool:
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        if wanted(Path(f"/proc/{pid}/status").read_text().split("State:")[1].split()[0]):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.fixture
+def monitors() -> Monitors:
+    return Monitors(parent=HERE)
+
+
+@pytest.mark.parametrize("verb", ["create", "restore", "migrate-receive"])
+def test_a_monitor_stands_still_as_long_as_it_is_held(
+    tmp_path: Path, monitors: Monitors, verb: str
+) -> None:
+    with process(tmp_path, verb) as pid:
+        with monitors.held():
+            assert stops(pid)
+        assert goes_on(pid)
+
+
+def test_a_monitor_goes_on_when_the_last_holder_has_let_go(
+    tmp_path: Path, monitors: Monitors
+) -> None:
+    with process(tmp_path, "create") as pid:
+        with monitors.held():
+            with monitors.held():
+                pass
+            assert stops(pid)
+        assert goes_on(pid)
+
+
+def test_a_monitor_goes_on_whatever_happens(tmp_path: Path, monitors: Monitors) -> None:
+    with process(tmp_path, "create") as pid:
+        with pytest.raises(RuntimeError), monitors.held():
+            raise RuntimeError
+        assert goes_on(pid)
+
+
+def test_other_processes_are_left_alone(tmp_path: Path, monitors: Monitors) -> None:
+    with (
+        process(tmp_path, "migrate") as migration,
+        process(tmp_path, "create", name="virsh") as other,
+        monitors.held(),
+    ):
+        # Signals to one process arrive in order: this one would be the second.
+        for pid in (migration, other):
+            os.kill(pid, signal.SIGUSR1)
+        assert ends(migration)
+        assert ends(other)
+
+
+def test_an_xl_that_a_person_waits_for_is_left_alone(tmp_path: Path) -> None:
+    with process(tmp_path, "create") as pid, Monitors(parent=1).held():
+        os.kill(pid, signal.SIGUSR1)
+        assert ends(pid)
+
+
+def test_a_monitor_that_ends_meanwhile_is_no_error(tmp_path: Path, monitors: Monitors) -> None:
+    with monitors.held(), process(tmp_path, "create"), monitors.held():
+        pass
+
+
+def test_what_an_earlier_process_has_stopped_goes_on(tmp_path: Path, monitors: Monitors) -> None:
+    with process(tmp_path, "create") as pid:
+        killed = monitors.held()
+        killed.__enter__()
+        assert stops(pid)
+        Monitors(parent=HERE).release_all()
+        assert goes_on(pid)
