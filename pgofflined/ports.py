@@ -3,13 +3,14 @@
 Every method is synchronous and may be called from any thread.  Failures are those of
 ``pgofflined.core.errors``.  Frame arrays are one-dimensional ``uint64``; page contents are
 ``uint64`` arrays of shape (number of frames, 512) and always *copies*: no mapping of foreign
-memory outlives a call, so that our own mappings can never be the reference that makes Xen
-refuse an exchange.
+memory outlives a call, or the block of a ``window``, so that our own mappings can never be the
+reference that makes Xen refuse an exchange.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -177,6 +178,17 @@ class DomainControl(Protocol):
         ...
 
 
+class FrameWindow(Protocol):
+    """Frames of a domain that stay mapped while several looks are taken at them."""
+
+    def read(self, rows: NDArray[np.intp]) -> Words:
+        """Copies of some of the frames, by their place among those that the window was opened for.
+
+        Shape (rows, 512), as they are now.
+        """
+        ...
+
+
 class ForeignMemory(Protocol):
     """Contents and use of a domain's frames."""
 
@@ -188,6 +200,13 @@ class ForeignMemory(Protocol):
         """Write whole frames that are no page tables; ``contents`` has one row for each.
 
         What was written is read back through the same mapping; PortError where it differs.
+        """
+        ...
+
+    def window(self, domid: Domid, mfns: FrameArray) -> AbstractContextManager[FrameWindow]:
+        """Map frames for reading, as long as the block lasts.  Raises XenError as ``read_frames``.
+
+        A frame that is mapped is referred to: Xen exchanges none of them meanwhile.
         """
         ...
 

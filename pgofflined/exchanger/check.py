@@ -6,6 +6,7 @@ entries, the p2m slots and the pages themselves.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -36,28 +37,49 @@ from pgofflined.ports import Hypervisor
 
 if TYPE_CHECKING:
     from pgofflined.core.moves import Chosen
-    from pgofflined.ports import FrameArray, TypeArray
+    from pgofflined.ports import FrameArray, TypeArray, Words
 
 
 # Frames that are not the domain's, or broken.
 _NOT_READABLE: Final = np.array([PFINFO_BROKEN, PFINFO_XALLOC, PFINFO_XTAB], dtype=np.uint32)
 
 
+class Look:
+    """The frames of a group, and those that name them, as long as they stay mapped."""
+
+    def __init__(self, xen: Hypervisor, domid: Domid, frames: FrameArray) -> None:
+        """Map them.  Raises PortError where one cannot be read."""
+        self._frames = frames
+        self._mapping = ExitStack()
+        self._window = self._mapping.enter_context(xen.window(domid, frames))
+
+    def at(self, mfns: FrameArray) -> Words:
+        """What some of the frames hold now."""
+        return self._window.read(np.searchsorted(self._frames, mfns))
+
+    def close(self) -> None:
+        """Let go of all of them, for Xen exchanges no frame that is mapped.  Raises PortError."""
+        self._mapping.close()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
     """The pages that can be moved now, with their entries and contents as they are; and the rest.
 
-    What is refused as OUT_OF_DATE may be found again by another survey.
+    ``look`` is open where any page is left.  What is refused as OUT_OF_DATE may be found again by
+    another survey.
     """
 
     group: Group
     refusals: tuple[Refusal, ...]
+    look: Look | None
 
 
-def check(xen: Hypervisor, domid: Domid, group: Group) -> Checked:
+def check(xen: Hypervisor, domid: Domid, group: Group, looks: ExitStack) -> Checked:
     """Compare a group with the memory of its guest, which is suspended and paused.
 
-    Raises PortError where a frame cannot be read any more.
+    What it maps is let go with ``looks``, if not before.  Raises PortError where a frame cannot be
+    read any more.
     """
     refusals: dict[int, Refusal] = {}
     involved = np.unique(np.concatenate([group.references.tables, group.slot_frames]))
@@ -66,10 +88,12 @@ def check(xen: Hypervisor, domid: Domid, group: Group) -> Checked:
     _check_grants(xen, domid, group, refusals)
     places = _check_places(group, involved, types[len(group) :], refusals)
     group = group.only(_left(group, refusals))
+    more: dict[int, Refusal] = {}
+    look = None
     if len(group):
-        group, more = _check_contents(xen, domid, group, involved[places])
-    else:
-        more = {}
+        look = Look(xen, domid, np.unique(np.concatenate([group.mfns, involved[places]])))
+        looks.callback(look.close)
+        group, more = _check_contents(group, look)
     if len(group) and group.kind.is_table:
         refusal = _refuse_table(xen, domid, group)
         if refusal is not None:
@@ -77,7 +101,7 @@ def check(xen: Hypervisor, domid: Domid, group: Group) -> Checked:
             group = group.only(np.zeros(1, dtype=np.bool_))
         elif group.kind is not PageKind.L1:
             group = replace(group, props=_unpinned_below(xen, domid, group))
-    return Checked(group=group, refusals=(*refusals.values(), *more.values()))
+    return Checked(group=group, refusals=(*refusals.values(), *more.values()), look=look)
 
 
 def _left(group: Group, refusals: dict[int, Refusal]) -> Chosen:
@@ -123,27 +147,30 @@ def _check_places(
     return own
 
 
-def _check_contents(
-    xen: Hypervisor, domid: Domid, group: Group, involved: FrameArray
-) -> tuple[Group, dict[int, Refusal]]:
+def _check_contents(group: Group, look: Look) -> tuple[Group, dict[int, Refusal]]:
     """Entries and slots are still what they were; takes the pages' contents with them."""
     refusals: dict[int, Refusal] = {}
-    frames = np.unique(np.concatenate([group.mfns, involved]))
-    contents = xen.read_frames(domid, frames)
     references = group.references
-    values = contents[np.searchsorted(frames, references.tables), references.indexes]
+    values = _words(look, references.tables, references.indexes)
     for row in set(references.pages[~same_mapping(values, references.values)].tolist()):
         refusals[row] = _out_of_date(group.page(row)[0], "an entry that maps it has changed")
-    slots = contents[np.searchsorted(frames, group.slot_frames), group.slot_indexes]
+    slots = _words(look, group.slot_frames, group.slot_indexes)
     for row in np.flatnonzero(slots != group.mfns).tolist():
         what = "the guest's p2m leads elsewhere"
         refusals.setdefault(row, _out_of_date(group.page(row)[0], what))
     fresh = replace(
         group,
         references=replace(references, values=values),
-        contents=contents[np.searchsorted(frames, group.mfns)],
+        contents=look.at(group.mfns),
     )
     return fresh.only(_left(group, refusals)), refusals
+
+
+def _words(look: Look, frames: FrameArray, indexes: FrameArray) -> Words:
+    """Single words of frames."""
+    found, rows = np.unique(frames, return_inverse=True)
+    words: Words = look.at(found)[rows, indexes]
+    return words
 
 
 def _refuse_table(xen: Hypervisor, domid: Domid, group: Group) -> Refusal | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group
 from pgofflined.core.outcomes import PageResult, Refusal, RefusalReason, page_of
-from pgofflined.exchanger.check import check
+from pgofflined.exchanger.check import Look, check
 from pgofflined.exchanger.plan import Plan, make_plan
 from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.exchanger.transfer import Transfer
@@ -95,17 +96,19 @@ class Mover:
             self._move_group(domid, group.renamed(self._olds, self._news))
 
     def _move_group(self, domid: Domid, group: Group) -> None:
-        try:
-            checked = check(self._xen, domid, group)
-        except DomainGone:
-            raise
-        except PortError as error:
-            self._refuse(group.frames(), RefusalReason.OUT_OF_DATE, str(error))
-            return
-        self._outcomes += checked.refusals
-        group = checked.group
-        if not len(group):
-            return
+        with ExitStack() as looks:
+            try:
+                checked = check(self._xen, domid, group, looks)
+            except DomainGone:
+                raise
+            except PortError as error:
+                self._refuse(group.frames(), RefusalReason.OUT_OF_DATE, str(error))
+                return
+            self._outcomes += checked.refusals
+            if checked.look is not None and len(checked.group):
+                self._transfer(domid, checked.group, checked.look)
+
+    def _transfer(self, domid: Domid, group: Group, look: Look) -> None:
         try:
             self._job.intend(group)
         except PortError as error:
@@ -115,7 +118,7 @@ class Mover:
         self._outcomes.append(transfer)
         self.is_whole = False
         try:
-            transfer.run()
+            transfer.run(look)
             self.is_whole = not transfer.progress.is_damaged
         except PortError:
             raise

@@ -29,6 +29,7 @@ from pgofflined.core.pages import (
     PageKind,
 )
 from pgofflined.core.progress import Progress
+from pgofflined.exchanger.check import Look
 from pgofflined.exchanger.locate import Ambiguous, may_have_gone, still_owned, where_they_went
 from pgofflined.exchanger.settling import Settling
 from pgofflined.ports import Hypervisor, Swapped
@@ -51,17 +52,20 @@ class Transfer:
         self._group = group
         self._settling = Settling(xen, domid, self.progress)
 
-    def run(self) -> None:
+    def run(self, look: Look) -> None:
         """Prepare, commit and settle; raises nothing for what happens to a page."""
         try:
-            self.prepare()
+            try:
+                self.prepare(look)
+            finally:
+                look.close()
             self.commit()
         finally:
             self.settle()
 
     # Before the commit.
 
-    def prepare(self) -> None:
+    def prepare(self, look: Look) -> None:
         """Take the pin and every entry away, and see that nobody has changed the pages since.
 
         A page table's own tables are pinned before.
@@ -75,7 +79,7 @@ class Transfer:
             self.progress.refuse_all(RefusalReason.XEN_REFUSED, str(error))
             return
         self._clear()
-        self._compare()
+        self._compare(look)
 
     def _clear(self) -> None:
         references = self._group.references.upwards()
@@ -90,17 +94,13 @@ class Transfer:
             else:
                 return
 
-    def _compare(self) -> None:
+    def _compare(self, look: Look) -> None:
+        """A backend or dom0 itself may hold a mapping that no grant table shows.
+
+        If a page changed since it was copied, one is writing to it.
+        """
         rows = np.flatnonzero(self.progress.open())
-        if not len(rows):
-            return
-        try:
-            # A backend or dom0 itself may hold a mapping that no grant table shows.  If a page
-            # changed since it was copied, one is writing to it.
-            contents = self._xen.read_frames(self._domid, self._group.mfns[rows])
-        except PortError as error:
-            self.progress.refuse_all(RefusalReason.XEN_REFUSED, str(error))
-            return
+        contents = look.at(self._group.mfns[rows])
         if self._group.kind is PageKind.L4:
             contents[:, L4_XEN_SLOTS.start : L4_XEN_SLOTS.stop] = 0
         changed = (contents != self._group.bare_contents()[rows]).any(axis=1)

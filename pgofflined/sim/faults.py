@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from errno import EIO
@@ -16,8 +17,11 @@ from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import Hypervisor, SuspendLimits, Swapped, VcpuFrames
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from pgofflined.core.moves import PteWrites
-    from pgofflined.ports import FrameArray, TypeArray, Words
+    from pgofflined.ports import FrameArray, FrameWindow, TypeArray, Words
 
 _T = TypeVar("_T")
 
@@ -83,6 +87,16 @@ class Trace:
     def of(self, method: str) -> list[Call]:
         """The calls of one method."""
         return [call for call in self.calls if call.method == method]
+
+
+@dataclass(frozen=True, slots=True)
+class _FaultyWindow:
+    xen: FaultyHypervisor
+    window: FrameWindow
+
+    def read(self, rows: NDArray[np.intp]) -> Words:
+        """See ``ports.FrameWindow``."""
+        return self.xen.look(self.window, rows)
 
 
 class FaultyHypervisor:
@@ -204,6 +218,25 @@ class FaultyHypervisor:
             lambda: self.inner.write_frames(domid, mfns, contents),
             first_half,
         )
+
+    @contextmanager
+    def window(self, domid: Domid, mfns: FrameArray) -> Iterator[FrameWindow]:
+        """See ``ports.ForeignMemory``; opening it, each look and closing it are calls."""
+        # However it goes, the mapping is gone in the end: a process that died has none.
+        with ExitStack() as mapped:
+            window = self._call(
+                "window",
+                (domid, mfns.copy()),
+                lambda: mapped.enter_context(self.inner.window(domid, mfns)),
+            )
+            try:
+                yield _FaultyWindow(self, window)
+            finally:
+                self._call("close_window", (domid,), lambda: None)
+
+    def look(self, window: FrameWindow, rows: NDArray[np.intp]) -> Words:
+        """A look through a window."""
+        return self._call("look", (rows.copy(),), lambda: window.read(rows))
 
     def write_entries(
         self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words

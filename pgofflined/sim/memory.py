@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from errno import EBUSY, EINVAL, ENOMEM, EOPNOTSUPP
 from typing import TYPE_CHECKING, Final
 
@@ -21,15 +23,28 @@ from pgofflined.core.pages import (
 from pgofflined.ports import Swapped
 from pgofflined.sim.errors import PoisonRead, Refused, UnsafeUpdate
 from pgofflined.sim.frames import FrameState, FrameType
-from pgofflined.sim.guests import SimulatedDomain
+from pgofflined.sim.guests import Hold, SimulatedDomain
 from pgofflined.sim.host import HostState
 from pgofflined.sim.references import adjust_entry, check_flags, needs_no_check
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pgofflined.core.moves import PteWrites
-    from pgofflined.ports import FrameArray, TypeArray, Words
+    from pgofflined.ports import FrameArray, FrameWindow, TypeArray, Words
 
 _PLAIN_TYPES: Final = (FrameType.NONE, FrameType.WRITABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    memory: SimulatedMemory
+    frames: FrameArray
+
+    def read(self, rows: NDArray[np.intp]) -> Words:
+        """What the frames hold now."""
+        with self.memory.lock:
+            return self.memory.frames.contents.read(self.frames[rows])
 
 
 class SimulatedMemory(HostState):
@@ -42,6 +57,27 @@ class SimulatedMemory(HostState):
             frames = self._translate(domain, mfns)
             self._check_mappable(domid, frames)
             return self.frames.contents.read(frames)
+
+    @contextmanager
+    def window(self, domid: Domid, mfns: FrameArray) -> Iterator[FrameWindow]:
+        """Read-only foreign mappings, which refer to their frames as long as they last."""
+        with self.call("foreignmemory_map", domid):
+            domain = self.domain_or_refuse(domid)
+            frames = self._translate(domain, mfns)
+            self._check_mappable(domid, frames)
+            holds = [self._hold_frame(domain, Mfn(mfn)) for mfn in frames.tolist()]
+        try:
+            yield _Window(self, frames)
+        finally:
+            with self.lock:
+                for hold in holds:
+                    self.release_hold(domid, hold)
+
+    def _hold_frame(self, domain: SimulatedDomain, mfn: Mfn) -> Hold:
+        self.references.get(mfn, int(domain.domid))
+        hold = Hold(mfn=mfn, why="a window of ours", kind=FrameType.NONE, lasting=True)
+        domain.holds.append(hold)
+        return hold
 
     def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
         """Writable foreign mappings; get_page_from_l1e() refuses those of a table or GDT."""

@@ -24,7 +24,7 @@ from pgofflined.xen.vcpus import Dom0Vcpus
 
 if TYPE_CHECKING:
     from pgofflined.core.moves import PteWrites
-    from pgofflined.ports import FrameArray, Hypervisor, TypeArray, Words
+    from pgofflined.ports import FrameArray, FrameWindow, Hypervisor, TypeArray, Words
     from pgofflined.xen.exchange import Exchange
     from pgofflined.xen.memory import Memory
     from pgofflined.xen.pagetables import PageTables
@@ -181,6 +181,12 @@ class XenHypervisor:
     def read_frames(self, domid: Domid, mfns: FrameArray) -> Words:
         """Copies of frames of a domain."""
         return self._guests().memory.read_frames(domid, mfns)
+
+    @contextmanager
+    def window(self, domid: Domid, mfns: FrameArray) -> Iterator[FrameWindow]:
+        """Frames mapped for several looks."""
+        with self._guests().memory.window(domid, mfns) as window:
+            yield window
 
     def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
         """Write whole frames that are no page tables."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -40,6 +42,8 @@ from pgofflined.xen.control import Control
 from pgofflined.xen.libs import ForeignPages, XenCall
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pgofflined.ports import FrameArray, TypeArray, Words
 
 # 8 MiB mapped at a time.
@@ -62,6 +66,28 @@ def _at(address: int, frames: int) -> Words:
     return words.reshape(frames, WORDS_PER_PAGE)
 
 
+class Window:
+    """``ports.FrameWindow`` over mappings of up to ``_MAP_BATCH`` frames each."""
+
+    def __init__(self, parts: list[Words]) -> None:
+        self._parts = parts
+
+    def read(self, rows: NDArray[np.intp]) -> Words:
+        """Copies of frames."""
+        if len(self._parts) == 1:
+            copies: Words = self._parts[0][rows]
+            return copies
+        copies = np.empty((len(rows), WORDS_PER_PAGE), dtype=np.uint64)
+        for number, part in enumerate(self._parts):
+            inside = rows // _MAP_BATCH == number
+            copies[inside] = part[rows[inside] - number * _MAP_BATCH]
+        return copies
+
+    def close(self) -> None:
+        """Nothing can be read any more: what would, would end the process."""
+        self._parts = []
+
+
 class Memory:
     """``ports.ForeignMemory``; every mapping ends before the call returns."""
 
@@ -82,6 +108,21 @@ class Memory:
                 target = contents[start : start + len(batch)]
                 ctypes.memmove(target.ctypes.data, address, len(batch) * PAGE_SIZE)
         return contents
+
+    @contextmanager
+    def window(self, domid: Domid, mfns: FrameArray) -> Iterator[Window]:
+        """Map frames for several looks.  Raises XenError naming the first that cannot be mapped."""
+        with ExitStack() as mappings:
+            parts = [
+                _at(mappings.enter_context(self._pages.frames(domid, batch)), len(batch))
+                for start in range(0, len(mfns), _MAP_BATCH)
+                if (batch := mfns[start : start + _MAP_BATCH].tolist())
+            ]
+            window = Window(parts)
+            try:
+                yield window
+            finally:
+                window.close()
 
     def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
         """Write whole frames.  Raises XenError; PortError where they read back differently."""

@@ -11,7 +11,7 @@ from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import DOM0, Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.ports import Hypervisor
-from tests.single import set_ptes, swap
+from tests.single import set_ptes, swap, write_words
 
 from .guestmemory import DataPage, GuestMemory, assert_runs, standing_still
 from .hosts import ContractHost
@@ -49,6 +49,43 @@ def test_one_entry_that_is_left_is_enough_to_refuse(
             set_ptes(hypervisor, guest.domid, page.entries)
 
     assert caught.value.errno == EINVAL
+
+
+def test_a_page_is_seen_through_a_window_as_it_is_and_is_not_exchanged_meanwhile(
+    hypervisor: Hypervisor, guest: GuestMemory
+) -> None:
+    with standing_still(hypervisor, guest.domid):
+        page = guest.data_pages()[0]
+        other = Mfn(int(guest.tables(1)[0]))
+        before = guest.read(page.mfn)
+        frames = np.array([other, page.mfn], dtype=np.uint64)
+        try:
+            set_ptes(hypervisor, guest.domid, page.cleared)
+            with hypervisor.window(guest.domid, frames) as window:
+                first = window.read(np.array([1]))[0]
+                write_words(hypervisor, guest.domid, page.mfn, 7, np.array([77], dtype=np.uint64))
+                second = window.read(np.array([1, 0]))
+                write_words(hypervisor, guest.domid, page.mfn, 0, before)
+                with pytest.raises(XenError) as caught:
+                    swap(hypervisor, guest.domid, page.mfn, page.pfn)
+            table = guest.read(other)
+        finally:
+            set_ptes(hypervisor, guest.domid, page.entries)
+
+    assert np.array_equal(first, before)
+    assert second[0][7] == 77
+    assert np.array_equal(second[1], table)
+    # What was read is a copy: it outlives the window, and later changes do not reach it.
+    assert np.array_equal(np.delete(second[0], 7), np.delete(before, 7))
+    assert caught.value.errno == EINVAL
+
+
+def test_window_on_a_frame_of_another_domain_is_refused(
+    hypervisor: Hypervisor, guest: GuestMemory
+) -> None:
+    frames = np.array([hypervisor.domain(DOM0).shared_info], dtype=np.uint64)
+    with pytest.raises(XenError), hypervisor.window(guest.domid, frames):
+        pass
 
 
 def test_page_table_is_refused(hypervisor: Hypervisor, guest: GuestMemory) -> None:
