@@ -12,12 +12,20 @@ from pgofflined.ports import DomainControl
 _TRIES = 10
 
 
-def let_go(xen: DomainControl, domid: Domid) -> str | None:
+def let_go(xen: DomainControl, domid: Domid, *, paused: bool = False) -> str | None:
     """Take our pause back and resume the guest; what is wrong if that cannot be done.
 
-    ``told`` is to follow, when it runs and there is time.
+    Without ``paused`` it is not certain that we have paused it, and Xen is asked first.  ``told``
+    is to follow, when it runs and there is time.
     """
-    problems = (_insist(lambda: _unpause(xen, domid), "unpause"), resume_only(xen, domid))
+    certain = iter([paused])
+
+    def unpause() -> None:
+        # The reply to the first try may be lost: whether it is still paused is asked then.
+        if next(certain, False) or xen.condition(domid).paused:
+            xen.unpause(domid)
+
+    problems = (_insist(unpause, "unpause"), resume_only(xen, domid))
     return "; ".join(problem for problem in problems if problem) or None
 
 
@@ -30,12 +38,6 @@ def told(xen: DomainControl, domid: Domid) -> None:
     """Tell xenstored that a guest was resumed; what fails there is tried with the next resume."""
     with contextlib.suppress(PortError):
         xen.tell_resumed(domid)
-
-
-def _unpause(xen: DomainControl, domid: Domid) -> None:
-    """Take our pause back, if there is one: the reply to the pause may have been lost."""
-    if xen.condition(domid).paused:
-        xen.unpause(domid)
 
 
 def _insist(act: Callable[[], None], what: str) -> str | None:

@@ -237,13 +237,15 @@ class ExchangeJob:
             held.owes_nothing = held.stuck is None
             raise
         held.held = self._clock.monotonic()
+        paused = False
         try:
             # The guest has stopped itself, but its vCPUs' state may still be loaded on a pCPU:
             # only a pause waits for that, and only then are changes to its page tables safe.
             self._xen.pause(domid)
+            paused = True
             yield
         finally:
-            held.stuck = let_go(self._xen, domid)
+            held.stuck = let_go(self._xen, domid, paused=paused)
             held.owes_nothing = held.stuck is None
             held.released = self._clock.monotonic()
             told(self._xen, domid)
