@@ -12,7 +12,7 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.xen_complains  # Xen logs each question for a frame that is not the domain's.
-@pytest.mark.hosts("intel-native-noservice")
+@pytest.mark.hosts("intel-native-noservice", "intel417-native-noservice")
 def test_xen_keeps_the_contract_for_pv(host: Host) -> None:
     pv = host.start_guest(GuestSpec(name="pv", vcpus=2))
     deaf = host.start_guest(GuestSpec(name="deaf", vcpus=1, memory_mib=96, ignore_suspend=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from .rig import channel
+from .rig.devices import disk_file
 from .rig.errors import CommandFailed, CommandTimeout, HostLost
 from .rig.guest import GuestSpec
 from .rig.host import Host
@@ -19,7 +20,8 @@ from .rig.nested import tried_again_after_triple_faults
 from .rig.qemu import Source
 from .rig.waiting import wait_until
 
-ALL_HOSTS = ("intel-mcelog-noservice", "intel-native-noservice", "amd-mcelog-noservice")
+OLDER = "intel417-native-noservice"
+ALL_HOSTS = ("intel-mcelog-noservice", "intel-native-noservice", "amd-mcelog-noservice", OLDER)
 INTEL = "intel-mcelog-noservice"
 AMD = "amd-mcelog-noservice"
 POLL_LIMIT = 60.0
@@ -30,7 +32,8 @@ pytestmark = pytest.mark.e2e
 
 @pytest.mark.hosts(*ALL_HOSTS)
 def test_xen_and_dom0_are_up(host: Host) -> None:
-    assert "xen_version            : 4.20" in host.run(["xl", "info"]).out
+    version = f"xen_version            : {host.spec.release.xen}."
+    assert version in host.run(["xl", "info"]).out
     assert host.run("xenstore-read /local/domain/0/name").out.strip() == "Domain-0"
     assert host.run("pidof xenconsoled").status == 0
     assert host.run("systemctl is-system-running", check=False).out.strip() == "running"
@@ -146,6 +149,31 @@ def test_one_flipped_bit_is_found(host: Host) -> None:
     wait_until(guest.trouble, timeout=60, what="the checker to find the flipped bit")
     with pytest.raises(AssertionError, match="MISMATCH worker=0"):
         guest.assert_clean()
+
+
+@pytest.mark.hosts(INTEL)
+def test_damage_on_a_busy_disk_is_found(host: Host) -> None:
+    guest = host.start_guest(GuestSpec(name="pv1", vcpus=1, disk=True))
+    host.run(
+        f"dd if=/dev/urandom of={disk_file('pv1')} bs=64k seek=100 count=1 conv=notrunc", timeout=60
+    )
+    wait_until(guest.trouble, timeout=60, what="the load to find the damage")
+    with pytest.raises(AssertionError, match="disk MISMATCH chunk=100"):
+        guest.assert_clean()
+
+
+@pytest.mark.hosts(INTEL)
+@pytest.mark.parametrize("kernel", ["debian13", "debian12"])
+def test_guest_whose_disk_and_network_are_busy_goes_on_through_a_suspend(
+    host: Host, kernel: str
+) -> None:
+    older = kernel == "debian12"
+    guest = host.start_guest(GuestSpec(name="pv1", older_kernel=older, disk=True, network=True))
+    guest.wait_passes(1)
+    host.run(["xl", "save", "-c", "pv1", "/root/pv1.save"], timeout=120)
+    host.run("rm /root/pv1.save")
+    guest.wait_passes(1)
+    guest.assert_clean()
 
 
 @pytest.mark.hosts(INTEL)

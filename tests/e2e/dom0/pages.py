@@ -1,9 +1,10 @@
 """Prints frames as JSON, a list of [pfn, mfn]: python3 -m tests.e2e.dom0.pages DOMID KIND COUNT.
 
 KIND is, of a running PV domain: ``data`` (plain memory that no grant offers and no p2m lies in),
-``granted``, ``table`` (page tables), or ``any`` of its p2m; of a PVH domain that is the only one:
-``hvm``; of dom0: ``dom0``; of nobody: ``free`` (nearly always: a few of Xen's own look the same).
-Frames are drawn at random.
+``granted``, ``table`` (page tables), ``any`` of its p2m, or ``paired`` (any whose neighbour is its
+own too, so that it joins no free block: see docs/xen-bugs.md); of a PVH domain that is the only
+one: ``hvm``; of dom0: ``dom0``; of nobody: ``free`` (nearly always: a few of Xen's own look the
+same).  Frames are drawn at random.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def of_pv_guest(xen: XenHypervisor, domid: Domid, kind: str) -> list[tuple[int, 
         "granted": granted,
         "table": table_levels(types) > 0,
         "any": np.ones(len(mfns), dtype=np.bool_),
+        "paired": np.isin(mfns ^ np.uint64(1), mfns),
     }[kind]
     return [(int(pfns[index]), int(mfns[index])) for index in np.flatnonzero(wanted)]
 
@@ -64,7 +66,7 @@ def at_random(xen: XenHypervisor, kind: str) -> Iterator[tuple[int, int]]:
 def main(domid: Domid, kind: str, count: int) -> None:
     """Print the list."""
     xen = XenHypervisor()
-    if kind in ("data", "granted", "table", "any"):
+    if kind in ("data", "granted", "table", "any", "paired"):
         found = of_pv_guest(xen, domid, kind)
         picks = RNG.choice(len(found), min(count, len(found)), replace=False)
         chosen = [found[index] for index in picks]

@@ -6,8 +6,7 @@
  * memory and therefore with page tables and a CR3 of its own. The parent
  * measures the largest gap between two 10 ms ticks and reports.
  *
- * Every line goes to /dev/kmsg as one record, so that it reaches the console
- * whole whatever the kernel prints at the same time:
+ * It says on the console:
  *
  *   memcheck: boot id=UUID
  *   memcheck: start workers=N pages=P leave_mib=M
@@ -27,21 +26,16 @@
  *   memcheck.damage_at=0      flip one bit before this pass, to see that it is found
  */
 #define _GNU_SOURCE
-#include <errno.h>
+#define PROGRAM "memcheck"
+#include "common.h"
+
 #include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/sysinfo.h>
 #include <sys/wait.h>
-#include <time.h>
-#include <unistd.h>
 
 enum { PAGE = 4096, WORDS = PAGE / 8, MAX_WORKERS = 64, REPORTED = 8, TICK_MS = 10, SAMPLES = 32,
        PER_LINE = 16 };
@@ -57,50 +51,6 @@ struct settings {
 	long leave_mib, workers, rewrite_every, nap_ms, damage_at;
 };
 
-static int kmsg = -1;
-
-static void say(const char *format, ...)
-{
-	char line[512];
-	va_list arguments;
-	/* "<4>": warnings are on the console at every usual log level. */
-	int used = snprintf(line, sizeof line, "<4>memcheck: ");
-
-	va_start(arguments, format);
-	used += vsnprintf(line + used, sizeof line - used, format, arguments);
-	va_end(arguments);
-	if (write(kmsg, line, used) != used)
-		_exit(3);
-}
-
-static void die(const char *what)
-{
-	say("FAILED %s: %s", what, strerror(errno));
-	for (;;)
-		pause();
-}
-
-static uint64_t mix(uint64_t x)
-{
-	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-	x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-	return x ^ (x >> 31);
-}
-
-/* The base of a page's pattern: depends on the seed and on which page it is. */
-static uint64_t page_base(uint64_t seed, uint64_t page)
-{
-	return mix(seed + mix(page + 0x9e3779b97f4a7c15ull));
-}
-
-/* A word of the pattern; every bit depends on every bit of the base. */
-static uint64_t pattern(uint64_t base, uint64_t word)
-{
-	uint64_t x = (base + word * 0x9e3779b97f4a7c15ull) * 0xff51afd7ed558ccdull;
-
-	return x ^ (x >> 29);
-}
-
 static void fill(uint64_t *words, uint64_t seed, uint64_t page)
 {
 	uint64_t base = page_base(seed, page);
@@ -115,13 +65,6 @@ static uint64_t now_ms(clockid_t clock)
 
 	clock_gettime(clock, &time);
 	return time.tv_sec * 1000ull + time.tv_nsec / 1000000;
-}
-
-static void nap(long ms)
-{
-	struct timespec time = { ms / 1000, ms % 1000 * 1000000 };
-
-	nanosleep(&time, NULL);
 }
 
 static long option(const char *line, const char *name, long otherwise)

@@ -1,1 +1,1 @@
-"""The rig: a Debian 13 dom0 on real Xen 4.20, under QEMU's software emulation."""
+"""The rig: Debian 13 on Xen 4.20, or Debian 12 on Xen 4.17, under QEMU's software emulation."""

@@ -1,4 +1,4 @@
-"""Guests with the memory checker."""
+"""Guests with the memory checker, and with devices under load if so wished."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from . import devices
 from .errors import CommandFailed, GuestFailed
 from .waiting import wait_until
 
@@ -16,6 +17,8 @@ KERNEL = "/opt/rig/vmlinux"
 HVM_KERNEL = "/opt/rig/vmlinuz"
 """The device model loads only the compressed form."""
 RAMDISK = "/opt/rig/guest.cpio.gz"
+OLDER_KERNEL = "/opt/rig/older-vmlinux"
+OLDER_RAMDISK = "/opt/rig/older-guest.cpio.gz"
 CONSOLES = "/var/log/xen/console"
 START_LIMIT = 300.0
 START_ATTEMPTS = 3
@@ -26,14 +29,16 @@ PASS_LIMIT = 60.0
 PASS = re.compile(r"memcheck: pass (\d+) (ok|BAD) pages=(\d+) gap_ms=(\d+)")
 PFNS = re.compile(r"memcheck: pfns worker=\d+((?: [0-9a-f]+)+)")
 BOOT = re.compile(r"memcheck: boot id=(\S+)")
+LOAD_PASS = re.compile(r"ioload: (disk|net) pass (\d+) (?:ok|BAD)")
 TROUBLE = re.compile(
-    r"memcheck: (?:MISMATCH|FAILED)|memcheck: pass \d+ BAD|Kernel panic|Oops|BUG:|WARNING:"
+    r"memcheck: (?:MISMATCH|FAILED)|memcheck: pass \d+ BAD"
+    r"|ioload: (?:FAILED|\w+ MISMATCH|\w+ pass \d+ BAD)|Kernel panic|Oops|BUG:|WARNING:"
     r"|Call Trace|segfault|general protection"
 )
 
 STARTED = "memcheck: start "
 P2M = re.compile(r"pfn=0x([0-9a-f]+) ==> mfn=0x([0-9a-f]+)")
-MFNDUMP = "/usr/lib/xen-4.20/bin/xen-mfndump"
+MFNDUMP = "/usr/lib/xen-*/bin/xen-mfndump"
 
 Kind = Literal["pv", "pvh", "hvm"]
 
@@ -48,11 +53,19 @@ class GuestSpec:
     memory_mib: int = 128
     leave_mib: int = 16
     """Memory that the checker leaves to the guest's kernel."""
+    older_kernel: bool = False
+    """A PV or PVH guest with Debian 12's kernel; Debian 13's dom0 has it."""
+    disk: bool = False
+    """Give it a disk that is read, verified and written all the time."""
+    network: bool = False
+    """Give it a network device that sends and verifies packets all the time."""
     ignore_suspend: bool = False
     """Make the guest never watch control/shutdown."""
     modules: tuple[str, ...] = ()
     """Kernel modules to load, such as "xen-gntalloc"."""
     cmdline_extra: str = ""
+    restarts: bool = False
+    """Let xl start it again when it reboots; otherwise it is destroyed, which is noticed."""
     config_extra: str = ""
     """More lines for xl's configuration file."""
 
@@ -63,25 +76,40 @@ class GuestSpec:
         if self.ignore_suspend:
             # Linux sets up its watch on control/shutdown in this initcall.
             words.append("initcall_blacklist=xen_setup_shutdown_event")
-        if self.modules:
-            words.append(f"memcheck.modules={','.join(self.modules)}")
+        modules = list(self.modules)
+        if self.disk:
+            modules.append("xen-blkfront")
+            words.append(f"ioload.disk={devices.DISK_NAME}")
+        if self.network:
+            modules.append("xen-netfront")
+            words.append(f"ioload.address={devices.address(self.name)} ioload.peer={devices.PEER}")
+        if modules:
+            words.append(f"memcheck.modules={','.join(modules)}")
         return " ".join([*words, self.cmdline_extra]).strip()
 
     def configuration(self) -> str:
         """The file for `xl create`."""
         kernel = HVM_KERNEL if self.kind == "hvm" else KERNEL
+        ramdisk = RAMDISK
+        if self.older_kernel:
+            kernel, ramdisk = OLDER_KERNEL, OLDER_RAMDISK
+        lines = ""
+        if self.disk:
+            file = devices.disk_file(self.name)
+            lines += f'disk = ["format=raw,vdev={devices.DISK_NAME},access=rw,target={file}"]\n'
+        if self.network:
+            lines += f'vif = ["bridge={devices.BRIDGE}"]\n'
         return (
             f'name = "{self.name}"\n'
             f'type = "{self.kind}"\n'
             f"vcpus = {self.vcpus}\n"
             f"memory = {self.memory_mib}\n"
             f'kernel = "{kernel}"\n'
-            f'ramdisk = "{RAMDISK}"\n'
+            f'ramdisk = "{ramdisk}"\n'
             f'extra = "{self.command_line()}"\n'
             'on_crash = "preserve"\n'
-            # A guest that restarts is to be noticed.
-            'on_reboot = "destroy"\n'
-            f"{self.config_extra}\n"
+            f'on_reboot = "{"restart" if self.restarts else "destroy"}"\n'
+            f"{lines}{self.config_extra}\n"
         )
 
 
@@ -125,6 +153,10 @@ class Guest:
 
     def _create(self) -> None:
         configuration = f"/run/rig-guests/{self.spec.name}.cfg"
+        if self.spec.disk:
+            devices.make_disk(self._host, self.spec.name)
+        if self.spec.network:
+            devices.make_bridge(self._host)
         self._logs.clear()
         self._host.run(["rm", "-f", *self._paths()])
         self._host.write_text(configuration, self.spec.configuration())
@@ -159,6 +191,14 @@ class Guest:
         found = PASS.findall(self.console())
         return int(found[-1][0]) if found else 0
 
+    def load_passes(self) -> dict[str, int]:
+        """How many passes each of its loads, "disk" and "net", has completed."""
+        passes = dict.fromkeys(self._loads(), 0)
+        return passes | {load: int(count) for load, count in LOAD_PASS.findall(self.console())}
+
+    def _loads(self) -> list[str]:
+        return ["disk"] * self.spec.disk + ["net"] * self.spec.network
+
     def checker_pfns(self) -> list[int]:
         """Where some of the checker's pages were when it began; spread over all its memory."""
         lines = PFNS.findall(self.console())
@@ -166,7 +206,7 @@ class Guest:
 
     def p2m(self) -> dict[int, int]:
         """A PV guest's mfn for each of its pfns, by Xen's own tool."""
-        lines = self._host.run([MFNDUMP, "dump-p2m", str(self.domid)]).out
+        lines = self._host.run(f"{MFNDUMP} dump-p2m {self.domid}").out
         return {int(pfn, 16): int(mfn, 16) for pfn, mfn in P2M.findall(lines)}
 
     def gaps(self) -> list[int]:
@@ -174,18 +214,22 @@ class Guest:
         return [int(gap) for *_, gap in PASS.findall(self.console())]
 
     def wait_passes(self, further: int, *, timeout: float | None = None) -> None:
-        """Wait for so many passes that begin after now."""
+        """Wait for so many passes that begin after now, and one of each load."""
         # The pass under way does not count: it has verified a part of memory already.
         goal = self.passes() + further + 1
+        loads = {load: passes + 2 for load, passes in self.load_passes().items()}
         wait_until(
-            lambda: self.passes() >= goal,
+            lambda: self.passes() >= goal and self._has_loaded(loads),
             timeout=timeout or PASS_LIMIT * (further + 1),
-            what=f"{self.spec.name}'s pass {goal} (at {self.passes()})",
+            what=f"{self.spec.name}'s pass {goal} (at {self.passes()}), of the loads {loads}",
             interval=1,
         )
 
+    def _has_loaded(self, goals: dict[str, int]) -> bool:
+        return all(passes >= goals[load] for load, passes in self.load_passes().items())
+
     def trouble(self) -> list[str]:
-        """Console lines that tell of damaged memory or an unwell kernel, since the checker began.
+        """Console lines that tell of damaged data or an unwell kernel, since the checker began.
 
         Earlier ones do not count: Linux warns at boot about the emulated processor.
         """

@@ -25,6 +25,7 @@ from .guest import Guest, GuestSpec
 from .image import Image
 from .payload import Payload
 from .qemu import Flavour, Machine, Qemu, Source
+from .releases import DEBIAN_12, DEBIAN_13, Release
 
 BOOT_LIMIT = 400.0
 """Seconds from QEMU's start until dom0 must be up; about ten times what it takes."""
@@ -45,6 +46,11 @@ class HostSpec:
     source: Source = Source.MCELOG
     start_service: bool = True
     """Whether pgofflined.service is enabled and started at boot."""
+
+    @property
+    def release(self) -> Release:
+        """The Debian release of dom0, and with it Xen's."""
+        return DEBIAN_12 if self.flavour is Flavour.INTEL_417 else DEBIAN_13
 
     @classmethod
     def parse(cls, name: str) -> HostSpec:
@@ -272,7 +278,8 @@ class Host:
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _boot(self, image: Image) -> None:
-        disk = payload.build(Payload(start_service=self.spec.start_service), image, self._scratch)
+        what = Payload(release=self.spec.release, start_service=self.spec.start_service)
+        disk = payload.build(what, image, self._scratch)
         machine = Machine(
             flavour=self.spec.flavour, source=self.spec.source, image=image, payload=disk
         )

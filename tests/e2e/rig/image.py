@@ -1,4 +1,4 @@
-"""Builds and caches the dom0 image: Debian 13 with Xen 4.20, systemd and the Xen tools.
+"""Builds and caches the dom0 images: Debian with Xen, systemd and the Xen tools.
 
 The cache's key is a hash of all that goes in; the project under test does not
 go in (see payload.py), so that a change of it costs seconds.
@@ -10,7 +10,6 @@ import fcntl
 import gzip
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -19,15 +18,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cpio, kernel
+from . import cpio, kernel, releases
 from .errors import BuildFailed
+from .releases import DEBIAN_12, Release, extract_kernel, install
 from .tools import BUSYBOX, call, timed
 
-RELEASE = "trixie"
 SIZE = "3G"
 OVERLAY = Path(__file__).parent / "overlay"
 DOM0_INIT = Path(__file__).parent / "dom0-init"
-KEPT_IMAGES = 2
+KEPT_IMAGES = 4
 
 PACKAGES = (
     # Debian and Xen. qemu-system-xen is the device model of HVM guests.
@@ -37,8 +36,6 @@ PACKAGES = (
     "dbus",
     "kmod",
     "linux-image-amd64",
-    "xen-hypervisor-4.20-amd64",
-    "xen-utils-4.20",
     "xen-utils-common",
     "xenstore-utils",
     "qemu-system-xen",
@@ -52,7 +49,6 @@ PACKAGES = (
     "python3",
     "python3-click",
     "python3-hypothesis",
-    "python3-msgspec",
     "python3-numpy",
     "python3-prometheus-client",
     "python3-pyroute2",
@@ -123,8 +119,14 @@ class Image:
 
     @property
     def guest_modules(self) -> Path:
-        """Kernel modules for guests, uncompressed."""
+        """Kernel modules for guests with dom0's own kernel, uncompressed."""
         return self.directory / "guest-modules"
+
+    @property
+    def older_guest_modules(self) -> Path | None:
+        """Those for guests with Debian 12's kernel; None where that is dom0's own."""
+        folder = self.directory / "older-guest-modules"
+        return folder if folder.is_dir() else None
 
 
 def cache_directory() -> Path:
@@ -133,17 +135,17 @@ def cache_directory() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "pgofflined" / "rig"
 
 
-def obtain() -> Image:
+def obtain(release: Release) -> Image:
     """The image for this code, from the cache or built now. BuildFailed when it cannot be."""
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    directory = cache / f"dom0-{_key()}"
+    directory = cache / f"dom0-{release.suite}-{_key()}"
     with _locked(cache / "lock"):
         if not directory.is_dir():
             for left in cache.glob("building-*"):
                 shutil.rmtree(left)
             with timed(f"build the dom0 image {directory.name}"):
-                _build(directory)
+                _build(release, directory)
             _forget_old(cache)
         os.utime(directory)
     return Image(directory=directory)
@@ -152,7 +154,8 @@ def obtain() -> Image:
 def _key() -> str:
     digest = hashlib.sha256()
     overlay = sorted(path for path in OVERLAY.rglob("*") if path.is_file())
-    code = [Path(module) for module in (__file__, cpio.__file__, kernel.__file__)]
+    modules = (__file__, cpio.__file__, kernel.__file__, releases.__file__)
+    code = [Path(module) for module in modules]
     for path in [*code, DOM0_INIT, *overlay]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -165,54 +168,35 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(directory: Path) -> None:
+def _build(release: Release, directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix="building-") as scratch:
         root = Path(scratch) / "root"
         output = Path(scratch) / "image"
         output.mkdir()
-        with timed("install Debian"):
-            _install_debian(root)
+        with timed(f"install Debian ({release.suite})"):
+            _install_debian(release, root)
         with timed("customise it"):
             _customise(root)
         with timed("take out the boot files and write the file system"):
-            _export(root, output)
+            older = _older_kernel(Path(scratch)) if release is not DEBIAN_12 else None
+            _export(root, output, older)
         # The rename makes it whole or absent, never half.
         output.rename(directory)
 
 
-def _install_debian(root: Path) -> None:
+def _install_debian(release: Release, root: Path) -> None:
     excluded = ("doc", "man", "locale", "info", "iso-codes")
     options = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in excluded]
-    options += ["--variant=minbase", f"--include={','.join(PACKAGES)}"]
-    call(
-        ["mmdebstrap", *options, RELEASE, str(root), "-"],
-        stdin=_apt_sources(),
-        # Debian's initrd is not used.
-        extra={"INITRD": "No"},
-    )
+    packages = (*PACKAGES, *release.packages())
+    options += ["--variant=minbase", f"--include={','.join(packages)}"]
+    install(release, options, root)
 
 
-def _apt_sources() -> str:
-    """The machine's own Debian sources, for our release instead of its own."""
-    match = re.search(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE)
-    if match is None:
-        raise BuildFailed("/etc/os-release does not name a Debian release")
-    here = match[1]
-    folder = Path("/etc/apt/sources.list.d")
-    stanzas = [
-        stanza
-        for file in sorted(folder.glob("*.sources"))
-        for stanza in re.split(r"\n\s*\n", file.read_text())
-        if re.search(rf"^Suites:.*\b{here}\b", stanza, re.MULTILINE)
-    ]
-    if stanzas:
-        return re.sub(rf"\b{here}\b", RELEASE, "\n\n".join(stanzas)) + "\n"
-    listed = Path("/etc/apt/sources.list")
-    lines = listed.read_text().splitlines() if listed.exists() else []
-    chosen = [line for line in lines if re.match(rf"deb\s.*\s{here}\b", line)]
-    if not chosen:
-        raise BuildFailed(f"no apt source for {here} under /etc/apt to take {RELEASE} from")
-    return re.sub(rf"\b{here}\b", RELEASE, "\n".join(chosen)) + "\n"
+def _older_kernel(scratch: Path) -> Path:
+    """The tree of Debian 12's kernel, which some guests run."""
+    tree = scratch / "older"
+    extract_kernel(DEBIAN_12, tree)
+    return tree
 
 
 def _customise(root: Path) -> None:
@@ -231,23 +215,36 @@ def _customise(root: Path) -> None:
     (root / "var/log/xen/console").mkdir(parents=True)
 
 
-def _export(root: Path, output: Path) -> None:
-    vmlinuz = _only(root / "boot", "vmlinuz-*")
-    modules = root / "usr/lib/modules" / vmlinuz.name.removeprefix("vmlinuz-")
+def _export(root: Path, output: Path, older: Path | None) -> None:
+    vmlinuz, modules = _kernel_of(root)
     image = Image(directory=output)
     shutil.copy(vmlinuz, image.vmlinuz)
     _write_initrd(modules, image.initrd)
     image.xen.write_bytes(gzip.decompress(_only(root / "boot", "xen-*.gz").read_bytes()))
-    image.guest_modules.mkdir()
-    for name in GUEST_MODULES:
-        kernel.export_module(modules, name, image.guest_modules)
-    # Guests boot it uncompressed: dom0 need not unpack it under emulation for each.
     guest_files = root / "opt/rig"
     guest_files.mkdir(parents=True)
     shutil.copy(vmlinuz, guest_files / "vmlinuz")
-    (guest_files / "vmlinux").write_bytes(kernel.uncompressed(vmlinuz.read_bytes()))
+    _export_for_guests(root, image.guest_modules, guest_files / "vmlinux")
+    if older is not None:
+        _export_for_guests(older, output / "older-guest-modules", guest_files / "older-vmlinux")
     _only(root / "boot", "xen-*.efi").unlink()
     call(["mke2fs", "-q", "-t", "ext4", "-d", str(root), str(image.disk), SIZE])
+
+
+def _export_for_guests(root: Path, folder: Path, target: Path) -> None:
+    """Write what guests need of the kernel in the tree `root`."""
+    vmlinuz, modules = _kernel_of(root)
+    folder.mkdir()
+    for name in GUEST_MODULES:
+        kernel.export_module(modules, name, folder)
+    # Guests boot it uncompressed: dom0 need not unpack it under emulation for each.
+    target.write_bytes(kernel.uncompressed(vmlinuz.read_bytes()))
+
+
+def _kernel_of(root: Path) -> tuple[Path, Path]:
+    """The kernel's image in the tree `root`, and the folder of its modules."""
+    vmlinuz = _only(root / "boot", "vmlinuz-*")
+    return vmlinuz, root / "lib/modules" / vmlinuz.name.removeprefix("vmlinuz-")
 
 
 def _write_initrd(modules: Path, target: Path) -> None:

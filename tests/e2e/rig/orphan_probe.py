@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import image
 from .qemu import Flavour, Machine, Qemu, Source
+from .releases import DEBIAN_13
 
 
 def main() -> None:
@@ -19,7 +20,10 @@ def main() -> None:
     payload = folder / "empty.img"
     payload.write_bytes(bytes(1 << 20))
     machine = Machine(
-        flavour=Flavour.INTEL, source=Source.MCELOG, image=image.obtain(), payload=payload
+        flavour=Flavour.INTEL,
+        source=Source.MCELOG,
+        image=image.obtain(DEBIAN_13),
+        payload=payload,
     )
     qemu = Qemu(machine, folder, folder)
     sys.stdout.write(f"{qemu.pid()}\n")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from . import initramfs
 from .image import Image, cache_directory
+from .releases import Release
 from .tools import call, timed
 
 REPOSITORY = Path(__file__).parents[3]
@@ -23,6 +24,9 @@ AGENT = ("__init__.py", "frames.py", "agent.py")
 PROJECT = ("pyproject.toml", "README.md", "LICENSE", "pgofflined")
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", ".*_cache", "*.egg-info")
 SERVICE = "pgofflined.service"
+PACKAGES = Path("usr/lib/python3/dist-packages")
+PINS = REPOSITORY / "requirements-run.txt"
+DOM0_PYTEST = Path(__file__).parents[1] / "dom0/pytest.ini"
 UNITS = Path("usr/lib/systemd/system")
 UNIT_SUFFIXES = (".service", ".socket", ".timer", ".target", ".slice", ".mount")
 KEPT_BUILDS = 4
@@ -33,6 +37,8 @@ SIZE = "64M"
 class Payload:
     """What is to be so in dom0 beside the project's mere presence."""
 
+    release: Release
+    """dom0's."""
     start_service: bool
     """Whether pgofflined.service is enabled, so that the boot starts it."""
 
@@ -44,17 +50,22 @@ def build(payload: Payload, image: Image, scratch: Path) -> Path:
         tree.mkdir()
         if (project := _project(scratch)) is not None:
             shutil.copytree(project, tree, dirs_exist_ok=True)
+        for name in payload.release.wheels:
+            shutil.copytree(_wheel(name, payload.release), tree / PACKAGES, dirs_exist_ok=True)
         _place_units(tree)
         if payload.start_service:
             _enable(tree)
         _place("config", tree / "etc/pgofflined")
         _place("tests", tree / "opt/pgofflined-tests/tests")
-        shutil.copy(REPOSITORY / "pyproject.toml", tree / "opt/pgofflined-tests")
+        shutil.copy(DOM0_PYTEST, tree / "opt/pgofflined-tests")
         agent = tree / "opt/rig/lib/rig"
         agent.mkdir(parents=True)
         for name in AGENT:
             shutil.copy(Path(__file__).with_name(name), agent)
-        initramfs.build(image.guest_modules, scratch, tree / "opt/rig/guest.cpio.gz")
+        programs = initramfs.compile_programs(scratch)
+        initramfs.build(image.guest_modules, programs, tree / "opt/rig/guest.cpio.gz")
+        if (older := image.older_guest_modules) is not None:
+            initramfs.build(older, programs, tree / "opt/rig/older-guest.cpio.gz")
         disk = scratch / "payload.img"
         options = ["-q", "-t", "ext4", "-O", "^has_journal", "-d", str(tree)]
         call(["mke2fs", *options, str(disk), SIZE])
@@ -126,7 +137,7 @@ def _install(wheel: Path, scratch: Path) -> Path:
     options += ["--no-warn-script-location", "--root", str(root), "--prefix", "/usr"]
     call([sys.executable, "-m", "pip", "install", *options, str(wheel)])
     (found,) = root.glob("usr/lib/python3*/site-packages")
-    target = root / "usr/lib/python3/dist-packages"
+    target = root / PACKAGES
     target.parent.mkdir()
     found.rename(target)
     found.parent.rmdir()
@@ -134,6 +145,21 @@ def _install(wheel: Path, scratch: Path) -> Path:
         lines = script.read_text().split("\n", 1)
         script.write_text("\n".join(["#!/usr/bin/python3", *lines[1:]]))
     return root
+
+
+def _wheel(name: str, release: Release) -> Path:
+    """A package that the release does not have, unpacked: pip's, as on such a host."""
+    (pin,) = re.findall(rf"^{name}==\S+", PINS.read_text(), re.MULTILINE)
+    kept = cache_directory() / "wheels" / f"{pin}-{release.suite}"
+    if not kept.is_dir():
+        with timed(f"fetch {pin} for {release.suite}"):
+            scratch = kept.with_name(f"{kept.name}.new")
+            shutil.rmtree(scratch, ignore_errors=True)
+            options = ["--quiet", "--no-deps", "--no-compile", "--only-binary", ":all:"]
+            options += ["--python-version", release.python, "--platform", "manylinux2014_x86_64"]
+            call([sys.executable, "-m", "pip", "install", *options, "--target", str(scratch), pin])
+            scratch.rename(kept)
+    return kept
 
 
 def _project_key() -> str:

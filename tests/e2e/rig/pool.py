@@ -48,7 +48,7 @@ class HostPool:
         if spec in self._hopeless:
             raise BootFailed(self._hopeless[spec])
         check_machine()
-        dom0 = image.obtain()
+        dom0 = image.obtain(spec.release)
         for attempt in range(1, BOOT_ATTEMPTS + 1):
             self._attempts += 1
             logs = self._evidence / f"{self._attempts:02}-{spec}"

@@ -32,6 +32,8 @@ class Flavour(Enum):
     """Nested SVM: PV, PVH and HVM guests."""
     INTEL = "intel"
     """Machine checks by Intel's rules, L1TF enforced; PV guests only."""
+    INTEL_417 = "intel417"
+    """The same processor with Debian 12's Xen 4.17 and dom0."""
 
 
 class Source(Enum):
@@ -50,6 +52,7 @@ CPU_MODEL = {
     Flavour.AMD: "EPYC,-xsave,-xsaveopt,-xsavec,-xgetbv1,-xsaves,"
     "-smap,-smep,-monitor,-avx,-avx2,-fma,-f16c,-rdtscp",
     Flavour.INTEL: "Westmere",
+    Flavour.INTEL_417: "Westmere",
 }
 XEN_ARGUMENTS = (
     f"dom0_mem={DOM0_MEMORY},max:{DOM0_MEMORY}",
