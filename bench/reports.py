@@ -23,17 +23,17 @@ from pgofflined.core.telemetry import decode
 
 TARGET: Final = AtLeast(20_000)
 _RECORDS: Final = 50_000
-_ROUNDS: Final = 5
+ROUNDS: Final = 5
 _HOST_FRAMES: Final = 16 << 20  # 64 GiB
 _CORRECTED: Final = 0x8C00_0040_0000_0090
 _NOT_MEMORY: Final = 0x9400_0000_0000_0151
 
 
-def measure() -> list[Figure]:
+def measure(rounds: int = ROUNDS) -> list[Figure]:
     """Reports per second of each record format, in interleaved rounds."""
     kinds = _records(random.Random(1))  # noqa: S311 - a workload
     rates: dict[str, list[float]] = {name: [] for name in kinds}
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         for name, records in kinds.items():
             rates[name].append(_rate(name, records))
     return [

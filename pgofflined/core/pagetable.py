@@ -19,20 +19,24 @@ from pgofflined.core.pages import (
 
 Frames = NDArray[np.uint64]
 Words = NDArray[np.uint64]
-LowBits = NDArray[np.uint16]
-_Match = Callable[[LowBits, NDArray[np.bool_]], None]
+Parts = NDArray[np.uint16]
+_Match = Callable[[Parts, NDArray[np.bool_]], None]
 """Sets each of the second array where the first has one of the wanted values."""
 
 _PAGE_SHIFT = np.uint64(12)
 _PRESENT = np.uint64(PTE_PRESENT)
 _ADDRESS = np.uint64(PTE_ADDR_MASK)
 
-# Entries looked at in one go: with all that is computed from them they fit in a core's L2 cache,
-# and they are enough for numpy's cost of a call not to count.
-_BLOCK = 64 << 10
+# Entries looked at in one go: what is computed from them stays in the processor's caches, and they
+# are enough for numpy's cost of a call not to count.
+_BLOCK = 256 << 10
 # From about so many frames on, a table look-up for each entry is faster than one vectorised
 # comparison for each entry and frame; it costs the same however many there are.
-_COMPARED_FRAMES = 12
+_COMPARED_FRAMES = 10
+# From so many candidates in a block on, numpy finds them faster than one search for each.
+_FEW = 32
+# Of an entry's four 16-bit parts, the second has nothing but bits of the frame: 4 to 19.
+_PART, _PARTS, _PART_SHIFT = 1, 4, np.uint64(4)
 
 
 def table_levels(types: NDArray[np.uint32]) -> NDArray[np.uint8]:
@@ -49,63 +53,100 @@ def table_levels(types: NDArray[np.uint32]) -> NDArray[np.uint8]:
     return level
 
 
+class Search:
+    """Finds the entries that map some frames, in as many page tables as are given to it.
+
+    Made once for a whole scan: the memory that it works in stays where it is.
+    """
+
+    def __init__(self, wanted: Frames) -> None:
+        if not wanted.size:
+            raise ValueError("a search for no frame")
+        self._wanted = np.unique(wanted)
+        parts = np.unique((wanted >> _PART_SHIFT).astype(np.uint16))
+        self._match = (_comparing if parts.size <= _COMPARED_FRAMES else _looking_up)(parts)
+        self._flags = bytearray(_BLOCK)
+        self._maybe: NDArray[np.bool_] = np.frombuffer(self._flags, dtype=np.bool_)
+
+    def find(
+        self, tables: Words, levels: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Rows and columns of the present entries that map one of the wanted frames.
+
+        ``tables`` has the shape (n, 512), ``levels`` the level of each of the n tables.  The
+        slots of an L4 that are Xen's own are passed over.
+        """
+        entries = tables.reshape(-1)
+        positions = self._candidates(entries)
+        words = entries[positions]
+        frames = (words & _ADDRESS) >> _PAGE_SHIFT
+        # Nearly every batch has a few candidates, so this is quicker than np.isin, which sorts.
+        nearest = self._wanted.take(self._wanted.searchsorted(frames), mode="clip")
+        hits = (nearest == frames) & (words & _PRESENT).astype(np.bool_)
+        rows, columns = np.divmod(positions[hits], tables.shape[1])
+        of_xen = (columns >= L4_XEN_SLOTS.start) & (columns < L4_XEN_SLOTS.stop)
+        guests = ~((levels[rows] == 4) & of_xen)
+        return rows[guests], columns[guests]
+
+    def _candidates(self, entries: Words) -> NDArray[np.intp]:
+        """Positions of all entries whose frame has the same bits 4 to 19 as a wanted one."""
+        # The entries come from memory once, and nothing is computed of them: the part is there.
+        parts = entries.view(np.uint16)[_PART::_PARTS]
+        found = [np.empty(0, dtype=np.intp)]
+        for start in range(0, entries.size, _BLOCK):
+            block = parts[start : start + _BLOCK]
+            hits = self._maybe[: block.size]
+            self._match(block, hits)
+            found.append(self._which(hits) + start)
+        return np.concatenate(found)
+
+    def _which(self, hits: NDArray[np.bool_]) -> NDArray[np.intp]:
+        """Positions of what is set at the start of the flags."""
+        few: list[int] = []
+        # This is memchr, which passes over what is not set several times faster than numpy.
+        at = self._flags.find(1, 0, hits.size)
+        while at >= 0 and len(few) < _FEW:
+            few.append(at)
+            at = self._flags.find(1, at + 1, hits.size)
+        return np.flatnonzero(hits) if at >= 0 else np.array(few, dtype=np.intp)
+
+
 def find_references(
     tables: Words, levels: NDArray[np.uint8], wanted: Frames
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Rows and columns of the present entries that map one of the wanted frames.
-
-    ``tables`` has the shape (n, 512), ``levels`` the level of each of the n tables.  The slots
-    of an L4 that are Xen's own are passed over.
-    """
-    rows, columns = np.divmod(_candidates(tables.reshape(-1), wanted), tables.shape[1])
-    entries = tables[rows, columns]
-    hits = (entries & _PRESENT).astype(np.bool_)
-    hits &= np.isin((entries & _ADDRESS) >> _PAGE_SHIFT, wanted)
-    hits &= ~((levels[rows] == 4) & (columns >= L4_XEN_SLOTS.start) & (columns < L4_XEN_SLOTS.stop))
-    return rows[hits], columns[hits]
+    """What a ``Search`` for the wanted frames finds; nothing where there are none."""
+    if not wanted.size:
+        none = np.empty(0, dtype=np.intp)
+        return none, none
+    return Search(wanted).find(tables, levels)
 
 
-def _candidates(entries: Words, wanted: Frames) -> NDArray[np.intp]:
-    """Positions of all entries whose frame has the low bits of a wanted one."""
-    low_bits = np.unique(wanted.astype(np.uint16))
-    # Block by block, so that what is in between stays in the processor's cache: only the
-    # entries themselves come from memory, once.
-    size = min(_BLOCK, entries.size)
-    low, maybe = np.empty(size, dtype=np.uint16), np.empty(size, dtype=np.bool_)
-    match = (_comparing if low_bits.size <= _COMPARED_FRAMES else _looking_up)(low_bits, size)
-    found = [np.empty(0, dtype=np.intp)]
-    for start in range(0, entries.size, _BLOCK):
-        block = entries[start : start + _BLOCK]
-        some, hits = low[: block.size], maybe[: block.size]
-        np.right_shift(block, _PAGE_SHIFT, out=some, casting="unsafe")
-        match(some, hits)
-        found.append(np.flatnonzero(hits) + start)
-    return np.concatenate(found)
+def _comparing(wanted: Parts) -> _Match:
+    gathered = np.empty(_BLOCK, dtype=np.uint16)
+    space = np.empty(_BLOCK, dtype=np.bool_)
+    first, *others = wanted
 
-
-def _comparing(wanted: LowBits, size: int) -> _Match:
-    values = list(wanted)
-    space = np.empty(size, dtype=np.bool_)
-
-    def match(low: LowBits, hits: NDArray[np.bool_]) -> None:
-        one = space[: low.size]
-        hits[:] = False
-        for value in values:
-            np.equal(low, value, out=one)
+    def match(parts: Parts, hits: NDArray[np.bool_]) -> None:
+        # Side by side they are compared many at a time.
+        close, one = gathered[: parts.size], space[: parts.size]
+        close[:] = parts
+        np.equal(close, first, out=hits)
+        for value in others:
+            np.equal(close, value, out=one)
             np.logical_or(hits, one, out=hits)
 
     return match
 
 
-def _looking_up(wanted: LowBits, size: int) -> _Match:
+def _looking_up(wanted: Parts) -> _Match:
     table = np.zeros(1 << 16, dtype=np.bool_)
     table[wanted] = True
-    space = np.empty(size, dtype=np.intp)
+    space = np.empty(_BLOCK, dtype=np.intp)
 
-    def match(low: LowBits, hits: NDArray[np.bool_]) -> None:
+    def match(parts: Parts, hits: NDArray[np.bool_]) -> None:
         # numpy indexes by intp only and would make such a copy anew for each block.
-        index = space[: low.size]
-        index[:] = low
+        index = space[: parts.size]
+        index[:] = parts
         # No index is out of bounds; but the default mode goes through a copy of `hits` as well.
         np.take(table, index, out=hits, mode="wrap")
 

@@ -31,7 +31,7 @@ from pgofflined.core.pages import (
     PageType,
     decode_page_type,
 )
-from pgofflined.core.pagetable import find_references, guest_frames, table_levels
+from pgofflined.core.pagetable import Search, guest_frames, table_levels
 from pgofflined.ports import Hypervisor, VcpuFrames
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ _UNSET = (0, (1 << 64) - 1)
 # maximum are believed, the rest of a larger claim would only make us allocate.
 _HOLE_PFNS = 1 << 24
 _TABLE_BATCH = 1024
-_P2M_BATCH = 1 << 20
+# Frames of the p2m list; with what is computed from their entries some 30 MiB.
+_P2M_BATCH = 2048
+_P2M_LIST = "its p2m list"
 
 
 class GuestLayoutError(Exception):
@@ -97,12 +99,34 @@ class PageFacts:
     references: tuple[PteReference, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class P2m:
-    """The guest's list: ``entries`` by pfn, and the frames that hold it, 512 entries each."""
+    """The guest's list of ``max_pfn`` entries, and the frames that hold it, 512 entries each.
 
-    entries: FrameArray
+    It is read part by part when it is wanted: that of a guest of 1 TiB has 2 GiB.
+    """
+
+    max_pfn: int
     leaf_mfns: FrameArray
+    believed: _Believed
+
+    def parts(self) -> Iterator[FrameArray]:
+        """All entries by pfn, some at a time.  Raises GuestLayoutError."""
+        for start in range(0, len(self.leaf_mfns), _P2M_BATCH):
+            pages = self.believed.read(self.leaf_mfns[start : start + _P2M_BATCH], _P2M_LIST)
+            yield pages.reshape(-1)[: self.max_pfn - start * WORDS_PER_PAGE]
+
+    def at(self, pfns: Sequence[int]) -> FrameArray:
+        """The entries of some pfns.  Raises GuestLayoutError."""
+        wanted = np.array(pfns, dtype=np.intp)
+        leaves, rows = np.unique(wanted // WORDS_PER_PAGE, return_inverse=True)
+        pages = self.believed.read(self.leaf_mfns[leaves], _P2M_LIST)
+        return pages[rows, wanted % WORDS_PER_PAGE]
+
+    @property
+    def entries(self) -> FrameArray:
+        """The whole of it."""
+        return np.concatenate([*self.parts()])
 
 
 def survey(
@@ -129,6 +153,10 @@ def survey(
     granted = np.isin(wanted, xen.granted_frames(domain.domid))
     shared = xen.shared_frames(domain.domid)
     loaded = xen.vcpu_frames(domain.domid)
+    pfns = {mfn: pfn for mfn in mfns if (pfn := xen.m2p(mfn)) is not None}
+    inside = [mfn for mfn in pfns if pfns[mfn] < p2m.max_pfn]
+    entries = p2m.at([pfns[mfn] for mfn in inside]).tolist()
+    p2m_mfns = dict(zip(inside, map(Mfn, entries), strict=True))
     return tuple(
         _facts(
             xen,
@@ -138,6 +166,8 @@ def survey(
             decode_page_type(int(types[position])),
             shared,
             loaded,
+            pfn=pfns.get(mfn),
+            p2m_mfn=p2m_mfns.get(mfn),
             granted=bool(granted[position]),
             references=references.get(mfn, ()),
         )
@@ -154,11 +184,11 @@ def _facts(
     shared: FrameArray,
     loaded: VcpuFrames,
     *,
+    pfn: Pfn | None,
+    p2m_mfn: Mfn | None,
     granted: bool,
     references: tuple[PteReference, ...],
 ) -> PageFacts:
-    pfn = xen.m2p(mfn)
-    inside = pfn is not None and pfn < len(p2m.entries)
     state = xen.query(mfn)
     maps_others = False
     if kind.kind is PageKind.L1 and not state & OfflineState.BROKEN:
@@ -168,8 +198,8 @@ def _facts(
         mfn=mfn,
         state=state,
         pfn=pfn,
-        slot=_slot(p2m, pfn) if inside and pfn is not None else None,
-        p2m_mfn=Mfn(int(p2m.entries[pfn])) if inside else None,
+        slot=_slot(p2m, pfn) if pfn is not None and p2m_mfn is not None else None,
+        p2m_mfn=p2m_mfn,
         type=kind,
         granted=granted,
         is_shared=bool(np.isin(np.uint64(mfn), shared)),
@@ -227,18 +257,16 @@ def read_p2m(
     if int(arch[_P2M_GENERATION]) & 1:
         raise GuestLayoutError("it was suspended while changing its p2m")
     leaves = -(-max_pfn // WORDS_PER_PAGE)
+    believed = _Believed(xen, domain.domid, poisoned)
     if int(arch[_P2M_CR3]) not in _UNSET:
         root, vaddr = int(arch[_P2M_CR3]) >> PAGE_SHIFT, int(arch[_P2M_VADDR])
-        root = moved.get(root, root)
-        leaf_mfns = _walk(_Believed(xen, domain.domid, poisoned), root, vaddr, leaves)
+        leaf_mfns = _walk(believed, moved.get(root, root), vaddr, leaves)
     elif int(arch[_FRAME_LIST_LIST]) not in _UNSET:
         top = int(arch[_FRAME_LIST_LIST])
-        top = moved.get(top, top)
-        leaf_mfns = _frame_lists(_Believed(xen, domain.domid, poisoned), top, leaves)
+        leaf_mfns = _frame_lists(believed, moved.get(top, top), leaves)
     else:
         raise GuestLayoutError("it publishes no p2m (neither p2m_cr3 nor a frame list)")
-    pages = _Believed(xen, domain.domid, poisoned).read(leaf_mfns, "its p2m list")
-    return P2m(entries=pages.reshape(-1)[:max_pfn], leaf_mfns=leaf_mfns)
+    return P2m(max_pfn=max_pfn, leaf_mfns=leaf_mfns, believed=believed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,11 +327,12 @@ def _scan_tables(
     """Every present entry of every page table of the domain that maps one of ``mfns``."""
     tables, levels = _tables(xen, domid, p2m, poisoned)
     wanted = np.array(mfns, dtype=np.uint64)
+    search = Search(wanted)
     found: dict[Mfn, list[PteReference]] = {}
     for start in range(0, len(tables), _TABLE_BATCH):
         part = slice(start, start + _TABLE_BATCH)
         contents = xen.read_frames(domid, tables[part])
-        rows, columns = find_references(contents, levels[part], wanted)
+        rows, columns = search.find(contents, levels[part])
         for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
             value = int(contents[row, column])
             reference = PteReference(
@@ -321,12 +350,11 @@ def _tables(
 ) -> tuple[FrameArray, NDArray[np.uint8]]:
     """The domain's page tables that may be read, and their levels.
 
-    Part by part, since the p2m of a large guest is large enough to have in memory once.
+    Part by part, since the p2m of a large guest is too large to have in memory.
     """
     tables: list[FrameArray] = [_NONE]
     levels: list[NDArray[np.uint8]] = [np.empty(0, dtype=np.uint8)]
-    for start in range(0, len(p2m.entries), _P2M_BATCH):
-        part = p2m.entries[start : start + _P2M_BATCH]
+    for part in p2m.parts():
         own = part[guest_frames(part)]
         of_own = table_levels(xen.page_types(domid, own))
         tables.append(own[of_own > 0])

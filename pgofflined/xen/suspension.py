@@ -113,7 +113,7 @@ class Suspension:
                 # Also when the wait itself fails or we are told to stop: leave no request behind.
                 store.replace(path, expected=frozenset({_SUSPEND}), value=b"")
                 raise
-            if not acknowledged and not self._withdrawn_too_late(store, domid, path):
+            if not acknowledged and not _withdrawn_too_late(store, path):
                 raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
             if not self._await_suspended(store, domid, limits.suspend):
                 raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
@@ -174,8 +174,9 @@ class Suspension:
         """Whether the guest took the request within the time."""
         deadline = self._monotonic() + seconds
         while True:
-            if store.read(path) != _SUSPEND or self._is_suspended(domid):
+            if store.read(path) != _SUSPEND:
                 return True
+            self._refuse_strangers_suspend(store, domid, path)
             left = deadline - self._monotonic()
             if left <= 0:
                 return False
@@ -186,10 +187,15 @@ class Suspension:
         with self._stores() as store:
             store.replace(_shutdown_node(domid), expected=frozenset({_SUSPEND}), value=b"")
 
-    def _withdrawn_too_late(self, store: StorePort, domid: Domid, path: str) -> bool:
-        """Withdraw the request; True when the guest took it at the last moment after all."""
-        before = store.replace(path, expected=frozenset({_SUSPEND}), value=b"")
-        return before != _SUSPEND or self._is_suspended(domid)
+    def _refuse_strangers_suspend(self, store: StorePort, domid: Domid, path: str) -> None:
+        """A guest takes a request before it follows it: with ours unread, it suspends for another.
+
+        Its toolstack saves or migrates it then, and it must not be resumed by us.
+        """
+        if not self._is_suspended(domid):
+            return
+        if store.replace(path, expected=frozenset({_SUSPEND}), value=b"") == _SUSPEND:
+            raise SuspendNotAsked(errno.EBUSY, op="suspend (for somebody else)", domid=domid)
 
     def _await_suspended(self, store: StorePort, domid: Domid, seconds: float) -> bool:
         """Whether it got there within the time; looks once more after the time is over."""
@@ -285,6 +291,11 @@ class Suspension:
     def _resume_in_store(self, domid: Domid) -> None:
         with self._stores() as store:
             store.resume_domain(domid)
+
+
+def _withdrawn_too_late(store: StorePort, path: str) -> bool:
+    """Withdraw the request; True when the guest took it at the last moment after all."""
+    return store.replace(path, expected=frozenset({_SUSPEND}), value=b"") != _SUSPEND
 
 
 def _shutdown_node(domid: Domid) -> str:

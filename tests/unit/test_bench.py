@@ -86,23 +86,65 @@ def test_a_json_line_has_all_of_a_figure() -> None:
     }
 
 
-@pytest.mark.parametrize("form", ["--json", None])
+def broken(_rounds: int) -> list[Figure]:
+    raise RuntimeError("no such luck")
+
+
+def missed(rounds: int) -> list[Figure]:
+    return [Figure(name="slow thing", unit="1/s", samples=(1.0,) * rounds, target=AtLeast(2))]
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Local parts that take no time and miss their targets."""
+    for part in ("reports", "scan", "survey"):
+        monkeypatch.setattr(f"bench.{part}.measure", missed)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("form", ["--json", "--table", None])
 def test_only_a_part_that_cannot_be_measured_makes_the_run_fail(
-    form: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    form: str | None, parts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def broken() -> list[Figure]:
-        raise RuntimeError("no such luck")
-
-    def missed() -> list[Figure]:
-        return [Figure(name="slow thing", unit="1/s", samples=(1.0,), target=AtLeast(2))]
-
     arguments = ["--local", *([form] if form else [])]
-    monkeypatch.setattr("bench.reports.measure", missed)
-    monkeypatch.setattr("bench.scan.measure", missed)
     assert main(arguments) == 0
     assert "slow thing" in capsys.readouterr().out
-    monkeypatch.setattr("bench.reports.measure", broken)
+    parts.setattr("bench.reports.measure", broken)
     assert main(arguments) == 1
     shown = capsys.readouterr()
     assert "RuntimeError: no such luck" in shown.err
     assert "slow thing" in shown.out
+
+
+@pytest.mark.usefixtures("parts")
+def test_a_run_prints_a_table_and_json_lines_of_every_figure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--only", "scan", "--rounds", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in lines if line.startswith("slow thing")]
+    assert row.split()[-4:] == ["3", ">=", "2.00", "missed"]
+    (figure,) = [json.loads(line) for line in lines if line.startswith("{")]
+    assert figure["samples"] == [1.0, 1.0, 1.0]
+    assert figure["met"] is False
+
+
+def test_every_part_can_be_measured_alone(
+    parts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ("reports", "scan", "survey"):
+        parts.setattr(f"bench.{part}.measure", broken)
+        others = [name for name in ("reports", "scan", "survey") if name != part]
+        assert main(["--json", *(f"--only={name}" for name in others)]) == 0
+        assert main(["--json", f"--only={part}"]) == 1
+        assert len(capsys.readouterr().out.splitlines()) == 2
+        parts.setattr(f"bench.{part}.measure", missed)
+
+
+@pytest.mark.parametrize("rounds", ["0", "-1", "many"])
+def test_rounds_that_make_no_sense_are_refused(
+    rounds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--rounds", rounds])
+    assert "--rounds" in capsys.readouterr().err

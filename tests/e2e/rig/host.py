@@ -24,7 +24,7 @@ from .frames import CHUNK, Frame
 from .guest import Guest, GuestSpec
 from .image import Image
 from .payload import Payload
-from .qemu import Flavour, Machine, Qemu, Source
+from .qemu import DOM0_MIB, MEMORY_MIB, Flavour, Machine, Qemu, Source
 from .releases import DEBIAN_12, DEBIAN_13, Release
 
 BOOT_LIMIT = 400.0
@@ -46,6 +46,8 @@ class HostSpec:
     source: Source = Source.MCELOG
     start_service: bool = True
     """Whether pgofflined.service is enabled and started at boot."""
+    memory_mib: int = MEMORY_MIB
+    dom0_mib: int = DOM0_MIB
 
     @property
     def release(self) -> Release:
@@ -281,7 +283,12 @@ class Host:
         what = Payload(release=self.spec.release, start_service=self.spec.start_service)
         disk = payload.build(what, image, self._scratch)
         machine = Machine(
-            flavour=self.spec.flavour, source=self.spec.source, image=image, payload=disk
+            flavour=self.spec.flavour,
+            source=self.spec.source,
+            image=image,
+            payload=disk,
+            memory_mib=self.spec.memory_mib,
+            dom0_mib=self.spec.dom0_mib,
         )
         deadline = time.monotonic() + BOOT_LIMIT
         try:

@@ -2,7 +2,7 @@
 
 Its tree is copied over dom0's root file system before systemd starts, as if
 packages had been installed: the project, its units and configuration, its
-tests, the agent, and the guest's initramfs.
+tests and benchmarks, the agent, and the guest's initramfs.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def build(payload: Payload, image: Image, scratch: Path) -> Path:
         _place("config", tree / "etc/pgofflined")
         _place("tests", tree / "opt/pgofflined-tests/tests")
         shutil.copy(DOM0_PYTEST, tree / "opt/pgofflined-tests")
+        _place("bench", tree / "opt/pgofflined-tests/bench")
         agent = tree / "opt/rig/lib/rig"
         agent.mkdir(parents=True)
         for name in AGENT:

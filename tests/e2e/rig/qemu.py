@@ -18,8 +18,8 @@ from .image import Image
 from .tools import environment
 from .waiting import wait_until
 
-MEMORY = "3072M"
-DOM0_MEMORY = "1024M"
+MEMORY_MIB = 3072
+DOM0_MIB = 1024
 MONITOR_LIMIT = 30.0
 TAIL_LINES = 25
 PANIC = re.compile(r"Panic on CPU|Kernel panic|FATAL TRAP|Assertion '.*' failed|Xen BUG at")
@@ -55,7 +55,6 @@ CPU_MODEL = {
     Flavour.INTEL_417: "Westmere",
 }
 XEN_ARGUMENTS = (
-    f"dom0_mem={DOM0_MEMORY},max:{DOM0_MEMORY}",
     "com1=115200,8n1",
     "console=com1",
     "conring_size=1M",
@@ -94,6 +93,8 @@ class Machine:
     source: Source
     image: Image
     payload: Path
+    memory_mib: int = MEMORY_MIB
+    dom0_mib: int = DOM0_MIB
 
 
 def command_line(machine: Machine, folder: Path, logs: Path) -> list[str]:
@@ -102,11 +103,12 @@ def command_line(machine: Machine, folder: Path, logs: Path) -> list[str]:
     dom0 = " ".join([*DOM0_ARGUMENTS, *SOURCE_ARGUMENTS[machine.source]])
     # A single comma would end the kernel's arguments and begin the next file.
     dom0 = dom0.replace(",", ",,")
+    xen = " ".join([f"dom0_mem={machine.dom0_mib}M,max:{machine.dom0_mib}M", *XEN_ARGUMENTS])
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
         *("-accel", "tcg,thread=multi"),
-        *("-cpu", CPU_MODEL[machine.flavour], "-smp", "2", "-m", MEMORY),
-        *("-kernel", str(image.xen), "-append", " ".join(XEN_ARGUMENTS)),
+        *("-cpu", CPU_MODEL[machine.flavour], "-smp", "2", "-m", f"{machine.memory_mib}M"),
+        *("-kernel", str(image.xen), "-append", xen),
         *("-initrd", f"{image.vmlinuz} {dom0},{image.initrd}"),
         *("-drive", f"file={image.disk},if=virtio,format=raw,snapshot=on"),
         *("-drive", f"file={machine.payload},if=virtio,format=raw,readonly=on"),

@@ -10,7 +10,13 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError, XenError
+from pgofflined.core.errors import (
+    DomainGone,
+    GuestDidNotSuspend,
+    PortError,
+    SuspendNotAsked,
+    XenError,
+)
 from pgofflined.core.frames import Domid
 from pgofflined.ports import SuspendLimits
 from pgofflined.xen.abi.domctl import (
@@ -268,6 +274,16 @@ def test_unfit_domains_are_not_asked(guest: Guest, code: int) -> None:
     with pytest.raises(XenError) as caught:
         suspension(guest).suspend(GUEST, LIMITS)
     assert (caught.value.errno, guest.log) == (code, [])
+
+
+def test_guest_that_suspends_without_having_read_our_request_does_so_for_somebody_else() -> None:
+    def saved(guest: Guest) -> None:
+        guest.flags = SUSPENDED
+
+    guest = Guest({0.5: saved})
+    with pytest.raises(SuspendNotAsked) as caught:
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert (caught.value.errno, guest.node, guest.flags) == (errno.EBUSY, b"", SUSPENDED)
 
 
 def test_failure_while_waiting_leaves_no_request_behind() -> None:

@@ -1,0 +1,1 @@
+"""What the benchmarks run in dom0 of an emulated host."""
