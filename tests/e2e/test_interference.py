@@ -80,9 +80,6 @@ def test_a_guest_that_the_admin_saves_is_saved_whole(host: Host) -> None:
     guest.assert_clean(migrated=True)
 
 
-@pytest.mark.xfail(
-    reason="a guest that suspends itself for somebody else is taken for ours", strict=True
-)
 def test_a_guest_that_the_admin_is_saving_is_not_resumed_in_the_middle(host: Host) -> None:
     guest = host.start_guest(spec())
     command, _, then = SAVE
