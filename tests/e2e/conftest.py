@@ -6,7 +6,7 @@ A test asks for the fixture `host` and says with a marker which host it needs:
 
 Names are FLAVOUR-SOURCE or FLAVOUR-SOURCE-noservice (see rig/host.py). With several
 names the test runs once on each. Tests are sorted so that each host boots once; a test
-marked `fresh_host` gets one that nobody used before and nobody uses after.
+marked `spoils_host` is the last on its host, which nobody uses after it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ POOL = pytest.StashKey[HostPool]()
 def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "hosts(name, ...): which hosts the test needs, such as intel-mcelog or amd-native",
-        "fresh_host: the test needs a host of its own, since it leaves it changed",
+        "spoils_host: the test leaves its host changed or gone, so nobody uses it afterwards",
         "xen_complains: Xen is expected to print suspicious lines during the test",
     ):
         config.addinivalue_line("markers", marker)
@@ -56,8 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order: dict[HostSpec | None, int] = {None: 0}
 
     def key(item: pytest.Item) -> tuple[int, bool]:
-        fresh = item.get_closest_marker("fresh_host") is not None
-        return order.setdefault(_spec(item), len(order)), fresh
+        spoils = item.get_closest_marker("spoils_host") is not None
+        return order.setdefault(_spec(item), len(order)), spoils
 
     items.sort(key=key)
 
@@ -83,12 +83,11 @@ def _spec(item: pytest.Item) -> HostSpec | None:
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
     """A booted host; guests that the test started are gone after it."""
     pool = request.config.stash[POOL]
-    fresh = request.node.get_closest_marker("fresh_host") is not None
     capture = request.config.pluginmanager.getplugin("capturemanager")
     assert capture is not None
     # A cold build takes minutes: it is to be seen what it does.
     with capture.global_and_fixture_disabled():
-        host = pool.host(request.param, fresh=fresh)
+        host = pool.host(request.param)
     lines = len(host.xl_dmesg().splitlines())
     yield host
     if host.lost is None:
@@ -96,7 +95,8 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
         if request.node.get_closest_marker("xen_complains") is None:
             suspicious = host.xl_dmesg_suspicious(after=lines)
             assert not suspicious, "Xen complained:\n" + "\n".join(suspicious)
-    if fresh or host.lost is not None:
+    spoils = request.node.get_closest_marker("spoils_host") is not None
+    if spoils or host.lost is not None:
         pool.stop()
 
 

@@ -46,11 +46,13 @@ def interfere(host: Host, *steps: tuple[str, str, str, str]) -> list[dict[str, A
     told: list[dict[str, Any]] = [json.loads(line) for line in done.out.splitlines()]
     assert len(told) == len(steps)
     for step in told:
-        assert (step["stuck"], step["records"], step["status"]) == (None, [], 0), step
+        assert (step["stuck"], step["records"]) == (None, []), str(step)
     return told
 
 
 def outcomes(told: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What became of pages and guest, where the admin's commands have succeeded."""
+    assert [step for step in told if step["status"]] == [], str(told)
     return [(step["outcome"], step["state"]) for step in told]
 
 
@@ -74,8 +76,8 @@ def test_a_guest_that_the_admin_pauses_stays_paused_until_he_lets_it_go(host: Ho
 def test_a_guest_that_the_admin_saves_is_saved_whole(host: Host) -> None:
     guest = host.start_guest(spec())
     told = interfere(host, ("survey", *SAVE), ("suspended", *SAVE), ("resumed", *SAVE))
-    assert told[0]["outcome"] in BUSY, told
-    assert outcomes(told[1:]) == [("exchanged", "gone")] * 2
+    assert told[0]["outcome"] in BUSY, str(told)
+    assert outcomes(told)[1:] == [("exchanged", "gone")] * 2
     guest.wait_passes(1)
     guest.assert_clean(migrated=True)
 
@@ -84,32 +86,33 @@ def test_a_guest_that_the_admin_is_saving_is_not_resumed_in_the_middle(host: Hos
     guest = host.start_guest(spec())
     command, _, then = SAVE
     told = interfere(host, ("asking", command, "taken", then))
-    assert told[0]["outcome"] in BUSY, told
+    assert told[0]["outcome"] in BUSY, str(told)
     guest.wait_passes(1)
     guest.assert_clean(migrated=True)
 
 
-def test_a_guest_that_the_admin_migrates_arrives_whole(host: Host) -> None:
+def test_a_guest_whose_migration_xen_refuses_runs_on_where_it_is(host: Host) -> None:
+    # Debian's Xen has no shadow page tables, and a PV guest is not migrated without.
+    assert "shadow" not in host.run(["xl", "info", "virt_caps"]).out
     guest = host.start_guest(spec())
-    before = guest.domid
-    told = interfere(host, ("suspended", *MIGRATE))
-    assert outcomes(told) == [("exchanged", "gone")]
-    assert guest.domid != before
+    told = interfere(host, ("survey", *MIGRATE), ("suspended", *MIGRATE), ("resumed", *MIGRATE))
+    assert [(step["outcome"], step["state"]) for step in told] == [("exchanged", "runs")] * 3
+    assert 0 not in [step["status"] for step in told], str(told)
     guest.wait_passes(1)
-    guest.assert_clean(migrated=True)
+    guest.assert_clean()
 
 
 def test_a_guest_that_the_admin_reboots_boots_again_and_can_be_destroyed(host: Host) -> None:
     guest = host.start_guest(spec(restarts=True))
     before = guest.domid
-    [told] = interfere(host, ("suspended", "xl reboot it", "ended", ""))
-    assert told["outcome"] == "exchanged"
+    [told] = interfere(host, ("suspended", "xl reboot it", "asked", ""))
+    assert (told["outcome"], told["status"]) == ("exchanged", 0), str(told)
     wait_until(lambda: len(guest.boot_ids()) > 1, timeout=120, what="the guest to boot again")
     assert guest.domid != before
     guest.wait_passes(1)
     assert guest.trouble() == []
     [told] = interfere(host, ("suspended", "xl destroy it", "ended", ""))
-    assert told["outcome"] in GONE, told
+    assert (told["outcome"] in GONE, told["status"]) == (True, 0), str(told)
     assert not guest.exists()
 
 
@@ -123,5 +126,5 @@ def test_a_guest_that_the_admin_ends_ends(
 ) -> None:
     guest = host.start_guest(spec())
     [told] = interfere(host, (moment, command, until, ""))
-    assert told["outcome"] in BUSY, told
+    assert (told["outcome"] in BUSY, told["status"]) == (True, 0), str(told)
     wait_until(lambda: not guest.exists(), timeout=60, what="the guest to end")

@@ -156,7 +156,7 @@ def test_twenty_marks_on_one_pv_domain_do_not_hang_the_host(host: Host) -> None:
     guest.assert_clean()
 
 
-@pytest.mark.fresh_host
+@pytest.mark.spoils_host
 @pytest.mark.xen_complains
 @pytest.mark.hosts(NATIVE)
 def test_a_page_that_xen_broke_itself_is_reported_and_never_mapped(host: Host) -> None:

@@ -102,7 +102,7 @@ def test_files_come_back_as_they_were(host: Host, tmp_path: Path) -> None:
         host.get("/tmp/a/nothing")  # noqa: S108 - in dom0
 
 
-@pytest.mark.hosts(*ALL_HOSTS)
+@pytest.mark.hosts(INTEL, AMD)
 def test_pv_guest_with_two_vcpus_checks_its_memory(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="pv1"))
     guest.wait_passes(2)
@@ -163,20 +163,6 @@ def test_damage_on_a_busy_disk_is_found(host: Host) -> None:
 
 
 @pytest.mark.hosts(INTEL)
-@pytest.mark.parametrize("kernel", ["debian13", "debian12"])
-def test_guest_whose_disk_and_network_are_busy_goes_on_through_a_suspend(
-    host: Host, kernel: str
-) -> None:
-    older = kernel == "debian12"
-    guest = host.start_guest(GuestSpec(name="pv1", older_kernel=older, disk=True, network=True))
-    guest.wait_passes(1)
-    host.run(["xl", "save", "-c", "pv1", "/root/pv1.save"], timeout=120)
-    host.run("rm /root/pv1.save")
-    guest.wait_passes(1)
-    guest.assert_clean()
-
-
-@pytest.mark.hosts(INTEL)
 def test_guest_that_ignores_suspend_does_not_watch_for_it(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="deaf", ignore_suspend=True))
     control = f"/local/domain/{guest.domid}/control/shutdown"
@@ -215,7 +201,7 @@ def test_corrected_error_reaches_dev_mcelog(host: Host) -> None:
 
 
 @pytest.mark.hosts(INTEL)
-@pytest.mark.fresh_host
+@pytest.mark.spoils_host
 def test_host_that_is_gone_is_told_apart_from_a_failed_test(host: Host) -> None:
     os.kill(host.pid(), signal.SIGKILL)
     with pytest.raises(HostLost, match=r"(?s)QEMU ended.*serial console"):
@@ -225,7 +211,7 @@ def test_host_that_is_gone_is_told_apart_from_a_failed_test(host: Host) -> None:
 
 
 @pytest.mark.hosts(AMD)
-@pytest.mark.fresh_host
+@pytest.mark.spoils_host
 def test_stopped_host_is_lost_within_the_silence_limit(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:

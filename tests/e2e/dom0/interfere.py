@@ -7,7 +7,8 @@ STEPS is a JSON list of objects, one for each exchange of one page:
         asking     right before it is asked to suspend itself
         suspended  while it stands still because of us, before Xen exchanges the page
         resumed    when it runs again, before xenstored is told
-    command  what the admin does, a list of words
+    command  what the admin does, a list of words.  Some wait for the guest to take a request,
+             which it cannot while it stands still
     until    how far the command has to come before the exchange goes on
         ended      it is over
         asked      it has written a request into the guest's control/shutdown
@@ -145,6 +146,8 @@ def _state(xen: XenHypervisor, domid: Domid) -> str:
     try:
         info = xen.condition(domid)
     except DomainGone:
+        return "gone"
+    if info.dying:
         return "gone"
     if info.shutdown is not None:
         return info.shutdown.name.lower()

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +179,7 @@ def _build(release: Release, directory: Path) -> None:
             _customise(root)
         with timed("take out the boot files and write the file system"):
             older = _older_kernel(Path(scratch)) if release is not DEBIAN_12 else None
-            _export(root, output, older)
+            _export(release, root, output, older)
         # The rename makes it whole or absent, never half.
         output.rename(directory)
 
@@ -215,11 +215,11 @@ def _customise(root: Path) -> None:
     (root / "var/log/xen/console").mkdir(parents=True)
 
 
-def _export(root: Path, output: Path, older: Path | None) -> None:
+def _export(release: Release, root: Path, output: Path, older: Path | None) -> None:
     vmlinuz, modules = _kernel_of(root)
     image = Image(directory=output)
     shutil.copy(vmlinuz, image.vmlinuz)
-    _write_initrd(modules, image.initrd)
+    _write_initrd(modules, (*release.boot_modules, *INITRD_MODULES), image.initrd)
     image.xen.write_bytes(gzip.decompress(_only(root / "boot", "xen-*.gz").read_bytes()))
     guest_files = root / "opt/rig"
     guest_files.mkdir(parents=True)
@@ -247,12 +247,12 @@ def _kernel_of(root: Path) -> tuple[Path, Path]:
     return vmlinuz, root / "lib/modules" / vmlinuz.name.removeprefix("vmlinuz-")
 
 
-def _write_initrd(modules: Path, target: Path) -> None:
+def _write_initrd(modules: Path, names: Sequence[str], target: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        for name in INITRD_MODULES:
+        for name in names:
             kernel.export_module(modules, name, folder)
-        (folder / "order").write_text("".join(f"{name}\n" for name in INITRD_MODULES))
+        (folder / "order").write_text("".join(f"{name}\n" for name in names))
         files = {"init": DOM0_INIT, "bin/busybox": BUSYBOX}
         files |= {f"modules/{path.name}": path for path in sorted(folder.iterdir())}
         target.write_bytes(cpio.initramfs(files))

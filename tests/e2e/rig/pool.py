@@ -26,10 +26,10 @@ class HostPool:
         self._hopeless: dict[HostSpec, str] = {}
         self._attempts = 0
 
-    def host(self, spec: HostSpec, *, fresh: bool = False) -> Host:
-        """A running host as specified; a new one when `fresh`. BootFailed after all attempts."""
+    def host(self, spec: HostSpec) -> Host:
+        """A running host as specified. BootFailed after all attempts."""
         current = self._host
-        if current is not None and (fresh or current.spec != spec or current.lost is not None):
+        if current is not None and (current.spec != spec or current.lost is not None):
             self.stop()
         if self._host is None:
             self._host = self._boot(spec)

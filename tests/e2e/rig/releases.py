@@ -21,6 +21,8 @@ class Release:
     wheels: tuple[str, ...] = ()
     """What the project needs and the release does not have; see requirements-run.txt."""
     python: str
+    boot_modules: tuple[str, ...] = ()
+    """What the kernel needs before its disks' module and is not built in, in order."""
     options: tuple[str, ...] = ()
     """For mmdebstrap."""
 
@@ -32,7 +34,18 @@ class Release:
 
 DEBIAN_13 = Release(suite="trixie", xen="4.20", python="3.13")
 DEBIAN_12 = Release(
-    suite="bookworm", xen="4.17", python="3.11", wheels=("msgspec",), options=(MERGED_USR,)
+    suite="bookworm",
+    xen="4.17",
+    python="3.11",
+    wheels=("msgspec",),
+    boot_modules=(
+        "virtio_ring",
+        "virtio",
+        "virtio_pci_legacy_dev",
+        "virtio_pci_modern_dev",
+        "virtio_pci",
+    ),
+    options=(MERGED_USR,),
 )
 
 
