@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for marker in (
         "hosts(name, ...): which hosts the test needs, such as intel-mcelog or amd-native",
         "spoils_host: the test leaves its host changed or gone, so nobody uses it afterwards",
+        "slow: takes minutes; for `make e2e`, not for each commit",
         "xen_complains: Xen is expected to print suspicious lines during the test",
     ):
         config.addinivalue_line("markers", marker)

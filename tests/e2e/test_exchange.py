@@ -78,6 +78,7 @@ def exchange_page_tables(host: Host, guest: Guest) -> None:
     guest.assert_clean()
 
 
+@pytest.mark.slow
 def test_pages_of_a_busy_guest_with_an_older_kernel_are_exchanged(host: Host) -> None:
     spec = GuestSpec(name="pv", vcpus=2, older_kernel=True, disk=True, network=True)
     guest = host.start_guest(spec)
@@ -88,6 +89,7 @@ def test_pages_of_a_busy_guest_with_an_older_kernel_are_exchanged(host: Host) ->
     exchange_page_tables(host, guest)
 
 
+@pytest.mark.slow
 @pytest.mark.hosts(OLDER)
 def test_pages_of_a_guest_on_an_older_xen_are_exchanged(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
@@ -113,7 +115,9 @@ def kills(host: Host, guest: Guest, what: str) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize(("kind", "batch"), [("data", 8), ("table", 1)])
+@pytest.mark.parametrize(
+    ("kind", "batch"), [("data", 8), pytest.param("table", 1, marks=pytest.mark.slow)]
+)
 def test_an_exchange_that_is_killed_at_any_call_is_ended_by_another_process(
     host: Host, kind: str, batch: int
 ) -> None:
@@ -126,6 +130,7 @@ def test_an_exchange_that_is_killed_at_any_call_is_ended_by_another_process(
     guest.assert_clean()
 
 
+@pytest.mark.slow
 def test_a_hundred_exchanges_that_are_killed_at_random_instants_harm_no_guest(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
     rows = kills(host, guest, "instants any 4 100")

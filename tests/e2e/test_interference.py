@@ -102,6 +102,7 @@ def test_a_guest_whose_migration_xen_refuses_runs_on_where_it_is(host: Host) -> 
     guest.assert_clean()
 
 
+@pytest.mark.slow
 def test_a_guest_that_the_admin_reboots_boots_again_and_can_be_destroyed(host: Host) -> None:
     guest = host.start_guest(spec(restarts=True))
     before = guest.domid
@@ -126,5 +127,7 @@ def test_a_guest_that_the_admin_ends_ends(
 ) -> None:
     guest = host.start_guest(spec())
     [told] = interfere(host, (moment, command, until, ""))
-    assert (told["outcome"] in BUSY, told["status"]) == (True, 0), str(told)
+    # A guest that has taken a request to shut down may still suspend on its way.
+    assert told["outcome"] in {*BUSY, "exchanged"}, str(told)
+    assert told["status"] == 0, str(told)
     wait_until(lambda: not guest.exists(), timeout=60, what="the guest to end")

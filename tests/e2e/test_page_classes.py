@@ -34,6 +34,7 @@ def classes(host: Host, kernel: str, vcpus: int, *, busy: bool) -> dict[str, int
     return found
 
 
+@pytest.mark.slow
 def test_nearly_all_pages_of_linux_guests_can_be_exchanged(host: Host) -> None:
     lines = [
         f"| kernel | vCPUs | devices | pages | {' | '.join((*HANDLED, *REFUSED))} | refused |",

@@ -60,7 +60,7 @@ def lies(xen: XenHypervisor, domid: Domid, victim: Domid) -> Iterator[Lie]:
         yield Lie(f"the frame list is {name}", shared, {_CR3: 0, _LISTS: root})
     yield Lie("the p2m is endless", shared, {_MAX_PFN: _EVERYTHING})
     yield Lie("the p2m is empty", shared, {_MAX_PFN: 0})
-    yield Lie("the p2m is longer than it is mapped", shared, {_MAX_PFN: info.max_pages + (1 << 20)})
+    yield Lie("the p2m is longer than the guest", shared, {_MAX_PFN: info.max_pages + (1 << 20)})
     yield Lie("the p2m is elsewhere", shared, {_VADDR: 0x1000})
     yield Lie("the p2m begins within a page", shared, {_VADDR: 0xFFFF_C900_0000_0008})
     yield Lie("the p2m is in Xen's part", shared, {_VADDR: 0xFFFF_8000_0000_0000})
