@@ -69,7 +69,7 @@ def test_every_page_table_of_a_guest_is_exchanged_unless_a_vcpu_is_in_it(host: H
 
 
 def exchange_page_tables(host: Host, guest: Guest) -> None:
-    outcomes = exchange_each(host, guest, "table", 10_000, 16)
+    outcomes = exchange_each(host, guest, "table", 10_000, 8)
     assert outcomes.total() > 100
     assert_refused_only_for(outcomes, "root_in_use", "not_marked")
     # A vCPU is in one address space, with a root for the kernel and one for the user.
