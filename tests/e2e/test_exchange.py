@@ -73,8 +73,8 @@ def exchange_page_tables(host: Host, guest: Guest) -> None:
     outcomes = exchange_each(host, guest, "table", 10_000, 4)
     assert outcomes.total() > 100
     assert_refused_only_for(outcomes, "root_in_use", "not_marked")
-    # A vCPU is in one address space, with a root for the kernel and one for the user; which one it is
-    # changes from job to job.
+    # A vCPU is in one address space, with a root for the kernel and one for the user; which one
+    # it is changes from job to job.
     assert outcomes["root_in_use"] <= 2 * (2 * 2 + 1)
     guest.wait_passes(2)
     guest.assert_clean()
