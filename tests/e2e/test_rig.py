@@ -13,7 +13,7 @@ import pytest
 
 from .rig import channel
 from .rig.devices import disk_file
-from .rig.errors import CommandFailed, CommandTimeout, HostLost
+from .rig.errors import CommandFailed, CommandTimeout, GuestFailed, HostLost
 from .rig.guest import GuestSpec
 from .rig.host import Host
 from .rig.nested import tried_again_after_triple_faults
@@ -149,6 +149,16 @@ def test_one_flipped_bit_is_found(host: Host) -> None:
     wait_until(guest.trouble, timeout=60, what="the checker to find the flipped bit")
     with pytest.raises(AssertionError, match="MISMATCH worker=0"):
         guest.assert_clean()
+
+
+@pytest.mark.hosts(INTEL)
+def test_guest_whose_kernel_panics_at_boot_is_started_thrice_and_told_of(host: Host) -> None:
+    before = len(host.remarks)
+    with pytest.raises(GuestFailed, match="Kernel panic"):
+        host.start_guest(GuestSpec(name="dead", cmdline_extra="rdinit=/nothing"))
+    # These were wanted, and are no news for the summary.
+    told, host.remarks[before:] = host.remarks[before:], []
+    assert len(told) == 3
 
 
 @pytest.mark.hosts(INTEL)
