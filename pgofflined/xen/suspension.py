@@ -226,10 +226,9 @@ class Suspension:
         """
         try:
             self._resume(domid)
-        except DomainGone:
+        finally:
+            # Also where it fails: the monitors of all other guests must not wait for this one.
             self._release_monitors(domid)
-            raise
-        self._release_monitors(domid)
 
     def _resume(self, domid: Domid) -> None:
         info = self._domains.state(domid)
