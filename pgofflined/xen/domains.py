@@ -74,6 +74,11 @@ class Domains:
         with self._stores() as store:
             return _decode(info, _name(store.read(_name_path(domid))))
 
+    def name_in_store(self, domid: Domid) -> bytes:
+        """The domain's name as it stands in xenstore, for comparison only; empty for none."""
+        with self._stores() as store:
+            return store.read(_name_path(domid)) or b""
+
     def condition(self, domid: Domid) -> DomainInfo:
         """One domain without its name, which takes xenstore.  Raises DomainGone."""
         return _decode(self.state(domid), "")
