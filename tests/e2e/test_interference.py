@@ -21,8 +21,7 @@ PAUSE = ("xl pause it", "ended", "xl unpause it")
 SAVE = (f"xl save it {SAVED}", "asked", f"xl restore {SAVED}")
 # The empty word: the other side is started here, without ssh.
 MIGRATE = ("xl migrate -s '' it 'xl migrate-receive'", "asked", "")
-GONE = {"domain_gone", "xen_refused"}
-"""Which one depends on the call that finds the domain gone; the detail has ESRCH then."""
+GONE = {"domain_gone"}
 BUSY = {"domain_busy", *GONE}
 
 pytestmark = [pytest.mark.e2e, pytest.mark.hosts("intel-native-noservice")]
