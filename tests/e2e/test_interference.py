@@ -96,7 +96,8 @@ def test_a_guest_that_an_xl_is_about_to_save_is_not_asked_until_that_has_ended(h
     [mfn] = frames(host, "data", guest.domid, 1)
     # It waits for a reader.
     host.run(
-        "rm -f /tmp/pipe; mkfifo /tmp/pipe; xl save it /tmp/pipe > /tmp/said 2>&1 & echo $! > /tmp/saving"
+        "rm -f /tmp/pipe; mkfifo /tmp/pipe; xl save it /tmp/pipe > /tmp/said 2>&1 & "
+        "echo $! > /tmp/saving"
     )
     with running(host, POLICY.replace("attempts = 2", "attempts = 50")) as daemon:
         daemon.offline(mfn)
