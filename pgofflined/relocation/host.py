@@ -99,6 +99,7 @@ class MigrationHost:
             states=states,
             free_frames=free_frames,
             way=way,
+            somebody=None if info is None else self._xen.somebody_at(info.domid),
         )
 
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:

@@ -371,6 +371,17 @@ async def test_a_guest_left_suspended_is_resumed_and_tried_again() -> None:
         assert world.state() == [(7, "waiting")]
 
 
+async def test_a_guest_that_an_earlier_process_still_migrates_is_not_migrated_twice() -> None:
+    async with running() as world:
+        world.host.somebody = "process 4711 (xl migrate -s ssh 7 spare)"
+        await world.submit(7, 0x10)
+        assert world.relocator.calls == []
+        assert world.state() == [(7, "deferred")]
+        world.host.somebody = None
+        await world.time.advance(3600)
+        assert world.relocator.running == [7]
+
+
 async def test_a_guest_that_somebody_has_suspended_meanwhile_is_not_resumed() -> None:
     async with running() as world:
         await world.submit(7, 0x10)
