@@ -68,6 +68,8 @@ class Aftercare:
             info = self._xen.condition(domid)
             if info.identity != domain:
                 return True
+            if info.shutdown is ShutdownReason.SUSPEND and self._xen.somebody_at(domid) is not None:
+                return False  # it may stand still for him by now
             if domain in self.stuck:
                 return self._is_let_go(info)
             if info.shutdown is not ShutdownReason.SUSPEND:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import assert_never
 
@@ -47,7 +48,8 @@ class Exchanging:
         self._policy = policy
         self._poisoned = poisoned
         self._rest: list[UnfinishedJob] = []
-        self._tries = 0
+        self._tries: Counter[DomainIdentity] = Counter()
+        self._busy: dict[DomainIdentity, str] = {}
         self._next_try = 0.0
 
     def run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
@@ -113,7 +115,6 @@ class Exchanging:
         """Try the jobs again that could not be ended, if it is time for that."""
         if self._clock.monotonic() < self._next_try:
             return ()
-        self._tries += 1
         rest, self._rest = self._rest, []
         return self._recover(rest)
 
@@ -127,8 +128,17 @@ class Exchanging:
         reports = []
         for unfinished in jobs:
             report = self._recover_one(unfinished)
+            domain = report.domain
+            if report.outcome is Recovered.BUSY:
+                # That may last for hours, and is told once.
+                if self._busy.get(domain) != report.detail:
+                    _tell(report)
+                self._busy[domain] = report.detail
+                self._rest.append(unfinished)
+                continue
             _tell(report)
             if report.outcome is Recovered.NOT_YET:
+                self._tries[domain] += 1
                 self._rest.append(unfinished)
             else:
                 reports.append(report)
@@ -137,8 +147,8 @@ class Exchanging:
     def _recover_one(self, unfinished: UnfinishedJob) -> RecoveryReport:
         from pgofflined.exchanger import recover
 
-        last = self._tries >= RECOVERY_TRIES
         domain = unfinished.record.domain
+        last = self._tries[domain] >= RECOVERY_TRIES
         try:
             return recover(
                 unfinished,
@@ -166,6 +176,8 @@ def _tell(report: RecoveryReport) -> None:
             event(log, logging.WARNING, Event.JOB_RECOVERED, message, domid=domid, job=job)
         case Recovered.NOT_YET:
             log.error("%s; the guest is held, and it is tried again", message)
+        case Recovered.BUSY:
+            log.warning("%s; then it is tried again", message)
         case Recovered.LEFT_ALONE:
             event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
         case _:

@@ -143,8 +143,12 @@ class DomainControl(Protocol):
         """
         ...
 
-    def withdraw_suspend(self, domid: Domid) -> None:
-        """Take a request to suspend back that nobody has read, if there is one."""
+    def withdraw_suspend(self, domid: Domid) -> bool:
+        """Take a request to suspend back that nobody has read; whether there was one."""
+        ...
+
+    def somebody_at(self, domid: Domid) -> str | None:
+        """The process that saves or migrates the domain for somebody, in words; None for none."""
         ...
 
     def resume(self, domid: Domid) -> None:

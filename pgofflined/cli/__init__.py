@@ -31,6 +31,7 @@ from pgofflined.control.protocol import (
     StatusReply,
     StatusRequest,
 )
+from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn, parse_mfn
 from pgofflined.core.pages import MFN_BITS
 from pgofflined.core.policy import ControlPolicy, effective
@@ -106,6 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("file", type=Path, nargs="?", default=DEFAULT_PATH, metavar="FILE")
     check.set_defaults(perform=_check_config)
 
+    release = commands.add_parser(
+        "release-monitors", help="let xl's monitors go on that a killed daemon has left stopped"
+    )
+    release.set_defaults(perform=_release_monitors)
+
     # Its options are its own business, --help included.
     commands.add_parser("demo", help="see it at work on a simulated host", add_help=False)
     return parser
@@ -157,6 +163,19 @@ def _check_config(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return os.EX_CONFIG
     print(f"{options.file} is good; it means:", *effective(policy), sep="\n")
+    return 0
+
+
+def _release_monitors(options: argparse.Namespace) -> int:
+    del options
+    from pgofflined.xen.hypervisor import release_monitors
+
+    try:
+        released = release_monitors()
+    except PortError as error:
+        return _fail(error, os.EX_UNAVAILABLE)
+    if released:
+        print(f"xl's monitors go on: processes {', '.join(map(str, released))}")
     return 0
 
 

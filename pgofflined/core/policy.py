@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Any, Final, assert_never
 from uuid import UUID
 
 from pgofflined.core.frames import PAGE_SIZE, Mfn
+from pgofflined.core.patterns import is_for_uuids, names, names_uuid
 from pgofflined.core.reports import CorrectedPageError, ErrorReport, HypervisorActed, OtherError
 from pgofflined.core.schedule import MaintenanceWindow
 from pgofflined.core.units import MemoryLimit, ShareOfMemory
@@ -328,23 +328,24 @@ class Denied:
 
 
 def domain_allowed(policy: DomainPolicy, name: str, uuid: UUID) -> Allowed | Denied:
-    """Whether a domain may be suspended or moved for the sake of a page."""
+    """Whether a domain may be suspended or moved for the sake of a page.
+
+    In doubt it may not: a pattern of ``deny`` is tried on the uuid even where it reads like a name,
+    one of ``allow`` is not; and a domain whose name xenstore does not tell may be any that ``deny``
+    has by name.
+    """
+    shown = name or str(uuid)
     for pattern in policy.deny:
-        if _names(pattern, name, uuid):
-            return Denied(reason=f"domains.deny has {pattern!r}, which names {name or uuid}")
+        if names(pattern, name) or names_uuid(pattern, uuid):
+            return Denied(reason=f"domains.deny has {pattern!r}, which names {shown}")
+    if not name and not all(map(is_for_uuids, policy.deny)):
+        return Denied(reason=f"domains.deny has names, and that of {shown} is not known")
     if policy.default is DomainDefault.ALLOW:
         return Allowed()
-    if any(_names(pattern, name, uuid) for pattern in policy.allow):
-        return Allowed()
-    return Denied(
-        reason=f'domains.default is "deny" and domains.allow does not name {name or uuid}'
-    )
-
-
-def _names(pattern: str, name: str, uuid: UUID) -> bool:
-    """Whether a shell pattern is for this domain, by its name or its uuid."""
-    # A domain whose name xenstore does not tell must not slip through a pattern.
-    return (bool(name) and fnmatchcase(name, pattern)) or fnmatchcase(str(uuid), pattern.lower())
+    for pattern in policy.allow:
+        if names(pattern, name) or (is_for_uuids(pattern) and names_uuid(pattern, uuid)):
+            return Allowed()
+    return Denied(reason=f'domains.default is "deny" and domains.allow does not name {shown}')
 
 
 def effective(policy: Policy, *, host_frames: int | None = None) -> list[str]:

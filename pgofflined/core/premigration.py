@@ -58,8 +58,8 @@ class MigrationFacts:
     """What was seen just now.
 
     ``domain`` is None when it is gone.  ``twins`` are other domains with its uuid: the receiving
-    half of a migration that is under way, or what a failed one left.  ``way`` is None for a
-    migration to this host.
+    half of a migration that is under way, or what a failed one left.  ``somebody`` is a process
+    that saves or migrates it.  ``way`` is None for a migration to this host.
     """
 
     domain: DomainInfo | None
@@ -68,6 +68,7 @@ class MigrationFacts:
     states: Mapping[Mfn, OfflineState]
     free_frames: int
     way: Way | None
+    somebody: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +174,9 @@ def _look_at_domain(
             reason=RelocationReason.NOT_HVM,
             detail=f"d{job.domid} is no HVM or PVH guest, and only those are migrated",
         )
+    if facts.somebody is not None:
+        # Perhaps a migration that an earlier process of ours has begun.
+        return _busy(f"d{job.domid} is left alone until {facts.somebody} has ended")
     if facts.twins:
         others = ", ".join(f"d{twin.domid}" for twin in facts.twins)
         return _busy(

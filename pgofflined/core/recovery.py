@@ -18,6 +18,8 @@ class Recovered(StrEnum):
     """The guest still stood still; its memory was made whole and it was let go."""
     NOT_YET = "not_yet"
     """The guest is held until it can be put right; to be tried again."""
+    BUSY = "busy"
+    """Somebody saves or migrates the guest: nothing was done; to be tried again."""
     LEFT_ALONE = "left_alone"
     """Somebody else has let the guest go meanwhile, or changed it: nothing can be put right."""
     GONE = "gone"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final, TypeVar, cast
 
 import msgspec
 
+from pgofflined.core.patterns import unmatchable
 from pgofflined.core.policy import (
     Dom0Action,
     DomainDefault,
@@ -117,8 +118,9 @@ _PATTERNS_ALLOWED: Final = (
 
 def _pattern(untrusted_value: object) -> str:
     pattern = _text(untrusted_value, _PATTERNS_ALLOWED)
-    if not pattern or not pattern.isprintable():
-        raise Invalid(_PATTERNS_ALLOWED)
+    problem = unmatchable(pattern)
+    if problem is not None:
+        raise Invalid(f"{_PATTERNS_ALLOWED}; {problem}")
     return pattern
 
 

@@ -36,8 +36,8 @@ def recover(
     """End one job, and close its record when nothing is left to do.
 
     ``Recovered.NOT_YET`` asks to be called again: the guest is held until then.  With ``last_try``
-    it is let go in any case, and the record put aside for a person.  ``now`` is in seconds since
-    the epoch.
+    it is let go in any case, and the record put aside for a person.  ``Recovered.BUSY`` asks for it
+    however often that has been.  ``now`` is in seconds since the epoch.
     """
     recovery = _Recovery(unfinished, xen, now, never_read)
     try:
@@ -51,7 +51,7 @@ def recover(
         report = recovery.give_up(report)
     elif report.outcome is Recovered.LEFT_ALONE:
         unfinished.job.set_aside()
-    elif report.outcome is not Recovered.NOT_YET and report.stuck is None:
+    elif report.outcome not in (Recovered.NOT_YET, Recovered.BUSY) and report.stuck is None:
         unfinished.job.close()
     return report
 
@@ -83,22 +83,41 @@ class _Recovery:
         if self._group is None and self._now - self._record.began > _OURS_SECONDS:
             detail = f"the request to d{domid} is too old to have been followed"
             return self.report(Recovered.NOTHING_TO_DO, detail)
-        if info.shutdown is ShutdownReason.SUSPEND:
-            return self._finish(info)
-        if info.shutdown is not None:
+        if info.shutdown not in (None, ShutdownReason.SUSPEND):
             detail = f"d{domid} is shut down ({info.shutdown.name.lower()})"
             return self.report(Recovered.GONE, detail)
+        somebody = self._xen.somebody_at(domid)
+        if somebody is not None:
+            # What stands in control/shutdown may be his, and so may be the guest's standing still.
+            return self.report(Recovered.BUSY, f"d{domid} is left alone until {somebody} has ended")
         if self._group is None:
-            # It may still have a request of ours to read, or have read it.
-            self._xen.withdraw_suspend(domid)
-            detail = f"d{domid} runs"
-            return self.report(Recovered.NOTHING_TO_DO, detail, may_suspend_late=True)
+            return self._end_request(info)
+        if info.shutdown is ShutdownReason.SUSPEND:
+            return self._finish(info)
         pages = ", ".join(f"{mfn:#x}" for mfn in self._group.frames())
         detail = (
             f"d{domid} was let go by somebody else in the middle of the exchange of mfn {pages}: "
             "what it maps there may be missing; restart it when convenient"
         )
         return self.report(Recovered.LEFT_ALONE, detail)
+
+    def _end_request(self, info: DomainInfo) -> RecoveryReport:
+        """The guest was asked, and no more: take that back, or let it go if it has followed.
+
+        A guest takes a request before it follows it.  One that stands still with ours unread does
+        so for somebody else, whose it is to resume.
+        """
+        domid = self._domid
+        unread = self._xen.withdraw_suspend(domid)
+        if info.shutdown is not ShutdownReason.SUSPEND:
+            detail = f"d{domid} runs"
+            # Read, it may still be followed.
+            late = not unread
+            return self.report(Recovered.NOTHING_TO_DO, detail, may_suspend_late=late)
+        if unread:
+            detail = f"d{domid} is suspended for somebody else: our request was still unread"
+            return self.report(Recovered.NOTHING_TO_DO, detail)
+        return self._finish(info)
 
     def _finish(self, info: DomainInfo) -> RecoveryReport:
         """Make the memory of a guest that stands still whole, and let it go."""

@@ -25,6 +25,7 @@ from pgofflined.core.outcomes import (
     PageResult,
     Refusal,
     RefusalReason,
+    page_of,
 )
 from pgofflined.exchanger.moving import Mover
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
@@ -37,6 +38,10 @@ log = logging.getLogger(__name__)
 # Frames that have to stay free in the host besides the ones we take: an exchange that runs out
 # of memory half-way may silently lose the page's mark (assign_pages, xen/common/page_alloc.c).
 FREE_RESERVE = 64
+# What calls for a domain that has ended look like.
+_MAY_BE_THE_END = frozenset(
+    {RefusalReason.XEN_REFUSED, RefusalReason.GUEST_LAYOUT, RefusalReason.NOT_THE_DOMAINS}
+)
 # A guest that runs may change what is being read; so often is it begun anew.
 _SURVEY_TRIES = 3
 
@@ -111,7 +116,30 @@ class ExchangeJob:
         except GuestLayoutError as error:
             detail = f"the guest cannot be believed: {error}"
             results = self._refuse_rest(pages, results, RefusalReason.GUEST_LAYOUT, detail)
-        return self._report([results[mfn] for mfn in pages])
+        return self._report(self._with_the_end([results[mfn] for mfn in pages]))
+
+    def _with_the_end(self, results: Sequence[PageResult]) -> list[PageResult]:
+        """The results, with the domain's end as the reason of refusals that it may have caused.
+
+        Most calls fail with ESRCH then, and what they were for is not to be looked for again.
+        """
+        ends = {
+            result.mfn: replace(result, reason=RefusalReason.DOMAIN_GONE)
+            for result in results
+            if isinstance(result, Refusal) and result.reason in _MAY_BE_THE_END
+        }
+        if not ends or not self._is_gone():
+            return list(results)
+        return [ends.get(page_of(result), result) for result in results]
+
+    def _is_gone(self) -> bool:
+        try:
+            info = self._xen.condition(self._domain.domid)
+        except DomainGone:
+            return True
+        except PortError:
+            return False
+        return info.identity != self._domain or info.dying
 
     # While the guest runs.
 
@@ -166,13 +194,18 @@ class ExchangeJob:
     # While it stands still.
 
     def _hold_and_move(self, info: DomainInfo, surveyed: Surveyed) -> dict[Mfn, PageResult]:
+        planned = [mfn for group in surveyed.plan.groups for mfn in group.frames()]
+        # Asked only now, for the survey takes long, and not when the guest stands still.
+        somebody = self._xen.somebody_at(self._domain.domid)
+        if somebody is not None:
+            detail = f"d{self._domain.domid} is left alone until {somebody} has ended"
+            return self._refuse_rest(planned, {}, RefusalReason.DOMAIN_BUSY, detail)
         record = JobRecord(
             domain=self._domain,
             shared_info=info.shared_info,
             cpu_time=info.cpu_time,
             began=self._clock.now(),
         )
-        planned = [mfn for group in surveyed.plan.groups for mfn in group.frames()]
         try:
             job = self._journal.open(record)
         except PortError as error:
@@ -232,8 +265,9 @@ class ExchangeJob:
             raise
         except PortError:
             # We cannot tell how far the request got; resuming a guest that runs does nothing.
-            held.stuck = resume_only(self._xen, domid)
-            told(self._xen, domid)
+            if not self._was_unread():
+                held.stuck = resume_only(self._xen, domid)
+                told(self._xen, domid)
             held.owes_nothing = held.stuck is None
             raise
         held.held = self._clock.monotonic()
@@ -249,6 +283,13 @@ class ExchangeJob:
             held.owes_nothing = held.stuck is None
             held.released = self._clock.monotonic()
             told(self._xen, domid)
+
+    def _was_unread(self) -> bool:
+        """Take our request back; if the guest stands still all the same, it is for another."""
+        try:
+            return self._xen.withdraw_suspend(self._domain.domid)
+        except PortError:
+            return False
 
     # When it runs again.
 

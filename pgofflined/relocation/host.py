@@ -46,6 +46,10 @@ class Host(Protocol):
         """One domain.  Raises DomainGone."""
         ...
 
+    def somebody_at(self, domid: Domid) -> str | None:
+        """The process that saves or migrates the domain for somebody; None for none."""
+        ...
+
     def resume(self, domid: Domid) -> None:
         """Let a suspended guest run on."""
         ...
@@ -95,6 +99,7 @@ class MigrationHost:
             states=states,
             free_frames=free_frames,
             way=way,
+            somebody=None if info is None else self._xen.somebody_at(info.domid),
         )
 
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:
@@ -156,6 +161,13 @@ class MigrationHost:
 
     def _resume(self, domain: DomainIdentity) -> Care:
         domid = domain.domid
+        # Our own xl has ended; another one may have suspended the guest anew.
+        somebody = self._xen.somebody_at(domid)
+        if somebody is not None:
+            return Care(
+                stuck=f"d{domid} is suspended, and {somebody} is at work on it; should it still "
+                f"stand still when that has ended, `xl resume {domid}` lets it run"
+            )
         try:
             self._xen.resume(domid)
             self._xen.tell_resumed(domid)

@@ -92,10 +92,17 @@ class SimulatedDomainControl(HostState):
             domain.pauses -= 1
             self._let_run(domain)
 
-    def withdraw_suspend(self, domid: Domid) -> None:
+    def withdraw_suspend(self, domid: Domid) -> bool:
         """control/shutdown emptied; a guest here has read the request or never will."""
         with self.call("withdraw_suspend", domid):
-            self.simulated(domid)
+            domain = self.simulated(domid)
+            unread, domain.unread_request = domain.unread_request, False
+            return unread
+
+    def somebody_at(self, domid: Domid) -> str | None:
+        """Who saves or migrates the domain, as the test says."""
+        with self.call("processes", domid):
+            return self.simulated(domid).somebody
 
     def vcpu_frames(self, domid: Domid) -> VcpuFrames:
         """XEN_DOMCTL_getvcpucontext of every vCPU."""

@@ -180,9 +180,13 @@ class FaultyHypervisor:
         """See ``ports.DomainControl``."""
         self._call("unpause", (domid,), lambda: self.inner.unpause(domid))
 
-    def withdraw_suspend(self, domid: Domid) -> None:
+    def withdraw_suspend(self, domid: Domid) -> bool:
         """See ``ports.DomainControl``."""
-        self._call("withdraw_suspend", (domid,), lambda: self.inner.withdraw_suspend(domid))
+        return self._call("withdraw_suspend", (domid,), lambda: self.inner.withdraw_suspend(domid))
+
+    def somebody_at(self, domid: Domid) -> str | None:
+        """See ``ports.DomainControl``."""
+        return self._call("somebody_at", (domid,), lambda: self.inner.somebody_at(domid))
 
     def vcpu_frames(self, domid: Domid) -> VcpuFrames:
         """See ``ports.DomainControl``."""

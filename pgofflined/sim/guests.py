@@ -66,7 +66,11 @@ class Grant:
 
 @dataclass(slots=True, kw_only=True)
 class SimulatedDomain:
-    """One domain.  ``gfns`` is the p2m that Xen keeps for PVH and HVM (mfn by gfn, ~0 missing)."""
+    """One domain.  ``gfns`` is the p2m that Xen keeps for PVH and HVM (mfn by gfn, ~0 missing).
+
+    ``unread_request``: control/shutdown has a request to suspend.  ``somebody``: who saves or
+    migrates it.
+    """
 
     domid: Domid
     uuid: UUID
@@ -87,6 +91,8 @@ class SimulatedDomain:
     suspends_at: float | None = None
     crash_reason: str | None = None
     has_devices: bool = False
+    unread_request: bool = False
+    somebody: str | None = None
     cpu_time: int = 0
     activity: Callable[[], None] | None = None
     grants: list[Grant] = field(default_factory=list)

@@ -17,6 +17,7 @@ from pgofflined.core.domains import (
 )
 from pgofflined.core.errors import DomainGone, PortError, XenError
 from pgofflined.core.frames import PAGE_SHIFT, Domid, Mfn
+from pgofflined.core.patterns import NAME_LIMIT
 from pgofflined.ports import VcpuFrames
 from pgofflined.xen.abi.domctl import (
     XEN_INVALID_MAX_VCPU_ID,
@@ -40,7 +41,6 @@ from pgofflined.xen.store import StoreOpener, open_store
 _BATCH: Final = 128
 # Descriptors of 8 bytes.
 _GDT_ENTRIES_PER_FRAME: Final = 512
-_NAME_LIMIT: Final = 64
 
 
 class Domains:
@@ -73,6 +73,11 @@ class Domains:
         info = self.state(domid)
         with self._stores() as store:
             return _decode(info, _name(store.read(_name_path(domid))))
+
+    def name_in_store(self, domid: Domid) -> bytes:
+        """The domain's name as it stands in xenstore, for comparison only; empty for none."""
+        with self._stores() as store:
+            return store.read(_name_path(domid)) or b""
 
     def condition(self, domid: Domid) -> DomainInfo:
         """One domain without its name, which takes xenstore.  Raises DomainGone."""
@@ -174,6 +179,6 @@ def _name_path(domid: int) -> str:
 
 
 def _name(untrusted: bytes | None) -> str:
-    """A name fit for logs: printable, at most 64 characters; a toolstack wrote it, or anyone."""
-    text = (untrusted or b"")[: _NAME_LIMIT * 4].decode("utf-8", "replace")[:_NAME_LIMIT]
+    """A name fit for logs: printable and not too long; a toolstack wrote it, or anyone."""
+    text = (untrusted or b"")[: NAME_LIMIT * 4].decode("utf-8", "replace")[:NAME_LIMIT]
     return "".join(character if character.isprintable() else "?" for character in text)

@@ -20,6 +20,7 @@ from pgofflined.xen.libs import ForeignPages, XenCall
 from pgofflined.xen.monitors import Monitors
 from pgofflined.xen.placement import LinuxThread, Placement
 from pgofflined.xen.suspension import Suspension
+from pgofflined.xen.toolstack import somebody_at
 from pgofflined.xen.vcpus import Dom0Vcpus
 
 if TYPE_CHECKING:
@@ -135,9 +136,13 @@ class XenHypervisor:
         """Ask the guest to suspend itself and wait until it has."""
         self._suspension.suspend(domid, limits)
 
-    def withdraw_suspend(self, domid: Domid) -> None:
-        """Take a request to suspend back that nobody has read."""
-        self._suspension.withdraw(domid)
+    def withdraw_suspend(self, domid: Domid) -> bool:
+        """Take a request to suspend back that nobody has read; whether there was one."""
+        return self._suspension.withdraw(domid)
+
+    def somebody_at(self, domid: Domid) -> str | None:
+        """The process that saves or migrates a domain for somebody."""
+        return somebody_at(domid, self._domains.name_in_store(domid))
 
     def resume(self, domid: Domid) -> None:
         """Let a suspended guest run on."""
@@ -234,6 +239,20 @@ def _monitors(version: XenVersion) -> Monitors | None:
     monitors = Monitors()
     monitors.release_all()
     return monitors
+
+
+def release_monitors() -> list[int]:
+    """Let xl's monitors go on that a process of ours which has died had stopped; their numbers.
+
+    Nothing to do on releases where none is ever stopped.  Raises PortError where Xen cannot be
+    asked which one it is.
+    """
+    call = XenCall()
+    try:
+        version = read_version(call)
+    finally:
+        call.close()
+    return Monitors().release_all() if version.xl_takes_a_suspend_for_the_end else []
 
 
 if TYPE_CHECKING:

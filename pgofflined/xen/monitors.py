@@ -8,11 +8,15 @@ waits on.
 
 Which guest a monitor is for does not show from outside, so all of them are stopped.  The others are
 late by that time in what they do.
+
+Who holds them has a lock on a file, which ends with the process: whoever finds them stopped and the
+file unlocked knows that nobody is left to let them go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -27,6 +31,7 @@ log = logging.getLogger(__name__)
 # What xl was started as when it stays to monitor the guest.
 _MONITORING: Final = frozenset({b"create", b"restore", b"migrate-receive"})
 _STOPPED: Final = "T"
+LOCK: Final = Path("/run/pgofflined/monitors.lock")
 
 
 class Monitors:
@@ -35,11 +40,14 @@ class Monitors:
     Several threads may hold them at a time; they go on when the last lets go.
     """
 
-    def __init__(self, proc: Path = Path("/proc"), parent: int = 1) -> None:
+    def __init__(self, proc: Path = Path("/proc"), parent: int = 1, lock_file: Path = LOCK) -> None:
+        """``parent`` is the process whose children they are, init."""
         self._proc = proc
         self._parent = parent
+        self._lock_file = lock_file
         self._lock = threading.Lock()
         self._holders = 0
+        self._descriptor: int | None = None
         self._held: set[int] = set()
 
     @contextmanager
@@ -48,6 +56,8 @@ class Monitors:
         with self._lock:
             self._holders += 1
             try:
+                if self._descriptor is None:
+                    self._descriptor = self._lock_descriptor(fcntl.LOCK_SH)
                 self._stop()
             except BaseException:
                 self._leave()
@@ -58,11 +68,42 @@ class Monitors:
             with self._lock:
                 self._leave()
 
-    def release_all(self) -> None:
-        """Let those go on that an earlier process has stopped."""
-        for pid in self._monitors():
-            if self._field(pid, "State").startswith(_STOPPED) and _signal(pid, signal.SIGCONT):
-                log.warning("xl's monitor %d was still stopped by us and goes on", pid)
+    def release_all(self) -> list[int]:
+        """Let those go on that a process which has died had stopped; gives their numbers.
+
+        Does nothing while a process that lives holds them: a guest of its stands still.
+        """
+        try:
+            descriptor = self._lock_descriptor(fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("xl's monitors are held by another process, which lets them go on")
+            return []
+        try:
+            stopped = [
+                pid for pid in self._monitors() if self._field(pid, "State").startswith(_STOPPED)
+            ]
+            released = [pid for pid in stopped if _signal(pid, signal.SIGCONT)]
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        for pid in released:
+            log.warning("xl's monitor %d was still stopped by us and goes on", pid)
+        return released
+
+    def _lock_descriptor(self, how: int) -> int | None:
+        """The locked file; None where it cannot be had.  Raises BlockingIOError."""
+        try:
+            descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            # The service has its directory; without one there is no daemon to be mistaken for.
+            log.debug("%s cannot be locked: %s", self._lock_file, error)
+            return None
+        try:
+            fcntl.flock(descriptor, how)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def _stop(self) -> None:
         for pid in self._monitors():
@@ -77,6 +118,9 @@ class Monitors:
         for pid in self._held:
             _signal(pid, signal.SIGCONT)
         self._held.clear()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _monitors(self) -> Iterator[int]:
         """The process behind a foreground xl has daemonised: init is its parent."""

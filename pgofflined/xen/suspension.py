@@ -109,11 +109,16 @@ class Suspension:
             self._ask(store, domid, path)
             try:
                 acknowledged = self._await_acknowledgement(store, domid, path, limits.acknowledge)
-            except BaseException:
-                # Also when the wait itself fails or we are told to stop: leave no request behind.
-                store.replace(path, expected=frozenset({_SUSPEND}), value=b"")
+            except XenError as error:
+                # Unread, it has led to nothing: should the guest suspend, it is for somebody else.
+                if not isinstance(error, SuspendNotAsked) and _withdraw(store, path):
+                    raise SuspendNotAsked(error.errno, op=error.op, domid=domid) from error
                 raise
-            if not acknowledged and not _withdrawn_too_late(store, path):
+            except BaseException:
+                # Also when we are told to stop: leave no request behind.
+                _withdraw(store, path)
+                raise
+            if not acknowledged and _withdraw(store, path):
                 raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
             if not self._await_suspended(store, domid, limits.suspend):
                 raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
@@ -182,10 +187,10 @@ class Suspension:
                 return False
             store.wait(min(left, _LOOK))
 
-    def withdraw(self, domid: Domid) -> None:
-        """Take back a request that nobody has read; nothing to do where there is none."""
+    def withdraw(self, domid: Domid) -> bool:
+        """Take back a request that nobody has read; whether there was one."""
         with self._stores() as store:
-            store.replace(_shutdown_node(domid), expected=frozenset({_SUSPEND}), value=b"")
+            return _withdraw(store, _shutdown_node(domid))
 
     def _refuse_strangers_suspend(self, store: StorePort, domid: Domid, path: str) -> None:
         """A guest takes a request before it follows it: with ours unread, it suspends for another.
@@ -194,7 +199,7 @@ class Suspension:
         """
         if not self._is_suspended(domid):
             return
-        if store.replace(path, expected=frozenset({_SUSPEND}), value=b"") == _SUSPEND:
+        if _withdraw(store, path):
             raise SuspendNotAsked(errno.EBUSY, op="suspend (for somebody else)", domid=domid)
 
     def _await_suspended(self, store: StorePort, domid: Domid, seconds: float) -> bool:
@@ -292,9 +297,9 @@ class Suspension:
             store.resume_domain(domid)
 
 
-def _withdrawn_too_late(store: StorePort, path: str) -> bool:
-    """Withdraw the request; True when the guest took it at the last moment after all."""
-    return store.replace(path, expected=frozenset({_SUSPEND}), value=b"") != _SUSPEND
+def _withdraw(store: StorePort, path: str) -> bool:
+    """Withdraw the request; False when the guest took it at the last moment after all."""
+    return store.replace(path, expected=frozenset({_SUSPEND}), value=b"") == _SUSPEND
 
 
 def _shutdown_node(domid: Domid) -> str:

@@ -117,3 +117,19 @@ def test_resume_of_a_running_guest_does_nothing(hypervisor: Hypervisor, host: Co
     hypervisor.resume(host.pv)
 
     assert_runs(hypervisor, host.pv)
+
+
+def test_nothing_is_withdrawn_where_nothing_was_asked(
+    hypervisor: Hypervisor, host: ContractHost
+) -> None:
+    assert not hypervisor.withdraw_suspend(host.pv)
+    with standing_still(hypervisor, host.pv):
+        assert not hypervisor.withdraw_suspend(host.pv)
+
+
+def test_nobody_saves_a_guest_that_we_have_suspended(
+    hypervisor: Hypervisor, host: ContractHost
+) -> None:
+    assert hypervisor.somebody_at(host.pv) is None
+    with standing_still(hypervisor, host.pv):
+        assert hypervisor.somebody_at(host.pv) is None

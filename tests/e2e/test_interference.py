@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from .daemon import POLICY, frames, running
 from .rig.guest import GuestSpec
 from .rig.host import Host
 from .rig.waiting import wait_until
@@ -21,8 +22,7 @@ PAUSE = ("xl pause it", "ended", "xl unpause it")
 SAVE = (f"xl save it {SAVED}", "asked", f"xl restore {SAVED}")
 # The empty word: the other side is started here, without ssh.
 MIGRATE = ("xl migrate -s '' it 'xl migrate-receive'", "asked", "")
-GONE = {"domain_gone", "xen_refused"}
-"""Which one depends on the call that finds the domain gone; the detail has ESRCH then."""
+GONE = {"domain_gone"}
 BUSY = {"domain_busy", *GONE}
 
 pytestmark = [pytest.mark.e2e, pytest.mark.hosts("intel-native-noservice")]
@@ -89,6 +89,26 @@ def test_a_guest_that_the_admin_is_saving_is_not_resumed_in_the_middle(host: Hos
     assert told[0]["outcome"] in BUSY, str(told)
     guest.wait_passes(1)
     guest.assert_clean(migrated=True)
+
+
+def test_a_guest_that_an_xl_is_about_to_save_is_not_asked_until_that_has_ended(host: Host) -> None:
+    guest = host.start_guest(spec())
+    [mfn] = frames(host, "data", guest.domid, 1)
+    # It waits for a reader.
+    host.run(
+        "rm -f /tmp/pipe; mkfifo /tmp/pipe; xl save it /tmp/pipe > /tmp/said 2>&1 & "
+        "echo $! > /tmp/saving"
+    )
+    with running(host, POLICY.replace("attempts = 2", "attempts = 50")) as daemon:
+        daemon.offline(mfn)
+        page = daemon.wait_for(mfn, "waiting")
+        assert page["reason"] == "domain_busy", page
+        assert "(xl save it /tmp/pipe)" in page["detail"], page
+        assert daemon.metric("guest_blackout_seconds_count") == 0
+        host.run("kill $(cat /tmp/saving)")
+        daemon.wait_for(mfn, "offlined")
+    guest.wait_passes(1)
+    guest.assert_clean()
 
 
 def test_a_guest_whose_migration_xen_refuses_runs_on_where_it_is(host: Host) -> None:

@@ -78,3 +78,24 @@ def test_a_guest_that_may_suspend_late_is_given_up_after_a_while() -> None:
     small.host.clock.wait(301)
     aftercare.look()
     assert not aftercare
+
+
+@pytest.mark.parametrize("stuck", [None, "could not unpause it"])
+def test_a_guest_that_somebody_saves_is_let_go_only_when_he_has_ended(
+    held: SmallHost, stuck: str | None
+) -> None:
+    if stuck is None:
+        held.host.unpause(held.pv)
+    guest = held.host.simulated(held.pv)
+    guest.somebody = "process 5 (xl save)"
+    xen = FaultyHypervisor(held.host)
+    aftercare = Aftercare(xen, held.host.clock, interval=5)
+    domain = held.host.domain(held.pv).identity
+    aftercare.note("x1", domain, stuck=stuck, may_suspend_late=stuck is None)
+    aftercare.look()
+    assert not {"resume", "unpause"} & set(xen.trace.methods)
+    assert aftercare
+    guest.somebody = None
+    aftercare.look()
+    assert runs(held)
+    assert not aftercare

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -18,8 +19,10 @@ from pgofflined import __version__
 from pgofflined.cli import main, view
 from pgofflined.control import ControlServer
 from pgofflined.control.protocol import status_reply
+from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn
 from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
+from pgofflined.xen import hypervisor
 from tests.unit.rim_samples import NOW, OFFLINED_PAGE, SNAPSHOT, WAITING_PAGE
 
 ROOT = Path(__file__).parents[2]
@@ -299,3 +302,14 @@ def test_asking_the_daemon_loads_nothing_heavy() -> None:
 def test_durations_have_two_units(seconds: float, shown: str) -> None:
     page = replace(OFFLINED_PAGE, since=NOW - seconds)
     assert f"-       {shown}" in text(replace(SNAPSHOT, pages=(page,)))
+
+
+def test_monitors_are_not_released_where_xen_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_xen() -> NoReturn:
+        raise PortError("xencall_open failed with ENOENT")
+
+    monkeypatch.setattr(hypervisor, "XenCall", no_xen)
+    assert main(["release-monitors"]) == os.EX_UNAVAILABLE
+    assert capsys.readouterr().err == "pgofflined: xencall_open failed with ENOENT\n"

@@ -6,8 +6,13 @@ import os
 from collections import defaultdict
 from pathlib import Path, PurePath
 
+import pytest
+
+from pgofflined.cli import main
 from pgofflined.core.policy import ControlPolicy, ExchangePolicy, RelocationPolicy
 from pgofflined.daemon import EX_UNAVAILABLE, JOBS
+from pgofflined.xen import hypervisor
+from pgofflined.xen.monitors import LOCK
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 UNIT = SYSTEMD / "pgofflined.service"
@@ -29,16 +34,28 @@ def test_the_daemon_may_bring_an_exchange_to_its_end() -> None:
     assert settings()["KillMode"] == ["mixed"]
 
 
+def test_what_a_killed_daemon_has_stopped_goes_on_without_a_next_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hypervisor, "release_monitors", lambda: [17, 23])
+    program, *arguments = settings()["ExecStopPost"]
+    # Its failure must not be the service's.
+    assert program == f"-{settings()['ExecStart'][0]}"
+    assert main(arguments) == 0
+    assert "17, 23" in capsys.readouterr().out
+
+
 def test_a_bad_configuration_is_not_tried_again_and_a_missing_xen_is() -> None:
     final = {int(code) for code in settings()["RestartPreventExitStatus"]}
     assert os.EX_CONFIG in final
     assert EX_UNAVAILABLE not in final
 
 
-def test_the_control_socket_lies_where_the_service_may_write() -> None:
+def test_control_socket_and_lock_lie_where_the_service_may_write() -> None:
     folder = PurePath("/run", *settings()["RuntimeDirectory"])
     assert PurePath(ControlPolicy().socket).parent == folder
     assert settings()["RuntimeDirectoryMode"] == ["0700"]
+    assert LOCK.parent == folder
 
 
 def test_what_the_daemon_speaks_is_allowed() -> None:

@@ -25,11 +25,9 @@ import faulthandler
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import NotRequired, TypedDict, assert_never
 
-from pgofflined.aftercare import Aftercare
 from pgofflined.core.errors import DomainGone
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineState
@@ -42,6 +40,7 @@ from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.xen.hypervisor import XenHypervisor
 from pgofflined.xen.store import open_store
 
+from .aftercare import look_after
 from .exchange_pages import JOBS
 from .pages import RNG, of_pv_guest
 
@@ -54,9 +53,7 @@ MOMENTS = {
 # A guest that is paused does not answer; no need to wait for long.
 _LIMITS = SuspendLimits(acknowledge=3.0)
 _COMMAND_SECONDS = 120.0
-_LATE_SECONDS = 3.0
 _TALK_AFTER_SECONDS = 200.0
-_INTERVAL = 0.2
 
 
 class Admin:
@@ -130,7 +127,7 @@ def _interfere(xen: XenHypervisor, domid: Domid, step: Step) -> dict[str, object
         limits=_LIMITS,
     )
     status, said = admin.end()
-    _look_after(xen, report)
+    look_after(xen, [report])
     if xen.query(mfn) & OfflineState.OFFLINE_PENDING:
         xen.online(mfn)
     return {
@@ -163,21 +160,6 @@ def _mark(xen: XenHypervisor, domid: Domid) -> Mfn:
         # What was of Xen's image at boot cannot be marked.
         if xen.offline(mfn).flags & OfflineFlag.PENDING:
             return mfn
-
-
-def _look_after(xen: XenHypervisor, report: ExchangeReport) -> None:
-    """What the daemon does for a guest that may follow our request late."""
-    aftercare = Aftercare(xen, HostClock(), interval=0)
-    aftercare.note(
-        "interfere",
-        report.domain,
-        stuck=report.stuck,
-        may_suspend_late=report.may_suspend_late,
-    )
-    until = time.monotonic() + _LATE_SECONDS
-    while aftercare and time.monotonic() < until:
-        aftercare.look()
-        time.sleep(_INTERVAL)
 
 
 def _told(report: ExchangeReport) -> dict[str, object]:

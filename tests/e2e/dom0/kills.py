@@ -18,22 +18,21 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from enum import IntEnum
 
-from pgofflined.aftercare import Aftercare
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineState
 from pgofflined.core.outcomes import Damaged, Exchanged, ExchangeReport
 from pgofflined.core.policy import ExchangePolicy
-from pgofflined.core.recovery import RecoveryReport
 from pgofflined.daemon import HostClock
 from pgofflined.exchanging import Exchanging
 from pgofflined.jobstore import JobStore
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.xen.hypervisor import XenHypervisor
 
+from .aftercare import look_after
 from .exchange_pages import JOBS, run_job
 from .pages import of_pv_guest
 
@@ -43,8 +42,6 @@ _KILL_SECONDS = 120
 _MOMENTS = (Moment.BEFORE, Moment.AFTER)
 _PAUSE_SECONDS = 0.2
 _HELD_SECONDS = 0.1
-# A guest that has read the request follows it within so many seconds.
-_LATE_SECONDS = 4.0
 # After so many calls in a row that no exchange has reached, there are no more of them.
 _ENDED_BEFORE = 3
 # So often are other pages drawn where all were refused.
@@ -169,7 +166,7 @@ class Driver:
         )
         reports = work.recover()
         took = time.monotonic() - began
-        self._look_after(reports)
+        look_after(self._xen, reports)
         states = [self._xen.query(mfn) for mfn in mfns]
         for mfn, state in zip(mfns, states, strict=True):
             if state is OfflineState.OFFLINE_PENDING:
@@ -191,21 +188,6 @@ class Driver:
         }
         print(json.dumps(where | told), flush=True)
         time.sleep(_PAUSE_SECONDS)
-
-    def _look_after(self, reports: Iterable[RecoveryReport]) -> None:
-        """What the daemon does for guests that may follow a dead one's request late."""
-        aftercare = Aftercare(self._xen, HostClock(), interval=0)
-        for report in reports:
-            aftercare.note(
-                "kills",
-                report.domain,
-                stuck=report.stuck,
-                may_suspend_late=report.may_suspend_late,
-            )
-        until = time.monotonic() + _LATE_SECONDS
-        while aftercare and time.monotonic() < until:
-            aftercare.look()
-            time.sleep(_PAUSE_SECONDS)
 
 
 def _fork(act: Callable[[], ExchangeReport]) -> int:

@@ -1,10 +1,10 @@
 """Prints frames as JSON, a list of [pfn, mfn]: python3 -m tests.e2e.dom0.pages DOMID KIND COUNT.
 
 KIND is, of a running PV domain: ``data`` (plain memory that no grant offers and no p2m lies in),
-``granted``, ``table`` (page tables), ``any`` of its p2m, or ``paired`` (any whose neighbour is its
-own too, so that it joins no free block: see docs/xen-bugs.md); of a PVH domain that is the only
-one: ``hvm``; of dom0: ``dom0``; of nobody: ``free`` (nearly always: a few of Xen's own look the
-same).  Frames are drawn at random.
+``granted``, ``table`` (page tables), ``any`` of its p2m, ``paired`` (any whose neighbour is its own
+too, so that it joins no free block: see docs/xen-bugs.md), or ``paired-data`` (both at once); of a
+PVH domain that is the only one: ``hvm``; of dom0: ``dom0``; of nobody: ``free`` (nearly always: a
+few of Xen's own look the same).  Frames are drawn at random.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ def of_pv_guest(xen: XenHypervisor, domid: Domid, kind: str) -> list[tuple[int, 
     mfns = p2m.entries[pfns]
     types = xen.page_types(domid, mfns)
     granted = np.isin(mfns, xen.granted_frames(domid))
+    data = (types == 0) & ~granted & ~np.isin(mfns, p2m.leaf_mfns)
+    paired = np.isin(mfns ^ np.uint64(1), mfns)
     wanted = {
-        "data": (types == 0) & ~granted & ~np.isin(mfns, p2m.leaf_mfns),
+        "data": data,
         "granted": granted,
         "table": table_levels(types) > 0,
         "any": np.ones(len(mfns), dtype=np.bool_),
-        "paired": np.isin(mfns ^ np.uint64(1), mfns),
+        "paired": paired,
+        "paired-data": data & paired,
     }[kind]
     return [(int(pfns[index]), int(mfns[index])) for index in np.flatnonzero(wanted)]
 
@@ -66,7 +69,7 @@ def at_random(xen: XenHypervisor, kind: str) -> Iterator[tuple[int, int]]:
 def main(domid: Domid, kind: str, count: int) -> None:
     """Print the list."""
     xen = XenHypervisor()
-    if kind in ("data", "granted", "table", "any", "paired"):
+    if kind in ("data", "granted", "table", "any", "paired", "paired-data"):
         found = of_pv_guest(xen, domid, kind)
         picks = RNG.choice(len(found), min(count, len(found)), replace=False)
         chosen = [found[index] for index in picks]

@@ -166,6 +166,34 @@ def test_domain_without_a_name_is_known_by_its_uuid() -> None:
     assert str(UUID_7) in found.reason
 
 
+@pytest.mark.parametrize(
+    ("policy", "allowed"),
+    [
+        (DomainPolicy(), True),
+        (DomainPolicy(deny=("*",)), False),
+        # It may be the one.
+        (DomainPolicy(deny=("db",)), False),
+        (DomainPolicy(deny=(str(UUID(int=9)),)), True),
+        (DomainPolicy(default=DomainDefault.DENY, allow=("*",)), True),
+        (DomainPolicy(default=DomainDefault.DENY, allow=("?*",)), False),
+        (DomainPolicy(default=DomainDefault.DENY, allow=(str(UUID_7),)), True),
+        (DomainPolicy(default=DomainDefault.DENY, allow=(f"{str(UUID_7)[:9]}*",)), True),
+    ],
+)
+def test_a_domain_without_a_name_is_not_allowed_in_doubt(
+    policy: DomainPolicy,
+    allowed: bool,  # noqa: FBT001
+) -> None:
+    assert isinstance(domain_allowed(policy, "", UUID_7), Allowed if allowed else Denied)
+
+
+def test_a_name_is_not_allowed_because_a_uuid_begins_like_it() -> None:
+    assert str(UUID_7).startswith("0123")
+    policy = DomainPolicy(default=DomainDefault.DENY, allow=("0123*", "0*"))
+    assert isinstance(domain_allowed(policy, "web-1", UUID_7), Denied)
+    assert isinstance(domain_allowed(policy, "0123", UUID_7), Allowed)
+
+
 def test_waits_double_up_to_the_last_and_end() -> None:
     retry = Backoff(first=10.0, last=60.0, attempts=6)
     assert [retry.delay(failures) for failures in range(1, 7)] == [10, 20, 40, 60, 60, None]

@@ -53,17 +53,21 @@ class Bench:
             self.host.offline(mfn)
         return mfns
 
-    def end_jobs(
-        self, xen: Hypervisor | None = None, *, journal: Journal | None = None
-    ) -> list[RecoveryReport]:
-        """What a daemon does that starts: end what was left, again and again if need be."""
-        work = Exchanging(
+    def work(self, xen: Hypervisor | None = None, *, journal: Journal | None = None) -> Exchanging:
+        """The part of a daemon that has begun no job of its own."""
+        return Exchanging(
             xen=xen or self.host,
             journal=journal or self.journal,
             clock=self.host.clock,
             policy=ExchangePolicy,
             poisoned=frozenset,
         )
+
+    def end_jobs(
+        self, xen: Hypervisor | None = None, *, journal: Journal | None = None
+    ) -> list[RecoveryReport]:
+        """What a daemon does that starts: end what was left, again and again if need be."""
+        work = self.work(xen, journal=journal)
         reports = [*work.recover()]
         while work.has_rest:
             # Asked again at once it does nothing: what fails is given time to pass.

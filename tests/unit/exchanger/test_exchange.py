@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from errno import ESRCH
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pgofflined.core.domains import ShutdownReason
+from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn
 from pgofflined.core.moves import PteWrite, PteWrites
 from pgofflined.core.offline import OfflineState
@@ -334,6 +338,92 @@ def test_a_guest_that_ends_while_asked_to_suspend_is_let_go(bench: Bench, answer
     assert result.reason is RefusalReason.DOMAIN_GONE
     assert report.stuck is None
     assert report.domain == identity
+
+
+def test_a_guest_that_is_destroyed_at_any_call_before_the_suspend_is_gone() -> None:
+    pick = Bench.build()
+    _, dry = pick.exchange_traced(pick.mark(pick.layout.plain[0]))
+    calls = dry.trace.methods.index("suspend")
+    for nth in range(1, calls + 1):
+        bench = Bench.build()
+        mfns = bench.mark(bench.layout.plain[0])
+        end = Fault(nth=nth, act=partial(bench.host.destroy, bench.domid))
+        report = bench.exchange(mfns, FaultyHypervisor(bench.host, end))
+        [result] = report.results
+        assert isinstance(result, Refusal)
+        # Xen may have taken the page out by then, which is as true.
+        gone = {RefusalReason.DOMAIN_GONE, RefusalReason.NOT_PENDING}
+        assert result.reason in gone, dry.trace.methods[nth - 1]
+        assert report.stuck is None
+
+
+@pytest.mark.parametrize("method", ["page_types", "granted_frames", "read_frames", "exchange"])
+def test_esrch_is_the_domains_end_only_where_it_is_gone(bench: Bench, method: str) -> None:
+    mfns = bench.mark(bench.layout.plain[0])
+    esrch = Fault(method=method, times=10**6, errno=ESRCH)
+    [result] = bench.exchange(mfns, FaultyHypervisor(bench.host, esrch)).results
+    assert isinstance(result, Refusal)
+    assert result.reason in {RefusalReason.XEN_REFUSED, RefusalReason.GUEST_LAYOUT}
+    bench.assert_guest_runs_unharmed()
+
+
+@pytest.mark.parametrize("method", ["page_types", "granted_frames", "read_frames"])
+def test_esrch_of_a_domain_that_is_gone_is_its_end(bench: Bench, method: str) -> None:
+    mfns = bench.mark(bench.layout.plain[0])
+    xen = FaultyHypervisor(
+        bench.host,
+        Fault(method=method, act=partial(bench.host.destroy, bench.domid)),
+        Fault(method=method, nth=2, times=10**6, errno=ESRCH),
+    )
+    [result] = bench.exchange(mfns, xen).results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.DOMAIN_GONE
+
+
+def test_a_guest_that_is_destroyed_while_it_stands_still_is_gone(bench: Bench) -> None:
+    mfns = bench.mark(bench.layout.plain[0])
+    end = Fault(method="exchange", act=partial(bench.host.destroy, bench.domid))
+    report = bench.exchange(mfns, FaultyHypervisor(bench.host, end))
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.DOMAIN_GONE
+    assert report.stuck is None
+
+
+def test_a_guest_that_somebody_saves_is_not_asked_to_suspend(bench: Bench) -> None:
+    bench.host.simulated(bench.domid).somebody = "process 5 (xl save)"
+    mfns = bench.mark(bench.layout.plain[0])
+    report, xen = bench.exchange_traced(mfns)
+    [result] = report.results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.DOMAIN_BUSY
+    assert result.reason.may_pass
+    assert "process 5 (xl save)" in result.detail
+    assert not {"suspend", "pause", "resume"} & set(xen.trace.methods)
+    assert bench.journal.kept == {}
+
+
+def test_who_saves_a_guest_is_not_looked_for_while_it_stands_still(bench: Bench) -> None:
+    _, xen = bench.exchange_traced(bench.mark(bench.layout.plain[0]))
+    methods = xen.trace.methods
+    assert methods.count("somebody_at") == 1
+    assert methods.index("somebody_at") == methods.index("suspend") - 1
+
+
+def test_a_guest_that_is_suspended_with_our_request_unread_is_not_resumed(bench: Bench) -> None:
+    mfns = bench.mark(bench.layout.plain[0])
+
+    def saved() -> None:
+        bench.host.suspend(bench.domid, SuspendLimits())
+        bench.host.simulated(bench.domid).unread_request = True
+        raise PortError("xenstored is gone")
+
+    xen = FaultyHypervisor(bench.host, Fault(method="suspend", act=saved))
+    report = bench.exchange(mfns, xen)
+    assert report.stuck is None
+    assert "resume" not in xen.trace.methods
+    assert bench.host.domain(bench.domid).shutdown is ShutdownReason.SUSPEND
+    assert bench.journal.kept == {}
 
 
 def test_a_guest_that_somebody_paused_is_left_alone(bench: Bench) -> None:

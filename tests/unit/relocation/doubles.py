@@ -101,6 +101,7 @@ class FakeHost:
         self.xen = XenVersion(4, 20, 4)
         self.resumed: list[int] = []
         self.resume_works = True
+        self.somebody: str | None = None
 
     def add(self, info: DomainInfo, *mfns: int) -> DomainInfo:
         self.guests[info.domid] = info
@@ -147,6 +148,10 @@ class FakeHost:
         if domid not in self.guests:
             raise DomainGone(domid)
         return self.guests[domid]
+
+    def somebody_at(self, domid: Domid) -> str | None:
+        assert domid in self.guests
+        return self.somebody
 
     def resume(self, domid: Domid) -> None:
         assert self.domain(domid).shutdown is ShutdownReason.SUSPEND

@@ -371,6 +371,31 @@ async def test_a_guest_left_suspended_is_resumed_and_tried_again() -> None:
         assert world.state() == [(7, "waiting")]
 
 
+async def test_a_guest_that_an_earlier_process_still_migrates_is_not_migrated_twice() -> None:
+    async with running() as world:
+        world.host.somebody = "process 4711 (xl migrate -s ssh 7 spare)"
+        await world.submit(7, 0x10)
+        assert world.relocator.calls == []
+        assert world.state() == [(7, "deferred")]
+        world.host.somebody = None
+        await world.time.advance(3600)
+        assert world.relocator.running == [7]
+
+
+async def test_a_guest_that_somebody_has_suspended_meanwhile_is_not_resumed() -> None:
+    async with running() as world:
+        await world.submit(7, 0x10)
+        world.host.change(7, shutdown=ShutdownReason.SUSPEND)
+        world.host.somebody = "process 4711 (xl save 7 /srv/seven)"
+        await world.relocator.calls[0].end(BROKEN_OFF)
+        assert world.host.resumed == []
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        assert outcome.reason is RelocationReason.GUEST_STUCK
+        assert outcome.stuck is not None
+        assert "process 4711 (xl save 7 /srv/seven)" in outcome.stuck
+
+
 @pytest.mark.parametrize("kind", [GuestKind.PVH, GuestKind.HVM])
 async def test_a_guest_that_stays_suspended_is_reported_loudly(kind: GuestKind) -> None:
     async with running() as world:

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,8 +59,8 @@ def _comes_to(pid: int, wanted: Callable[[str], bool]) -> bool:
 
 
 @pytest.fixture
-def monitors() -> Monitors:
-    return Monitors(parent=HERE)
+def monitors(tmp_path: Path) -> Monitors:
+    return Monitors(parent=HERE, lock_file=tmp_path / "lock")
 
 
 @pytest.mark.parametrize("verb", ["create", "restore", "migrate-receive"])
@@ -114,10 +115,58 @@ def test_a_monitor_that_ends_meanwhile_is_no_error(tmp_path: Path, monitors: Mon
         pass
 
 
-def test_what_an_earlier_process_has_stopped_goes_on(tmp_path: Path, monitors: Monitors) -> None:
-    with process(tmp_path, "create") as pid:
-        killed = monitors.held()
-        killed.__enter__()
+# Holds the monitors of process PARENT, with the lock file LOCK, until it is killed.
+HOLDER = """
+import signal, sys
+from pathlib import Path
+from pgofflined.xen.monitors import Monitors
+with Monitors(parent=int(sys.argv[1]), lock_file=Path(sys.argv[2])).held():
+    print("held", flush=True)
+    signal.pause()
+"""
+
+
+@contextmanager
+def holder(lock: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that holds them, as a daemon does."""
+    command = [sys.executable, "-c", HOLDER, str(HERE), str(lock)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"held\n"
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def test_what_a_killed_process_has_stopped_goes_on(tmp_path: Path, monitors: Monitors) -> None:
+    with process(tmp_path, "create") as pid, holder(tmp_path / "lock") as killed:
         assert stops(pid)
-        Monitors(parent=HERE).release_all()
+        killed.kill()
+        killed.wait()
+        assert monitors.release_all() == [pid]
+        assert goes_on(pid)
+
+
+def test_what_a_living_process_has_stopped_stays_so(tmp_path: Path, monitors: Monitors) -> None:
+    with process(tmp_path, "create") as pid, holder(tmp_path / "lock"):
+        assert stops(pid)
+        assert monitors.release_all() == []
+        # Had it been let go on, this would end it.
+        os.kill(pid, signal.SIGUSR1)
+        assert stops(pid)
+
+
+def test_monitors_that_run_are_not_released(tmp_path: Path, monitors: Monitors) -> None:
+    with process(tmp_path, "create") as pid:
+        assert monitors.release_all() == []
+        assert goes_on(pid)
+
+
+def test_they_are_held_and_released_without_a_file_to_lock(tmp_path: Path) -> None:
+    nowhere = Monitors(parent=HERE, lock_file=tmp_path / "none" / "lock")
+    with process(tmp_path, "create") as pid:
+        with nowhere.held():
+            assert stops(pid)
+            assert nowhere.release_all() == [pid]
         assert goes_on(pid)

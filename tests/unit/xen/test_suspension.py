@@ -298,6 +298,26 @@ def test_failure_while_waiting_leaves_no_request_behind() -> None:
     assert guest.node == b""
 
 
+def test_failure_with_the_request_unread_is_no_suspend_of_ours() -> None:
+    class Broken(Guest):
+        def wait(self, seconds: float) -> None:
+            self.now += seconds
+            self.flags = SUSPENDED  # for somebody else
+            raise XenError(errno.EIO, op="xs_check_watch")
+
+    guest = Broken()
+    with pytest.raises(SuspendNotAsked) as caught:
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert (caught.value.errno, guest.node) == (errno.EIO, b"")
+
+
+@pytest.mark.parametrize("node", [b"suspend", b"", b"poweroff", None])
+def test_withdrawing_tells_whether_the_request_was_unread(node: bytes | None) -> None:
+    guest = Guest(node=node)
+    assert suspension(guest).withdraw(GUEST) is (node == b"suspend")
+    assert guest.node == (b"" if node == b"suspend" else node)
+
+
 def test_resume_tells_guest_then_xen_then_xenstored() -> None:
     guest = Guest(flags=SUSPENDED)
     resuming = suspension(guest)

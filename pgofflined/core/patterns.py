@@ -1,0 +1,53 @@
+"""Shell patterns by which an operator names domains: by their name, or by their uuid.
+
+A domain is known by the name that the toolstack has written into xenstore, cleaned for logs (see
+``xen.domains``): printable, at most 64 characters.  It may be empty, where xenstore does not tell.
+"""
+
+from __future__ import annotations
+
+import re
+from fnmatch import fnmatchcase, translate
+from typing import Final
+from uuid import UUID
+
+NAME_LIMIT: Final = 64
+"""Characters of a name that are kept."""
+
+# One element of a pattern each, as ``fnmatch`` understands them.
+_ELEMENTS: Final = re.compile(r"\[!?\]?[^\]]*\]|.", re.DOTALL)
+_EMPTY_CLASS: Final = translate("[b-a]")
+# Whoever means a uuid writes its first group at least; "db*" is a name.
+_UUID: Final = re.compile(r"[0-9a-fA-F]{8}-", re.ASCII)
+
+
+def unmatchable(pattern: str) -> str | None:
+    """Why no domain whatever can be named by a pattern; None where one can."""
+    if not pattern:
+        return "an empty pattern names no domain"
+    if not pattern.isprintable():
+        return "no domain's name has characters that cannot be printed"
+    elements = _ELEMENTS.findall(pattern)
+    if any(translate(element) == _EMPTY_CLASS for element in elements):
+        return "there is no character in one of its [...]"
+    if sum(element != "*" for element in elements) > NAME_LIMIT:
+        return f"no domain's name has more than {NAME_LIMIT} characters"
+    return None
+
+
+def is_for_uuids(pattern: str) -> bool:
+    """Whether a pattern is meant for uuids."""
+    return bool(_UUID.match(pattern))
+
+
+def names(pattern: str, name: str) -> bool:
+    """Whether a pattern is for a domain of this name; what has no name is named by none but ``*``.
+
+    A pattern of nothing but ``*`` is for every domain.
+    """
+    return not pattern.strip("*") or (bool(name) and fnmatchcase(name, pattern))
+
+
+def names_uuid(pattern: str, uuid: UUID) -> bool:
+    """Whether a pattern matches a uuid, whatever it was meant for."""
+    return fnmatchcase(str(uuid), pattern.lower())
