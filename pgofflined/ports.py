@@ -196,10 +196,16 @@ class ForeignMemory(Protocol):
         """Contents of frames of a domain, in order.  Raises XenError if any cannot be mapped."""
         ...
 
-    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
-        """Write whole frames that are no page tables; ``contents`` has one row for each.
+    def write_frames(
+        self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
+    ) -> None:
+        """Write whole frames, then single words; none of the frames is a page table.
 
-        What was written is read back through the same mapping; PortError where it differs.
+        ``contents`` has one row for each of ``mfns``, which are all different.  Each of ``slots``
+        is a word of a frame, perhaps of one that has just been written; there may be slots alone.
+        Contents are read back through the same mapping before a slot is written; PortError where
+        they differ.  Raises XenError, EINVAL for a slot that would not lie within its frame,
+        before anything is written.
         """
         ...
 
@@ -208,13 +214,6 @@ class ForeignMemory(Protocol):
 
         A frame that is mapped is referred to: Xen exchanges none of them meanwhile.
         """
-        ...
-
-    def write_entries(
-        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
-    ) -> None:
-        """Write single 64-bit words into frames that are no page tables: ``words[i]`` as word
-        ``indexes[i]`` of frame ``mfns[i]``.  Frames may be named several times."""
         ...
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:

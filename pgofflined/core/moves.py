@@ -37,7 +37,7 @@ class PteWrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PteWrites:
-    """Page-table entries to be set, in order."""
+    """Page-table entries to be set, in order; or words of other frames (p2m slots)."""
 
     tables: Frames
     indexes: Frames
@@ -173,6 +173,10 @@ class Group:
         references = replace(self.references, tables=_renamed(self.references.tables, olds, news))
         slots = _renamed(self.slot_frames, olds, news)
         return replace(self, references=references, slot_frames=slots)
+
+    def slots_leading_to(self, homes: Frames) -> PteWrites:
+        """Writes that let the guest's p2m name the frames that are the pages' homes now."""
+        return PteWrites(tables=self.slot_frames, indexes=self.slot_indexes, values=homes)
 
     def bare_contents(self) -> Words:
         """What the pages hold while none of the entries that map them is set.

@@ -79,22 +79,19 @@ class SimulatedMemory(HostState):
         domain.holds.append(hold)
         return hold
 
-    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
+    def write_frames(
+        self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
+    ) -> None:
         """Writable foreign mappings; get_page_from_l1e() refuses those of a table or GDT."""
         with self.call("foreignmemory_map", domid):
-            for frame, words in zip(self._map_writable(domid, mfns), contents, strict=True):
-                self.frames.contents.write(frame, 0, words)
-
-    def write_entries(
-        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
-    ) -> None:
-        """The same, for single words."""
-        with self.call("foreignmemory_map", domid):
-            if (indexes >= np.uint64(WORDS_PER_PAGE)).any():
+            if (slots.indexes >= np.uint64(WORDS_PER_PAGE)).any():
                 raise Refused(EINVAL)
-            mapped = self._map_writable(domid, mfns)
-            for frame, index, word in zip(mapped, indexes.tolist(), words, strict=True):
-                self.frames.contents.write(frame, index, np.array([word], dtype=np.uint64))
+            mapped = self._map_writable(domid, np.concatenate([mfns, slots.tables]))
+            for frame, words in zip(mapped[: len(mfns)], contents, strict=True):
+                self.frames.contents.write(frame, 0, words)
+            for row, frame in enumerate(mapped[len(mfns) :]):
+                word = slots.values[row : row + 1]
+                self.frames.contents.write(frame, int(slots.indexes[row]), word)
 
     def _map_writable(self, domid: Domid, mfns: FrameArray) -> list[int]:
         domain = self.domain_or_refuse(domid)
