@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pgofflined.core.moves import Group, PteWrites
+    from pgofflined.core.moves import Chosen, Group, PteWrites
 
     FrameArray = NDArray[np.uint64]
     Words = NDArray[np.uint64]
@@ -182,10 +182,15 @@ class FrameWindow(Protocol):
     """Frames of a domain that stay mapped while several looks are taken at them."""
 
     def read(self, rows: NDArray[np.intp]) -> Words:
-        """Copies of some of the frames, by their place among those that the window was opened for.
+        """Copies as they are now, of frames by their place among those of the window."""
+        ...
 
-        Shape (rows, 512), as they are now.
-        """
+    def words(self, rows: NDArray[np.intp], indexes: FrameArray) -> Words:
+        """Single words as they are now: word ``indexes[i]`` of the frame at ``rows[i]``."""
+        ...
+
+    def differing(self, rows: NDArray[np.intp], contents: Words) -> Chosen:
+        """Which of some frames do not hold now what ``contents`` has for each."""
         ...
 
 
@@ -199,13 +204,10 @@ class ForeignMemory(Protocol):
     def write_frames(
         self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
     ) -> None:
-        """Write whole frames, then single words; none of the frames is a page table.
+        """Write whole frames, all different, then words of these or others; none is a page table.
 
-        ``contents`` has one row for each of ``mfns``, which are all different.  Each of ``slots``
-        is a word of a frame, perhaps of one that has just been written; there may be slots alone.
-        Contents are read back through the same mapping before a slot is written; PortError where
-        they differ.  Raises XenError, EINVAL for a slot that would not lie within its frame,
-        before anything is written.
+        Raises XenError, EINVAL for a word outside its frame, before anything is written; PortError
+        where contents read back differently.
         """
         ...
 
@@ -272,12 +274,7 @@ class FrameExchange(Protocol):
 
 
 class Hypervisor(
-    FrameControl,
-    DomainControl,
-    ForeignMemory,
-    PageTableControl,
-    FrameExchange,
-    Protocol,
+    FrameControl, DomainControl, ForeignMemory, PageTableControl, FrameExchange, Protocol
 ):
     """A whole host."""
 
@@ -298,7 +295,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class UnfinishedJob:
-    """A job that a process before this one began: ``group`` is what it may have changed."""
+    """A job that a process before this one began: ``group`` is what it may have left changed."""
 
     record: JobRecord
     group: Group | None
@@ -311,12 +308,19 @@ class OpenJob(Protocol):
     What a method has kept survives the death of the process.  Failures are PortErrors.
     """
 
-    def intend(self, group: Group) -> None:
-        """Keep what is about to be changed, in place of what was kept before, which is done."""
+    def keep(self, group: Group) -> None:
+        """Keep what is to be changed from ``begin`` on, in place of what was kept before.
+
+        What has not changed since costs nothing.  The arrays must not be written to any more.
+        """
+        ...
+
+    def begin(self) -> None:
+        """The guest's memory may be changed from here on, as far as the kept group says."""
         ...
 
     def settled(self) -> None:
-        """Forget what was kept: the guest's memory is whole."""
+        """The guest's memory is whole: what was kept counts no more."""
         ...
 
     def close(self) -> None:

@@ -203,6 +203,14 @@ def _renamed(frames: Frames, olds: Frames, news: Frames) -> Frames:
     return renamed
 
 
+def chosen_rows(contents: Words, rows: Sequence[int] | NDArray[np.intp]) -> Words:
+    """Some rows of contents, in their order; the same array where that is all of them."""
+    if len(rows) == len(contents):
+        return contents
+    some: Words = contents[rows]
+    return some
+
+
 def no_contents(pages: int) -> Words:
     """Contents that have not been read yet."""
     return np.zeros((pages, WORDS_PER_PAGE), dtype=np.uint64)

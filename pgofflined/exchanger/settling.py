@@ -13,6 +13,7 @@ import numpy as np
 
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid
+from pgofflined.core.moves import chosen_rows
 from pgofflined.core.pages import PFINFO_PINNED, decode_page_type
 from pgofflined.core.progress import Progress
 from pgofflined.ports import Hypervisor
@@ -63,7 +64,10 @@ class Settling:
             # was written before.
             slots |= done & np.isin(moved.slot_frames, homes[rows])
             self._xen.write_frames(
-                self._domid, homes[rows], written[rows], moved.slots_leading_to(homes)[slots]
+                self._domid,
+                homes[rows],
+                chosen_rows(written, rows),
+                moved.slots_leading_to(homes)[slots],
             )
             done[some] = True
 

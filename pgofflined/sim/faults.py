@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pgofflined.core.moves import PteWrites
+    from pgofflined.core.moves import Chosen, PteWrites
     from pgofflined.ports import FrameArray, FrameWindow, TypeArray, Words
 
 _T = TypeVar("_T")
@@ -96,7 +96,17 @@ class _FaultyWindow:
 
     def read(self, rows: NDArray[np.intp]) -> Words:
         """See ``ports.FrameWindow``."""
-        return self.xen.look(self.window, rows)
+        return self.xen.look((rows.copy(),), lambda: self.window.read(rows))
+
+    def words(self, rows: NDArray[np.intp], indexes: FrameArray) -> Words:
+        """See ``ports.FrameWindow``."""
+        args = (rows.copy(), indexes.copy())
+        return self.xen.look(args, lambda: self.window.words(rows, indexes))
+
+    def differing(self, rows: NDArray[np.intp], contents: Words) -> Chosen:
+        """See ``ports.FrameWindow``."""
+        args = (rows.copy(), contents.copy())
+        return self.xen.look(args, lambda: self.window.differing(rows, contents))
 
 
 class FaultyHypervisor:
@@ -239,9 +249,9 @@ class FaultyHypervisor:
             finally:
                 self._call("close_window", (domid,), lambda: None)
 
-    def look(self, window: FrameWindow, rows: NDArray[np.intp]) -> Words:
-        """A look through a window."""
-        return self._call("look", (rows.copy(),), lambda: window.read(rows))
+    def look(self, args: tuple[object, ...], look: Callable[[], _T]) -> _T:
+        """A look through a window, of whichever kind."""
+        return self._call("look", args, look)
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
         """See ``ports.ForeignMemory``."""

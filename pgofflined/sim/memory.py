@@ -30,7 +30,7 @@ from pgofflined.sim.references import adjust_entry, check_flags, needs_no_check
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pgofflined.core.moves import PteWrites
+    from pgofflined.core.moves import Chosen, PteWrites
     from pgofflined.ports import FrameArray, FrameWindow, TypeArray, Words
 
 _PLAIN_TYPES: Final = (FrameType.NONE, FrameType.WRITABLE)
@@ -45,6 +45,16 @@ class _Window:
         """What the frames hold now."""
         with self.memory.lock:
             return self.memory.frames.contents.read(self.frames[rows])
+
+    def words(self, rows: NDArray[np.intp], indexes: FrameArray) -> Words:
+        """Some words of them."""
+        words: Words = self.read(rows)[np.arange(len(rows)), indexes]
+        return words
+
+    def differing(self, rows: NDArray[np.intp], contents: Words) -> Chosen:
+        """Which of them hold something else."""
+        differing: Chosen = (self.read(rows) != contents).any(axis=1)
+        return differing
 
 
 class SimulatedMemory(HostState):
@@ -75,7 +85,7 @@ class SimulatedMemory(HostState):
 
     def _hold_frame(self, domain: SimulatedDomain, mfn: Mfn) -> Hold:
         self.references.get(mfn, int(domain.domid))
-        hold = Hold(mfn=mfn, why="a window of ours", kind=FrameType.NONE, lasting=True)
+        hold = Hold(mfn=mfn, why="a window", lasting=True, of_ours=True)
         domain.holds.append(hold)
         return hold
 

@@ -44,7 +44,7 @@ from pgofflined.xen.libs import ForeignPages, XenCall
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pgofflined.core.moves import PteWrites
+    from pgofflined.core.moves import Chosen, PteWrites
     from pgofflined.ports import FrameArray, TypeArray, Words
 
 # 8 MiB mapped at a time.
@@ -78,6 +78,13 @@ def _fill(domid: Domid, mfns: FrameArray, mapped: Words, contents: Words) -> Non
         raise PortError(f"mfn {mfn:#x} of d{domid} does not hold what was written to it")
 
 
+def _in_one_piece(rows: NDArray[np.intp]) -> slice | NDArray[np.intp]:
+    """Rows that follow one another as a slice, which is not copied before it is looked at."""
+    if len(rows) and bool((np.diff(rows) == 1).all()):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
 class Window:
     """``ports.FrameWindow`` over mappings of up to ``_MAP_BATCH`` frames each."""
 
@@ -86,14 +93,35 @@ class Window:
 
     def read(self, rows: NDArray[np.intp]) -> Words:
         """Copies of frames."""
-        if len(self._parts) == 1:
-            copies: Words = self._parts[0][rows]
-            return copies
         copies = np.empty((len(rows), WORDS_PER_PAGE), dtype=np.uint64)
-        for number, part in enumerate(self._parts):
-            inside = rows // _MAP_BATCH == number
-            copies[inside] = part[rows[inside] - number * _MAP_BATCH]
+        for chosen, part, inside in self._split(rows):
+            copies[chosen] = part[inside]
         return copies
+
+    def words(self, rows: NDArray[np.intp], indexes: FrameArray) -> Words:
+        """Single words."""
+        words = np.empty(len(rows), dtype=np.uint64)
+        for chosen, part, inside in self._split(rows):
+            words[chosen] = part[inside, indexes[chosen]]
+        return words
+
+    def differing(self, rows: NDArray[np.intp], contents: Words) -> Chosen:
+        """Which frames do not hold what they are thought to hold."""
+        differing = np.empty(len(rows), dtype=np.bool_)
+        for chosen, part, inside in self._split(rows):
+            differing[chosen] = (part[_in_one_piece(inside)] != contents[chosen]).any(axis=1)
+        return differing
+
+    def _split(
+        self, rows: NDArray[np.intp]
+    ) -> Iterator[tuple[slice | Chosen, Words, NDArray[np.intp]]]:
+        """For each mapping: which of the rows lie in it, the frames that it maps, and where."""
+        if len(self._parts) == 1:
+            yield slice(None), self._parts[0], rows
+            return
+        for number, part in enumerate(self._parts):
+            chosen = rows // _MAP_BATCH == number
+            yield chosen, part, rows[chosen] - number * _MAP_BATCH
 
     def close(self) -> None:
         """Nothing can be read any more: what would, would end the process."""

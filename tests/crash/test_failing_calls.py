@@ -164,6 +164,17 @@ def test_one_page_that_cannot_be_written_does_not_harm_its_batch() -> None:
     assert calls > 3
 
 
+def test_after_damage_no_other_group_takes_the_place_of_the_record() -> None:
+    bench = Bench.build()
+    mfns = bench.mark(bench.layout.plain[0], bench.layout.direct_l2[0])
+    xen = FaultyHypervisor(bench.host, Fault(method="write_frames", times=10**6))
+    report = bench.exchange(mfns, xen)
+    assert [type(result) for result in report.results] == [Damaged, Refusal]
+    [aside] = bench.journal.aside
+    assert aside.group is not None
+    assert aside.group.frames() == mfns[:1]
+
+
 @pytest.mark.parametrize("moment", Moment)
 def test_pages_of_the_p2m_that_are_written_one_by_one_keep_what_is_written_of_others(
     moment: Moment,

@@ -100,6 +100,34 @@ def test_no_frames_are_no_contents() -> None:
     assert memory(Pages()).read_frames(GUEST, frames()).shape == (0, 512)
 
 
+def test_frames_of_all_batches_are_seen_through_a_window() -> None:
+    pages = Pages({mfn: page(mfn) for mfn in range(5000)})
+    rows = np.array([4999, 0, 2048, 2047], dtype=np.intp)
+    with memory(pages).window(GUEST, np.arange(5000, dtype=np.uint64)) as window:
+        assert window.read(rows)[:, 17].tolist() == rows.tolist()
+        assert window.words(rows, frames(511, 0, 1, 2)).tolist() == rows.tolist()
+        thought = np.repeat(rows.astype(np.uint64)[:, None], 512, axis=1)
+        thought[2, 511] += np.uint64(1)
+        assert window.differing(rows, thought).tolist() == [False, False, True, False]
+        in_order = np.arange(2000, 2100, dtype=np.uint64)
+        thought = np.repeat(in_order[:, None], 512, axis=1)
+        thought[48, 0] = 7
+        differing = window.differing(in_order.astype(np.intp), thought)
+        assert np.flatnonzero(differing).tolist() == [48]
+    assert max(pages.batches) <= 2048
+    assert pages.mapped == 0
+
+
+def test_what_is_compared_in_one_piece_is_the_same_as_what_is_not() -> None:
+    pages = Pages({mfn: page(mfn) for mfn in range(8)})
+    with memory(pages).window(GUEST, frames(*range(8))) as window:
+        for rows in ([2, 3, 4], [4, 3, 2], [2, 4, 6], [5], []):
+            thought = np.repeat(frames(*rows)[:, None], 512, axis=1)
+            places = np.array(rows, dtype=np.intp)
+            assert not window.differing(places, thought).any()
+            assert window.differing(places, thought + np.uint64(1)).all()
+
+
 def test_whole_frames_are_written_in_batches() -> None:
     pages = Pages({mfn: page(0) for mfn in range(5000)})
     contents = np.repeat(np.arange(5000, dtype=np.uint64)[:, None], 512, axis=1)
