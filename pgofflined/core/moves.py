@@ -204,11 +204,23 @@ def _renamed(frames: Frames, olds: Frames, news: Frames) -> Frames:
 
 
 def chosen_rows(contents: Words, rows: Sequence[int] | NDArray[np.intp]) -> Words:
-    """Some rows of contents, in their order; the same array where that is all of them."""
+    """Rows of contents, ascending; the same array where that is all of them."""
     if len(rows) == len(contents):
         return contents
     some: Words = contents[rows]
     return some
+
+
+def among(values: Frames, members: Frames) -> Chosen:
+    """Which values are among some that are sorted.
+
+    Far quicker than ``np.isin`` for the few that one group has: a guest waits for it.
+    """
+    if not len(members):
+        return np.zeros(len(values), dtype=np.bool_)
+    places = np.minimum(members.searchsorted(values), len(members) - 1)
+    found: Chosen = members[places] == values
+    return found
 
 
 def no_contents(pages: int) -> Words:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.moves import Group, same_mapping
+from pgofflined.core.moves import Group, among, same_mapping
 from pgofflined.core.outcomes import Refusal, RefusalReason
 from pgofflined.core.pages import (
     PFINFO_BROKEN,
@@ -43,8 +43,7 @@ if TYPE_CHECKING:
     from pgofflined.ports import FrameArray, TypeArray, Words
 
 
-# Frames that are not the domain's, or broken.
-_NOT_READABLE: Final = np.array([PFINFO_BROKEN, PFINFO_XALLOC, PFINFO_XTAB], dtype=np.uint32)
+_NOT_READABLE: Final = np.uint32(min(PFINFO_BROKEN, PFINFO_XALLOC, PFINFO_XTAB))
 
 
 class Look:
@@ -61,7 +60,7 @@ class Look:
 
     def covers(self, mfns: FrameArray) -> bool:
         """Whether all of some frames are among those that are mapped."""
-        return bool(np.isin(mfns, self._sorted).all())
+        return bool(among(mfns, self._sorted).all())
 
     def at(self, mfns: FrameArray) -> Words:
         """What some of the frames hold now."""
@@ -170,7 +169,9 @@ def _involved(group: Group) -> FrameArray:
 
 
 def _readable(types: TypeArray) -> Chosen:
-    return ~np.isin(types & np.uint32(PFINFO_TYPE_MASK), _NOT_READABLE)
+    # Those that are not the domain's, or broken, are the highest numbers.
+    readable: Chosen = (types & np.uint32(PFINFO_TYPE_MASK)) < _NOT_READABLE
+    return readable
 
 
 def _look(
@@ -210,7 +211,7 @@ def _check_types(group: Group, types: TypeArray, refusals: dict[int, Refusal]) -
 def _check_grants(
     xen: Hypervisor, domid: Domid, group: Group, refusals: dict[int, Refusal]
 ) -> None:
-    granted = np.isin(group.mfns, xen.granted_frames(domid))
+    granted = among(group.mfns, xen.granted_frames(domid))
     for row in np.flatnonzero(granted).tolist():
         refusals.setdefault(row, refuse_granted(group.page(row)[0]))
 

@@ -62,7 +62,8 @@ class Settling:
             slots[some] = True
             # A page of the p2m has its old words again now, also where another page's slot in it
             # was written before.
-            slots |= done & np.isin(moved.slot_frames, homes[rows])
+            if done.any():
+                slots |= done & np.isin(moved.slot_frames, homes[rows])
             self._xen.write_frames(
                 self._domid,
                 homes[rows],
@@ -89,7 +90,9 @@ class Settling:
         references = moved.references.downwards()
 
         def restore(some: list[int]) -> None:
-            wanted = references.chosen(np.isin(references.pages, some))
+            rows = np.zeros(len(moved), dtype=np.bool_)
+            rows[some] = True
+            wanted = references.chosen(rows[references.pages])
             writes = wanted.leading_to(self._progress.homes)
             if len(writes):
                 self._xen.update_ptes(self._domid, writes)

@@ -169,9 +169,8 @@ class HostState:
                 raise XenError(ENOMEM, op="populate_physmap", domid=domid)
             new = self._add_hvm(old.kind, old.name, len(present), old.vcpus, self._take_domid())
             domain = self.simulated(new)
-            domain.uuid = old.uuid
             self.frames.contents.move(old.gfns[present], domain.guest_frames[: len(present)])
-            domain.behaviour, domain.activity = old.behaviour, None
+            domain.uuid, domain.behaviour, domain.activity = old.uuid, old.behaviour, None
             self._end(domid)
             return new
 

@@ -172,7 +172,8 @@ class Memory:
             mfn = Mfn(int(slots.tables[outside[0]]))
             raise XenError(errno.EINVAL, op="write_frames", domid=domid, mfn=mfn)
         # Those that get contents first and in their order, so that they can be copied in one piece.
-        frames = np.concatenate([mfns, np.setdiff1d(slots.tables, mfns)])
+        others = sorted({*slots.tables.tolist()}.difference(mfns.tolist()))
+        frames = np.concatenate([mfns, np.array(others, dtype=np.uint64)])
         order = np.argsort(frames)
         rows = order[np.searchsorted(frames, slots.tables, sorter=order)]
         source = np.ascontiguousarray(contents, dtype=np.uint64)
