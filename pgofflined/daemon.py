@@ -20,7 +20,8 @@ from pgofflined.core.events import Event
 from pgofflined.core.machine import read_cpuinfo
 from pgofflined.core.policy import Policy, SourceName, effective
 from pgofflined.core.relocation_outcomes import MigrationOutcome, NotMigrated
-from pgofflined.jobstore import JobStore, may_reach_a_disk
+from pgofflined.diskless import may_reach_a_disk
+from pgofflined.jobstore import JobStore
 from pgofflined.journal_log import event, setup_logging
 from pgofflined.mce_listener import SourceFactory
 from pgofflined.notify import ChannelName, Notifier, kept_descriptors, make_notifier

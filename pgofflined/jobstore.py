@@ -9,16 +9,22 @@ Every job has a SQLite file of its own in one directory.  Why that is enough:
   off).  What a ``write()`` has handed to the kernel is there for the next process, whatever becomes
   of this one.
 - *No half records.*  A record is one transaction in SQLite's write-ahead log.  The log's last frame
-  makes it valid; a process that dies before has not recorded anything, and has not changed anything
-  either, since a change is made only after its record (``intend``).  A record replaces the one
-  before in the same transaction.
+  makes it valid; a process that dies before has recorded nothing, or what it had kept before.  A
+  record replaces the one before in the same transaction.
+- *A record does not count by itself.*  Most of it is written while the guest still runs (``keep``),
+  and written again, as far as it differs, when the guest stands still.  It counts as long as an
+  empty file lies beside it, the marker.  That is made after the last transaction of ``keep`` and
+  before the first change (``begin``), and removed when the guest's memory is whole (``settled``).
+  Both are single system calls, made or not made when a process dies.  So without a marker nothing
+  is to be undone, whatever the record holds; with one the record is what the guest was when it
+  stood still, contents and all, and Xen is asked what has become of it.
 - *No more than one group.*  A job has at most one group of pages under way.  When the next is
-  recorded, everything of the one before is settled in the guest, and the record can go.
+  recorded, everything of the one before is settled in the guest, and its marker is gone.
 - *What is known from elsewhere is not recorded.*  Whether a page was exchanged, Xen knows; see
   ``exchanger.recovery``.
 
 The files hold pages of guests.  They must never reach a disk: the directory has to be on ramfs, or
-on a tmpfs that cannot be swapped out (``may_reach_a_disk``).  They are for root only, and what they
+on a tmpfs that cannot be swapped out (``diskless``).  They are for root only, and what they
 held is overwritten before they are removed.
 """
 
@@ -30,7 +36,7 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from pgofflined.core.domains import DomainIdentity
@@ -43,30 +49,32 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pgofflined.core.moves import Group
+    from pgofflined.core.moves import Chosen, Group
 
 _log = logging.getLogger(__name__)
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE job (
     domid INTEGER NOT NULL, uuid TEXT NOT NULL, shared_info INTEGER NOT NULL,
-    cpu_time INTEGER NOT NULL, began REAL NOT NULL, moving INTEGER NOT NULL
+    cpu_time INTEGER NOT NULL, began REAL NOT NULL
 ) STRICT;
 CREATE TABLE moving (
     number INTEGER PRIMARY KEY, kind TEXT NOT NULL, pinned INTEGER NOT NULL, mfns BLOB NOT NULL,
     pfns BLOB NOT NULL, slot_frames BLOB NOT NULL, slot_indexes BLOB NOT NULL,
     pages BLOB NOT NULL, levels BLOB NOT NULL, tables BLOB NOT NULL, indexes BLOB NOT NULL,
-    entries BLOB NOT NULL, contents BLOB NOT NULL, props BLOB NOT NULL
+    entries BLOB NOT NULL, props BLOB NOT NULL
 ) STRICT;
+CREATE TABLE page (mfn INTEGER PRIMARY KEY, contents BLOB NOT NULL) STRICT;
 """
-_PUT: Final = "INSERT OR REPLACE INTO moving VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_MOVING: Final = ("UPDATE job SET moving = 1", ())
-_SETTLED: Final = ("UPDATE job SET moving = 0", ())
+_PUT: Final = "INSERT OR REPLACE INTO moving VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT_PAGE: Final = "INSERT OR REPLACE INTO page VALUES (?, ?)"
 _SUFFIX: Final = ".job"
 _ASIDE: Final = ".damaged"
-# In the order of removal: whoever finds the first file is to find all of them.
-_ALL_SUFFIXES: Final = ("-wal", "-shm", "-journal", "")
+_MARKER: Final = "-moving"
+# In the order of removal: whoever finds the first file is to find all of them, and a record whose
+# removal was begun does not count any more.
+_ALL_SUFFIXES: Final = (_MARKER, "-wal", "-shm", "-journal", "")
 
 
 class JobStore:
@@ -111,7 +119,7 @@ class JobStore:
                 found.append(_load(path))
             except _NeverBegun:
                 _remove(path)
-            except (sqlite3.Error, ValueError, OSError) as error:
+            except (sqlite3.Error, ValueError, OverflowError, OSError) as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
                     _log.error("%s is in use by another process and left to it", path)
                     continue
@@ -136,22 +144,51 @@ class _StoredJob:
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self._path = path
+        self._marker = _marker(path)
         self._connection = connection
+        self._kept: Group | None = None
 
-    def intend(self, group: Group) -> None:
-        """Keep a group in place of the one before."""
-        references = group.references
-        arrays = (
-            *(group.mfns, group.pfns, group.slot_frames, group.slot_indexes),
-            *(references.pages, references.levels, references.tables, references.indexes),
-            *(references.values, group.contents, group.props),
-        )
-        blobs = [array.astype("<u8", copy=False).tobytes() for array in arrays]
-        self._write((_PUT, (group.kind.name, int(group.pinned), *blobs)), _MOVING)
+    def keep(self, group: Group) -> None:
+        """Keep a group in place of the one before; what both have in common is not written again.
+
+        The contents of pages of earlier groups stay where they are until the job is closed.
+        """
+        import numpy as np
+
+        kept = self._kept
+        changed = np.ones(len(group), dtype=np.bool_) if kept is None else _changed(kept, group)
+        is_same = kept is not None and _is_same_plan(kept, group)
+        if is_same and not changed.any():
+            return
+        pages = [
+            (int(group.mfns[row]), _blob(group.contents[row]))
+            for row in np.flatnonzero(changed).tolist()
+        ]
+        # Should it fail, nothing is taken for kept.
+        self._kept = None
+        try:
+            with self._connection:
+                if not is_same:
+                    blobs = [_blob(array) for array in _arrays(group)]
+                    self._connection.execute(_PUT, (group.kind.name, int(group.pinned), *blobs))
+                self._connection.executemany(_PUT_PAGE, pages)
+        except sqlite3.Error as error:
+            raise PortError(f"{self._path} could not be written: {error}") from error
+        self._kept = group
+
+    def begin(self) -> None:
+        """Make the marker."""
+        try:
+            os.close(os.open(self._marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise PortError(f"{self._marker} could not be made: {error}") from error
 
     def settled(self) -> None:
-        """Forget the group; its contents go when the job is closed, and nobody waits for that."""
-        self._write(_SETTLED)
+        """Remove the marker; the contents go when the job is closed, and nobody waits for that."""
+        try:
+            self._marker.unlink(missing_ok=True)
+        except OSError as error:
+            raise PortError(f"{self._marker} could not be removed: {error}") from error
 
     def close(self) -> None:
         """Remove the file.  What cannot be removed is told, and looked at by the next process."""
@@ -175,14 +212,44 @@ class _StoredJob:
         with suppress(sqlite3.Error):
             self._connection.close()
 
-    def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
-        """In one transaction."""
-        try:
-            with self._connection:
-                for statement, values in statements:
-                    self._connection.execute(statement, values)
-        except sqlite3.Error as error:
-            raise PortError(f"{self._path} could not be written: {error}") from error
+
+def _arrays(group: Group) -> tuple[NDArray[Any], ...]:
+    """All but the contents, in the order of their columns."""
+    references = group.references
+    return (
+        *(group.mfns, group.pfns, group.slot_frames, group.slot_indexes),
+        *(references.pages, references.levels, references.tables, references.indexes),
+        *(references.values, group.props),
+    )
+
+
+def _blob(array: NDArray[Any]) -> bytes:
+    return array.astype("<u8", copy=False).tobytes()
+
+
+def _is_same_plan(kept: Group, group: Group) -> bool:
+    """Whether two groups differ in nothing but their contents."""
+    return (kept.kind, kept.pinned) == (group.kind, group.pinned) and all(
+        _equal(one, other) for one, other in zip(_arrays(kept), _arrays(group), strict=True)
+    )
+
+
+def _equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return one is other or (one.shape == other.shape and bool((one == other).all()))
+
+
+def _changed(kept: Group, group: Group) -> Chosen:
+    """Pages of a group whose contents are not those that were kept for their frames."""
+    import numpy as np
+
+    if kept.contents is group.contents and _equal(kept.mfns, group.mfns):
+        return np.zeros(len(group), dtype=np.bool_)
+    places = {mfn: place for place, mfn in enumerate(kept.mfns.tolist())}
+    rows = np.array([places.get(mfn, -1) for mfn in group.mfns.tolist()], dtype=np.intp)
+    changed: Chosen = rows < 0
+    known = ~changed
+    changed[known] = (kept.contents[rows[known]] != group.contents[known]).any(axis=1)
+    return changed
 
 
 def _begin(path: Path, record: JobRecord) -> sqlite3.Connection:
@@ -194,7 +261,7 @@ def _begin(path: Path, record: JobRecord) -> sqlite3.Connection:
         connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
         with connection:
             connection.execute(
-                "INSERT INTO job VALUES (?, ?, ?, ?, ?, 0)",
+                "INSERT INTO job VALUES (?, ?, ?, ?, ?)",
                 (
                     record.domain.domid,
                     str(record.domain.uuid),
@@ -240,15 +307,8 @@ def _load(path: Path) -> UnfinishedJob:
         job = connection.execute("SELECT * FROM job").fetchone()
         if job is None:
             raise _NeverBegun
-        *record, is_moving = job
-        group = None
-        if is_moving:
-            group = _group(connection.execute("SELECT * FROM moving").fetchone()[1:])
-        return UnfinishedJob(
-            record=_record(record),
-            group=group,
-            job=_StoredJob(path, connection),
-        )
+        group = _group(connection) if _marker(path).exists() else None
+        return UnfinishedJob(record=_record(job), group=group, job=_StoredJob(path, connection))
     except BaseException:
         connection.close()
         raise
@@ -264,20 +324,24 @@ def _record(row: Sequence[object]) -> JobRecord:
     )
 
 
-def _group(row: tuple[object, ...]) -> Group:
+def _group(connection: sqlite3.Connection) -> Group:
     import numpy as np
 
     from pgofflined.core.moves import Group, References
 
-    kind, pinned, *blobs = row
-    (mfns, pfns, frames, indexes, pages, levels, tables, rows, values, contents, props) = (
+    row = connection.execute("SELECT * FROM moving").fetchone()
+    if row is None:
+        raise ValueError("it was begun without what is changed")
+    _, kind, pinned, *blobs = row
+    (mfns, pfns, frames, indexes, pages, levels, tables, rows, values, props) = (
         _array(blob) for blob in blobs
     )
     count, entries = len(mfns), len(pages)
+    contents = [_contents(connection, mfn) for mfn in mfns.tolist()]
     if (
         {len(pfns), len(frames), len(indexes)} != {count}
         or {len(levels), len(tables), len(rows), len(values)} != {entries}
-        or len(contents) != count * WORDS_PER_PAGE
+        or {len(words) for words in contents} != {WORDS_PER_PAGE}
         or (entries and (int(pages.max()) >= count or int(levels.max()) > PageKind.L4.value))
     ):
         raise ValueError("its arrays do not belong together")
@@ -295,9 +359,16 @@ def _group(row: tuple[object, ...]) -> Group:
             indexes=rows,
             values=values,
         ),
-        contents=contents.reshape(count, WORDS_PER_PAGE),
+        contents=np.stack(contents),
         props=props,
     )
+
+
+def _contents(connection: sqlite3.Connection, mfn: int) -> NDArray[np.uint64]:
+    row = connection.execute("SELECT contents FROM page WHERE mfn = ?", (mfn,)).fetchone()
+    if row is None:
+        raise ValueError(f"the contents of mfn {mfn:#x} are missing")
+    return _array(row[0])
 
 
 def _array(blob: object) -> NDArray[np.uint64]:
@@ -306,6 +377,10 @@ def _array(blob: object) -> NDArray[np.uint64]:
     if not isinstance(blob, bytes):
         raise ValueError("an array is no blob")
     return np.frombuffer(blob, dtype=np.uint64).copy()
+
+
+def _marker(path: Path) -> Path:
+    return path.with_name(path.name + _MARKER)
 
 
 def _remove(path: Path) -> None:
@@ -320,37 +395,5 @@ def _remove(path: Path) -> None:
 
 def _move(path: Path, aside: Path) -> None:
     for suffix in _ALL_SUFFIXES:
-        file = path.with_name(path.name + suffix)
-        if file.exists():
+        if (file := path.with_name(path.name + suffix)).exists():
             file.rename(aside.with_name(aside.name + suffix))
-
-
-def may_reach_a_disk(
-    directory: Path,
-    *,
-    mounts: Path = Path("/proc/self/mountinfo"),
-    swaps: Path = Path("/proc/swaps"),
-) -> str | None:
-    """Why what lies in a directory may be written to a disk; None where it stays in memory."""
-    kind, options = _file_system(directory, mounts.read_text(encoding="utf-8"))
-    if kind == "ramfs":
-        return None
-    if kind != "tmpfs":
-        return f"{directory} is on {kind}, which is not in memory"
-    has_swap = len(swaps.read_text(encoding="utf-8").splitlines()) > 1
-    if has_swap and "noswap" not in options:
-        return f"{directory} is on a tmpfs that may be swapped out"
-    return None
-
-
-def _file_system(directory: Path, mountinfo: str) -> tuple[str, frozenset[str]]:
-    """Type and options of the file system that a path is on (proc_pid_mountinfo(5))."""
-    best: tuple[int, str, frozenset[str]] = (-1, "an unknown file system", frozenset())
-    for line in mountinfo.splitlines():
-        fields, _, rest = line.partition(" - ")
-        point = Path(fields.split()[4].encode().decode("unicode_escape"))
-        kind, _, options = rest.split(" ", 2)
-        # Of several at the same place the last one covers those before.
-        if directory.is_relative_to(point) and len(point.parts) >= best[0]:
-            best = (len(point.parts), kind, frozenset(options.split(",")))
-    return best[1], best[2]

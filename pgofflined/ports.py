@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pgofflined.core.moves import Group, PteWrites
+    from pgofflined.core.moves import Chosen, Group, PteWrites
 
     FrameArray = NDArray[np.uint64]
     Words = NDArray[np.uint64]
@@ -186,10 +186,15 @@ class FrameWindow(Protocol):
     """Frames of a domain that stay mapped while several looks are taken at them."""
 
     def read(self, rows: NDArray[np.intp]) -> Words:
-        """Copies of some of the frames, by their place among those that the window was opened for.
+        """Copies as they are now, of frames by their place among those of the window."""
+        ...
 
-        Shape (rows, 512), as they are now.
-        """
+    def words(self, rows: NDArray[np.intp], indexes: FrameArray) -> Words:
+        """Single words as they are now: word ``indexes[i]`` of the frame at ``rows[i]``."""
+        ...
+
+    def differing(self, rows: NDArray[np.intp], contents: Words) -> Chosen:
+        """Which of some frames do not hold now what ``contents`` has for each."""
         ...
 
 
@@ -200,10 +205,13 @@ class ForeignMemory(Protocol):
         """Contents of frames of a domain, in order.  Raises XenError if any cannot be mapped."""
         ...
 
-    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
-        """Write whole frames that are no page tables; ``contents`` has one row for each.
+    def write_frames(
+        self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
+    ) -> None:
+        """Write whole frames, all different, then words of these or others; none is a page table.
 
-        What was written is read back through the same mapping; PortError where it differs.
+        Raises XenError, EINVAL for a word outside its frame, before anything is written; PortError
+        where contents read back differently.
         """
         ...
 
@@ -212,13 +220,6 @@ class ForeignMemory(Protocol):
 
         A frame that is mapped is referred to: Xen exchanges none of them meanwhile.
         """
-        ...
-
-    def write_entries(
-        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
-    ) -> None:
-        """Write single 64-bit words into frames that are no page tables: ``words[i]`` as word
-        ``indexes[i]`` of frame ``mfns[i]``.  Frames may be named several times."""
         ...
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
@@ -277,12 +278,7 @@ class FrameExchange(Protocol):
 
 
 class Hypervisor(
-    FrameControl,
-    DomainControl,
-    ForeignMemory,
-    PageTableControl,
-    FrameExchange,
-    Protocol,
+    FrameControl, DomainControl, ForeignMemory, PageTableControl, FrameExchange, Protocol
 ):
     """A whole host."""
 
@@ -303,7 +299,7 @@ class JobRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class UnfinishedJob:
-    """A job that a process before this one began: ``group`` is what it may have changed."""
+    """A job that a process before this one began: ``group`` is what it may have left changed."""
 
     record: JobRecord
     group: Group | None
@@ -316,12 +312,19 @@ class OpenJob(Protocol):
     What a method has kept survives the death of the process.  Failures are PortErrors.
     """
 
-    def intend(self, group: Group) -> None:
-        """Keep what is about to be changed, in place of what was kept before, which is done."""
+    def keep(self, group: Group) -> None:
+        """Keep what is to be changed from ``begin`` on, in place of what was kept before.
+
+        What has not changed since costs nothing.  The arrays must not be written to any more.
+        """
+        ...
+
+    def begin(self) -> None:
+        """The guest's memory may be changed from here on, as far as the kept group says."""
         ...
 
     def settled(self) -> None:
-        """Forget what was kept: the guest's memory is whole."""
+        """The guest's memory is whole: what was kept counts no more."""
         ...
 
     def close(self) -> None:

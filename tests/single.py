@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.moves import PteWrite, PteWrites, frames_of
+from pgofflined.core.moves import PteWrite, PteWrites, frames_of, no_contents
 
 if TYPE_CHECKING:
     from pgofflined.ports import ForeignMemory, FrameExchange, PageTableControl, Words
@@ -31,4 +31,5 @@ def swap(xen: FrameExchange, domid: Domid, mfn: int, pfn: int) -> Mfn:
 def write_words(xen: ForeignMemory, domid: Domid, mfn: int, index: int, words: Words) -> None:
     """Write words that lie one after the other."""
     indexes = np.arange(index, index + len(words), dtype=np.int64).astype(np.uint64)
-    xen.write_entries(domid, frames_of([mfn] * len(words)), indexes, words)
+    slots = PteWrites(tables=frames_of([mfn] * len(words)), indexes=indexes, values=words)
+    xen.write_frames(domid, frames_of([]), no_contents(0), slots)

@@ -37,7 +37,7 @@ class PteWrite:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PteWrites:
-    """Page-table entries to be set, in order."""
+    """Page-table entries to be set, in order; or words of other frames (p2m slots)."""
 
     tables: Frames
     indexes: Frames
@@ -174,6 +174,10 @@ class Group:
         slots = _renamed(self.slot_frames, olds, news)
         return replace(self, references=references, slot_frames=slots)
 
+    def slots_leading_to(self, homes: Frames) -> PteWrites:
+        """Writes that let the guest's p2m name the frames that are the pages' homes now."""
+        return PteWrites(tables=self.slot_frames, indexes=self.slot_indexes, values=homes)
+
     def bare_contents(self) -> Words:
         """What the pages hold while none of the entries that map them is set.
 
@@ -197,6 +201,26 @@ def _renamed(frames: Frames, olds: Frames, news: Frames) -> Frames:
     nearest = order[np.minimum(places, len(olds) - 1)]
     renamed: Frames = np.where(olds[nearest] == frames, news[nearest], frames)
     return renamed
+
+
+def chosen_rows(contents: Words, rows: Sequence[int] | NDArray[np.intp]) -> Words:
+    """Rows of contents, ascending; the same array where that is all of them."""
+    if len(rows) == len(contents):
+        return contents
+    some: Words = contents[rows]
+    return some
+
+
+def among(values: Frames, members: Frames) -> Chosen:
+    """Which values are among some that are sorted.
+
+    Far quicker than ``np.isin`` for the few that one group has: a guest waits for it.
+    """
+    if not len(members):
+        return np.zeros(len(values), dtype=np.bool_)
+    places = np.minimum(members.searchsorted(values), len(members) - 1)
+    found: Chosen = members[places] == values
+    return found
 
 
 def no_contents(pages: int) -> Words:

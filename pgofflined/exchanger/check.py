@@ -6,14 +6,15 @@ entries, the p2m slots and the pages themselves.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.moves import Group, same_mapping
+from pgofflined.core.moves import Group, among, same_mapping
 from pgofflined.core.outcomes import Refusal, RefusalReason
 from pgofflined.core.pages import (
     PFINFO_BROKEN,
@@ -36,38 +37,93 @@ from pgofflined.exchanger.survey import frames_below, has_frames_of_others
 from pgofflined.ports import Hypervisor
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from pgofflined.core.moves import Chosen
     from pgofflined.ports import FrameArray, TypeArray, Words
 
 
-# Frames that are not the domain's, or broken.
-_NOT_READABLE: Final = np.array([PFINFO_BROKEN, PFINFO_XALLOC, PFINFO_XTAB], dtype=np.uint32)
+_NOT_READABLE: Final = np.uint32(min(PFINFO_BROKEN, PFINFO_XALLOC, PFINFO_XTAB))
 
 
 class Look:
     """The frames of a group, and those that name them, as long as they stay mapped."""
 
-    def __init__(self, xen: Hypervisor, domid: Domid, frames: FrameArray) -> None:
-        """Map them.  Raises PortError where one cannot be read."""
-        self._frames = frames
+    def __init__(self, xen: Hypervisor, domid: Domid, group: Group, others: FrameArray) -> None:
+        """Map the group's frames and ``others``.  Raises PortError where one cannot be read."""
+        # The group's own follow one another, and can be compared where they are.
+        frames = np.concatenate([group.mfns, np.setdiff1d(others, group.mfns)])
+        self._order = np.argsort(frames)
+        self._sorted = frames[self._order]
         self._mapping = ExitStack()
         self._window = self._mapping.enter_context(xen.window(domid, frames))
 
+    def covers(self, mfns: FrameArray) -> bool:
+        """Whether all of some frames are among those that are mapped."""
+        return bool(among(mfns, self._sorted).all())
+
     def at(self, mfns: FrameArray) -> Words:
         """What some of the frames hold now."""
-        return self._window.read(np.searchsorted(self._frames, mfns))
+        return self._window.read(self._rows(mfns))
+
+    def words(self, mfns: FrameArray, indexes: FrameArray) -> Words:
+        """Single words of frames."""
+        return self._window.words(self._rows(mfns), indexes)
+
+    def differing(self, mfns: FrameArray, contents: Words) -> Chosen:
+        """Which of some frames do not hold these contents now."""
+        return self._window.differing(self._rows(mfns), contents)
+
+    def refreshed(self, mfns: FrameArray, contents: Words) -> Words:
+        """What frames hold now that held ``contents``: the same array where nothing differs."""
+        changed = self.differing(mfns, contents)
+        if not changed.any():
+            return contents
+        fresh = contents.copy()
+        fresh[changed] = self.at(mfns[changed])
+        return fresh
 
     def close(self) -> None:
         """Let go of all of them, for Xen exchanges no frame that is mapped.  Raises PortError."""
         self._mapping.close()
+
+    def _rows(self, mfns: FrameArray) -> NDArray[np.intp]:
+        rows: NDArray[np.intp] = self._order[np.searchsorted(self._sorted, mfns)]
+        return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A group with the contents that its pages had while the guest ran; ``look`` is open."""
+
+    group: Group
+    look: Look
+
+
+def look_at(xen: Hypervisor, domid: Domid, group: Group) -> Seen | None:
+    """Map and read beforehand what ``check`` will look at; None where it cannot all be read.
+
+    Xen's types come first: what it knows to be broken is not read.  Raises PortError.
+    """
+    others = _involved(group)
+    types = xen.page_types(domid, np.concatenate([group.mfns, others]))
+    if not _readable(types).all():
+        return None
+    look = Look(xen, domid, group, others)
+    try:
+        return Seen(group=replace(group, contents=look.at(group.mfns)), look=look)
+    except BaseException:
+        with suppress(PortError):
+            look.close()
+        raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
     """The pages that can be moved now, with their entries and contents as they are; and the rest.
 
-    ``look`` is open where any page is left.  What is refused as OUT_OF_DATE may be found again by
-    another survey.
+    ``look`` is open where any page is left, and may be where none is.  What is refused as
+    OUT_OF_DATE may be found again by another survey.
     """
 
     group: Group
@@ -75,24 +131,27 @@ class Checked:
     look: Look | None
 
 
-def check(xen: Hypervisor, domid: Domid, group: Group, looks: ExitStack) -> Checked:
+def check(
+    xen: Hypervisor, domid: Domid, group: Group, looks: ExitStack, look: Look | None = None
+) -> Checked:
     """Compare a group with the memory of its guest, which is suspended and paused.
 
-    What it maps is let go with ``looks``, if not before.  Raises PortError where a frame cannot be
-    read any more.
+    ``look`` is one that was opened before, and is used where it has all that is needed.  It, or
+    what is mapped in its place, is let go with ``looks``, if not before.  Raises PortError where a
+    frame cannot be read any more.
     """
+    if look is not None:
+        looks.callback(look.close)
     refusals: dict[int, Refusal] = {}
-    involved = np.unique(np.concatenate([group.references.tables, group.slot_frames]))
+    involved = _involved(group)
     types = xen.page_types(domid, np.concatenate([group.mfns, involved]))
     _check_types(group, types[: len(group)], refusals)
     _check_grants(xen, domid, group, refusals)
     places = _check_places(group, involved, types[len(group) :], refusals)
     group = group.only(_left(group, refusals))
     more: dict[int, Refusal] = {}
-    look = None
     if len(group):
-        look = Look(xen, domid, np.unique(np.concatenate([group.mfns, involved[places]])))
-        looks.callback(look.close)
+        look = _look(xen, domid, group, involved[places], look, looks)
         group, more = _check_contents(group, look)
     if len(group) and group.kind.is_table:
         refusal = _refuse_table(xen, domid, group)
@@ -102,6 +161,35 @@ def check(xen: Hypervisor, domid: Domid, group: Group, looks: ExitStack) -> Chec
         elif group.kind is not PageKind.L1:
             group = replace(group, props=_unpinned_below(xen, domid, group))
     return Checked(group=group, refusals=(*refusals.values(), *more.values()), look=look)
+
+
+def _involved(group: Group) -> FrameArray:
+    """The frames that name the pages of a group: page tables, and those of the p2m."""
+    return np.unique(np.concatenate([group.references.tables, group.slot_frames]))
+
+
+def _readable(types: TypeArray) -> Chosen:
+    # Those that are not the domain's, or broken, are the highest numbers.
+    readable: Chosen = (types & np.uint32(PFINFO_TYPE_MASK)) < _NOT_READABLE
+    return readable
+
+
+def _look(
+    xen: Hypervisor,
+    domid: Domid,
+    group: Group,
+    others: FrameArray,
+    look: Look | None,
+    looks: ExitStack,
+) -> Look:
+    """The look there is, or one in its place that has all that is needed."""
+    if look is not None:
+        if look.covers(group.mfns) and look.covers(others):
+            return look
+        look.close()
+    fresh = Look(xen, domid, group, others)
+    looks.callback(fresh.close)
+    return fresh
 
 
 def _left(group: Group, refusals: dict[int, Refusal]) -> Chosen:
@@ -123,7 +211,7 @@ def _check_types(group: Group, types: TypeArray, refusals: dict[int, Refusal]) -
 def _check_grants(
     xen: Hypervisor, domid: Domid, group: Group, refusals: dict[int, Refusal]
 ) -> None:
-    granted = np.isin(group.mfns, xen.granted_frames(domid))
+    granted = among(group.mfns, xen.granted_frames(domid))
     for row in np.flatnonzero(granted).tolist():
         refusals.setdefault(row, refuse_granted(group.page(row)[0]))
 
@@ -132,7 +220,6 @@ def _check_places(
     group: Group, involved: FrameArray, types: TypeArray, refusals: dict[int, Refusal]
 ) -> Chosen:
     """Tables are still tables of their level and the slots' frames the domain's: these are read."""
-    own = ~np.isin(types & np.uint32(PFINFO_TYPE_MASK), _NOT_READABLE)
     levels = table_levels(types)
     references = group.references
     found = levels[np.searchsorted(involved, references.tables)]
@@ -144,33 +231,26 @@ def _check_places(
     for row in sorted(wrong):
         what = "a page table that maps it is none any more"
         refusals.setdefault(row, _out_of_date(group.page(row)[0], what))
-    return own
+    return _readable(types)
 
 
 def _check_contents(group: Group, look: Look) -> tuple[Group, dict[int, Refusal]]:
     """Entries and slots are still what they were; takes the pages' contents with them."""
     refusals: dict[int, Refusal] = {}
     references = group.references
-    values = _words(look, references.tables, references.indexes)
+    values = look.words(references.tables, references.indexes)
     for row in set(references.pages[~same_mapping(values, references.values)].tolist()):
         refusals[row] = _out_of_date(group.page(row)[0], "an entry that maps it has changed")
-    slots = _words(look, group.slot_frames, group.slot_indexes)
+    slots = look.words(group.slot_frames, group.slot_indexes)
     for row in np.flatnonzero(slots != group.mfns).tolist():
         what = "the guest's p2m leads elsewhere"
         refusals.setdefault(row, _out_of_date(group.page(row)[0], what))
     fresh = replace(
         group,
         references=replace(references, values=values),
-        contents=look.at(group.mfns),
+        contents=look.refreshed(group.mfns, group.contents),
     )
     return fresh.only(_left(group, refusals)), refusals
-
-
-def _words(look: Look, frames: FrameArray, indexes: FrameArray) -> Words:
-    """Single words of frames."""
-    found, rows = np.unique(frames, return_inverse=True)
-    words: Words = look.at(found)[rows, indexes]
-    return words
 
 
 def _refuse_table(xen: Hypervisor, domid: Domid, group: Group) -> Refusal | None:

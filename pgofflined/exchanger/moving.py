@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group
 from pgofflined.core.outcomes import PageResult, Refusal, RefusalReason, page_of
-from pgofflined.exchanger.check import Look, check
+from pgofflined.exchanger.check import Look, Seen, check, look_at
 from pgofflined.exchanger.plan import Plan, make_plan
 from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.exchanger.transfer import Transfer
@@ -22,9 +22,14 @@ from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
 _SURVEY_HELPS = frozenset({RefusalReason.OUT_OF_DATE, RefusalReason.OTHER_REFERENCES})
 
 
-class Mover:
-    """``results`` tells what became of the pages, also where ``move`` has raised something.
+class NotKept(PortError):
+    """What is going to be changed could not be recorded."""
 
+
+class Mover:
+    """``prepare`` while the guest runs, ``move`` when it stands still, and ``close`` in the end.
+
+    ``results`` tells what became of the pages, also where ``move`` has raised something.
     ``is_whole`` is False while a group is neither undone nor settled.
     """
 
@@ -49,6 +54,31 @@ class Mover:
         self._limits = limits
         self._olds = np.empty(0, dtype=np.uint64)
         self._news = np.empty(0, dtype=np.uint64)
+        self._seen: Seen | None = None
+
+    def prepare(self, domid: Domid, plan: Plan) -> None:
+        """Map and keep the first group, so that the guest need not wait for that.
+
+        What cannot be read now is left to ``move``.  Raises DomainGone, NotKept.
+        """
+        try:
+            self._seen = look_at(self._xen, domid, plan.groups[0])
+        except DomainGone:
+            raise
+        except PortError:
+            # The guest runs, and has let go of a frame just now.
+            return
+        if self._seen is not None:
+            try:
+                self._job.keep(self._seen.group)
+            except PortError as error:
+                raise NotKept(str(error)) from error
+
+    def close(self) -> None:
+        """Let go of what is mapped."""
+        if self._seen is not None:
+            with suppress(PortError):
+                self._seen.look.close()
 
     def move(self, info: DomainInfo, plan: Plan, *, held: float, survey_seconds: float) -> None:
         """Move the groups of a plan; survey anew once, if there is time, for what is not found.
@@ -56,9 +86,9 @@ class Mover:
         ``held`` is when the guest began to stand still, ``survey_seconds`` what a survey takes.
         """
         until = held + self._limits.blackout
-        self._move_groups(info.domid, plan, until)
+        self._move_groups(info.domid, plan, until, self._seen)
         unsure = [refusal.mfn for refusal in self._refusals() if refusal.reason in _SURVEY_HELPS]
-        if not unsure:
+        if not unsure or not self.is_whole:
             return
         if self._clock.monotonic() + survey_seconds > until:
             detail = (
@@ -83,22 +113,31 @@ class Mover:
         self._outcomes += again.refusals
         self._move_groups(info.domid, again, until)
 
-    def _move_groups(self, domid: Domid, plan: Plan, until: float) -> None:
-        for number, group in enumerate(plan.groups):
+    def _move_groups(
+        self, domid: Domid, plan: Plan, until: float, seen: Seen | None = None
+    ) -> None:
+        """``seen`` is the first group as it was seen before."""
+        for number, planned in enumerate(plan.groups):
             if number and self._clock.monotonic() > until:
                 self._refuse(
-                    group.frames(),
+                    planned.frames(),
                     RefusalReason.BLACKOUT_LIMIT,
                     f"the guest has been kept for {self._limits.blackout:g} s already",
                 )
-                continue
-            # Tables and p2m pages may have moved with the groups before.
-            self._move_group(domid, group.renamed(self._olds, self._news))
+            elif not self.is_whole:
+                # The record of the page that is damaged must not be replaced.
+                what = "another page of the guest could not be put right just before"
+                self._refuse(planned.frames(), RefusalReason.XEN_REFUSED, what)
+            elif seen is not None and not number:
+                self._move_group(domid, seen.group, seen.look)
+            else:
+                # Tables and p2m pages may have moved with the groups before.
+                self._move_group(domid, planned.renamed(self._olds, self._news), None)
 
-    def _move_group(self, domid: Domid, group: Group) -> None:
+    def _move_group(self, domid: Domid, group: Group, look: Look | None) -> None:
         with ExitStack() as looks:
             try:
-                checked = check(self._xen, domid, group, looks)
+                checked = check(self._xen, domid, group, looks, look)
             except DomainGone:
                 raise
             except PortError as error:
@@ -110,7 +149,9 @@ class Mover:
 
     def _transfer(self, domid: Domid, group: Group, look: Look) -> None:
         try:
-            self._job.intend(group)
+            # What has not changed since it was kept costs nothing.
+            self._job.keep(group)
+            self._job.begin()
         except PortError as error:
             self._refuse(group.frames(), RefusalReason.NOT_KEPT, str(error))
             return
@@ -119,12 +160,14 @@ class Mover:
         self.is_whole = False
         try:
             transfer.run(look)
-            self.is_whole = not transfer.progress.is_damaged
         except PortError:
+            self._conclude(transfer)
             raise
         except Exception:
             self._rescue(domid, group)
             raise
+        else:
+            self._conclude(transfer)
         finally:
             olds, news = transfer.progress.moved()
             self._olds = np.concatenate([self._olds, olds])
@@ -136,7 +179,13 @@ class Mover:
         rescue.take_over()
         rescue.settle()
         self._outcomes.append(rescue)
-        self.is_whole = True
+        self._conclude(rescue)
+
+    def _conclude(self, transfer: Transfer) -> None:
+        """The record counts no more, unless it is needed.  Raises PortError."""
+        self.is_whole = transfer.is_whole
+        if self.is_whole:
+            self._job.settled()
 
     def _refuse(self, mfns: Iterable[Mfn], reason: RefusalReason, detail: str) -> None:
         self._outcomes += [Refusal(mfn=mfn, reason=reason, detail=detail) for mfn in mfns]

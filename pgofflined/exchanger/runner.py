@@ -27,11 +27,11 @@ from pgofflined.core.outcomes import (
     RefusalReason,
     page_of,
 )
-from pgofflined.exchanger.moving import Mover
+from pgofflined.exchanger.moving import Mover, NotKept
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
 from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.letgo import let_go, resume_only, told
-from pgofflined.ports import Clock, Hypervisor, JobRecord, Journal, OpenJob, SuspendLimits
+from pgofflined.ports import Clock, Hypervisor, JobRecord, Journal, SuspendLimits
 
 log = logging.getLogger(__name__)
 
@@ -220,8 +220,9 @@ class ExchangeJob:
         )
         why = RefusalReason.XEN_REFUSED, "the exchange was not reached; nothing was changed"
         try:
+            mover.prepare(self._domain.domid, surveyed.plan)
             with self._suspended():
-                self._move(mover, job, info, surveyed)
+                self._move(mover, info, surveyed)
         except _ResumedByOthers as error:
             why = RefusalReason.DOMAIN_BUSY, str(error)
         except PortError as error:
@@ -230,6 +231,7 @@ class ExchangeJob:
             log.exception("the exchange for d%d met a fault of our own", self._domain.domid)
             why = RefusalReason.INTERNAL, "a fault of our own, which the journal tells"
         finally:
+            mover.close()
             # The record of a guest that still stands still is for the next process.
             if self._held.owes_nothing and mover.is_whole:
                 job.close()
@@ -237,15 +239,13 @@ class ExchangeJob:
                 job.set_aside()
         return self._verified(self._refuse_rest(planned, mover.results(), *why))
 
-    def _move(self, mover: Mover, job: OpenJob, before: DomainInfo, surveyed: Surveyed) -> None:
+    def _move(self, mover: Mover, before: DomainInfo, surveyed: Surveyed) -> None:
         info = self._xen.condition(self._domain.domid)
         if info.identity != self._domain or info.dying:
             raise DomainGone(self._domain.domid)
         if info.shutdown is not ShutdownReason.SUSPEND:
             raise _ResumedByOthers(f"d{self._domain.domid} was resumed by someone else")
         mover.move(before, surveyed.plan, held=self._held.held, survey_seconds=surveyed.seconds)
-        if mover.is_whole:
-            job.settled()
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:
@@ -343,6 +343,8 @@ def _reason_of(error: PortError) -> tuple[RefusalReason, str]:
     match error:
         case GuestDidNotSuspend():
             return RefusalReason.NO_SUSPEND, str(error)
+        case NotKept():
+            return RefusalReason.NOT_KEPT, str(error)
         case DomainGone():
             return RefusalReason.DOMAIN_GONE, str(error)
         case SuspendNotAsked(errno=code) if code == EBUSY:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid
+from pgofflined.core.moves import chosen_rows
 from pgofflined.core.pages import PFINFO_PINNED, decode_page_type
 from pgofflined.core.progress import Progress
 from pgofflined.ports import Hypervisor
@@ -49,37 +50,49 @@ class Settling:
             self.insist([0], "unpin what it refers to", lambda _rows: self._unpin_props())
 
     def _settle_contents(self, moved: Group) -> None:
+        """Both in one step, for which the frames are mapped once."""
         homes = self._progress.homes
         written = self._group.bare_contents()
-        self.insist(
-            self._fresh_rows(),
-            "write the contents",
-            lambda some: self._xen.write_frames(self._domid, homes[some], written[some]),
-        )
-        self.insist(
-            _rows(self._progress.committed & self._progress.undamaged()),
-            "write the p2m entry",
-            lambda some: self._xen.write_entries(
-                self._domid, moved.slot_frames[some], moved.slot_indexes[some], homes[some]
-            ),
-        )
+        fresh = self._fresh_rows()
+        done = np.zeros(len(moved), dtype=np.bool_)
 
-    def _fresh_rows(self) -> list[int]:
+        def write(some: list[int]) -> None:
+            rows = [row for row in some if row in fresh]
+            slots = np.zeros(len(moved), dtype=np.bool_)
+            slots[some] = True
+            # A page of the p2m has its old words again now, also where another page's slot in it
+            # was written before.
+            if done.any():
+                slots |= done & np.isin(moved.slot_frames, homes[rows])
+            self._xen.write_frames(
+                self._domid,
+                homes[rows],
+                chosen_rows(written, rows),
+                moved.slots_leading_to(homes)[slots],
+            )
+            done[some] = True
+
+        committed = _rows(self._progress.committed & self._progress.undamaged())
+        self.insist(committed, "write the contents and the p2m entry", write)
+
+    def _fresh_rows(self) -> frozenset[int]:
         """Committed pages whose new frame has still to get its contents."""
-        rows = _rows(self._progress.committed & self._progress.undamaged())
+        rows = frozenset(_rows(self._progress.committed & self._progress.undamaged()))
         if not self._group.kind.is_table or not rows:
             return rows
         try:
             word = int(self._xen.page_types(self._domid, self._progress.homes[:1])[0])
         except PortError:
             return rows
-        return [] if decode_page_type(word).kind is self._group.kind else rows
+        return frozenset() if decode_page_type(word).kind is self._group.kind else rows
 
     def _settle_entries(self, moved: Group) -> None:
         references = moved.references.downwards()
 
         def restore(some: list[int]) -> None:
-            wanted = references.chosen(np.isin(references.pages, some))
+            rows = np.zeros(len(moved), dtype=np.bool_)
+            rows[some] = True
+            wanted = references.chosen(rows[references.pages])
             writes = wanted.leading_to(self._progress.homes)
             if len(writes):
                 self._xen.update_ptes(self._domid, writes)

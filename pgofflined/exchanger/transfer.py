@@ -20,7 +20,7 @@ import numpy as np
 
 from pgofflined.core.errors import DomainGone, PortError, XenError
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.moves import Group, same_mapping
+from pgofflined.core.moves import Group, chosen_rows, same_mapping
 from pgofflined.core.outcomes import RefusalReason
 from pgofflined.core.pages import (
     L4_XEN_SLOTS,
@@ -41,12 +41,13 @@ if TYPE_CHECKING:
 class Transfer:
     """One group on its way.
 
-    ``intend`` the group (see ``ports.OpenJob``) before ``prepare``.  ``settle`` has to follow
-    whatever happens, also where ``prepare`` or ``commit`` did not come to their end.
+    ``keep`` the group and ``begin`` (see ``ports.OpenJob``) before ``prepare``.  ``settle`` has to
+    follow whatever happens, also where ``prepare`` or ``commit`` did not come to their end.
     """
 
     def __init__(self, xen: Hypervisor, domid: Domid, group: Group) -> None:
         self.progress = Progress(group)
+        self._is_settled = False
         self._xen = xen
         self._domid = domid
         self._group = group
@@ -100,10 +101,13 @@ class Transfer:
         If a page changed since it was copied, one is writing to it.
         """
         rows = np.flatnonzero(self.progress.open())
-        contents = look.at(self._group.mfns[rows])
+        mfns, wanted = self._group.mfns[rows], chosen_rows(self._group.bare_contents(), rows)
         if self._group.kind is PageKind.L4:
+            contents = look.at(mfns)
             contents[:, L4_XEN_SLOTS.start : L4_XEN_SLOTS.stop] = 0
-        changed = (contents != self._group.bare_contents()[rows]).any(axis=1)
+            changed = (contents != wanted).any(axis=1)
+        else:
+            changed = look.differing(mfns, wanted)
         for row in rows[changed].tolist():
             what = "something wrote to it while the guest stood still"
             self.progress.refuse(row, RefusalReason.CONTENTS_CHANGED, what)
@@ -211,3 +215,9 @@ class Transfer:
     def settle(self) -> None:
         """Make every page's home whole again: the new frame after a commit, else the old one."""
         self._settling.run()
+        self._is_settled = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether ``settle`` has left nothing that differs from what the guest can expect."""
+        return self._is_settled and not self.progress.is_damaged

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pgofflined.core.moves import PteWrites
+    from pgofflined.core.moves import Chosen, PteWrites
     from pgofflined.ports import FrameArray, FrameWindow, TypeArray, Words
 
 _T = TypeVar("_T")
@@ -96,7 +96,17 @@ class _FaultyWindow:
 
     def read(self, rows: NDArray[np.intp]) -> Words:
         """See ``ports.FrameWindow``."""
-        return self.xen.look(self.window, rows)
+        return self.xen.look((rows.copy(),), lambda: self.window.read(rows))
+
+    def words(self, rows: NDArray[np.intp], indexes: FrameArray) -> Words:
+        """See ``ports.FrameWindow``."""
+        args = (rows.copy(), indexes.copy())
+        return self.xen.look(args, lambda: self.window.words(rows, indexes))
+
+    def differing(self, rows: NDArray[np.intp], contents: Words) -> Chosen:
+        """See ``ports.FrameWindow``."""
+        args = (rows.copy(), contents.copy())
+        return self.xen.look(args, lambda: self.window.differing(rows, contents))
 
 
 class FaultyHypervisor:
@@ -204,22 +214,27 @@ class FaultyHypervisor:
             "read_frames", (domid, mfns.copy()), lambda: self.inner.read_frames(domid, mfns)
         )
 
-    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
-        """See ``ports.ForeignMemory``; half of it are half of the frames, or of a single one."""
+    def write_frames(
+        self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
+    ) -> None:
+        """See ``ports.ForeignMemory``; half of it are half of the frames, or of a single one, and
+        no slot; where there are no frames, the first slots."""
         half = len(mfns) // 2
         torn = contents[:1].copy()
         torn[:, 256:] = 0
 
         def first_half() -> None:
             if half:
-                self.inner.write_frames(domid, mfns[:half], contents[:half])
+                self.inner.write_frames(domid, mfns[:half], contents[:half], slots[:0])
+            elif len(mfns):
+                self.inner.write_frames(domid, mfns, torn, slots[:0])
             else:
-                self.inner.write_frames(domid, mfns[:1], torn)
+                self.inner.write_frames(domid, mfns, contents, slots[: len(slots) // 2])
 
         self._call(
             "write_frames",
-            (domid, mfns.copy(), contents.copy()),
-            lambda: self.inner.write_frames(domid, mfns, contents),
+            (domid, mfns.copy(), contents.copy(), slots),
+            lambda: self.inner.write_frames(domid, mfns, contents, slots),
             first_half,
         )
 
@@ -238,21 +253,9 @@ class FaultyHypervisor:
             finally:
                 self._call("close_window", (domid,), lambda: None)
 
-    def look(self, window: FrameWindow, rows: NDArray[np.intp]) -> Words:
-        """A look through a window."""
-        return self._call("look", (rows.copy(),), lambda: window.read(rows))
-
-    def write_entries(
-        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
-    ) -> None:
-        """See ``ports.ForeignMemory``; half of it are the first words."""
-        half = len(words) // 2
-        self._call(
-            "write_entries",
-            (domid, mfns.copy(), indexes.copy(), words.copy()),
-            lambda: self.inner.write_entries(domid, mfns, indexes, words),
-            lambda: self.inner.write_entries(domid, mfns[:half], indexes[:half], words[:half]),
-        )
+    def look(self, args: tuple[object, ...], look: Callable[[], _T]) -> _T:
+        """A look through a window, of whichever kind."""
+        return self._call("look", args, look)
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
         """See ``ports.ForeignMemory``."""

@@ -46,13 +46,15 @@ class SuspendBehaviour:
 class Hold:
     """A reference to a frame from outside all page tables, and who has it.
 
-    ``lasting`` ones outlive the domain until they are released.
+    ``lasting`` ones outlive the domain until they are released; those ``of_ours`` do so also where
+    backends let go by themselves.
     """
 
     mfn: Mfn
     why: str
     kind: FrameType = FrameType.NONE
     lasting: bool = False
+    of_ours: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

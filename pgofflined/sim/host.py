@@ -153,11 +153,7 @@ class HostState:
     def reboot(self, domid: Domid) -> None:
         """End a domain and start one like it, with another uuid, under the same domid."""
         with self.lock:
-            domain = self.simulated(domid)
-            for hold in [*domain.holds]:
-                self.release_hold(domid, hold)
-            self.destroy(domid)
-            domain.rebuild()
+            self._end(domid).rebuild()
 
     def migrate_to_self(self, domid: Domid) -> Domid:
         """Live migration of a PVH or HVM guest to this host: same guest, new domid and frames.
@@ -173,13 +169,17 @@ class HostState:
                 raise XenError(ENOMEM, op="populate_physmap", domid=domid)
             new = self._add_hvm(old.kind, old.name, len(present), old.vcpus, self._take_domid())
             domain = self.simulated(new)
-            domain.uuid = old.uuid
             self.frames.contents.move(old.gfns[present], domain.guest_frames[: len(present)])
-            domain.behaviour, domain.activity = old.behaviour, None
-            for hold in [*old.holds]:
-                self.release_hold(domid, hold)
-            self.destroy(domid)
+            domain.uuid, domain.behaviour, domain.activity = old.uuid, old.behaviour, None
+            self._end(domid)
             return new
+
+    def _end(self, domid: Domid) -> SimulatedDomain:
+        domain = self.simulated(domid)
+        for hold in [hold for hold in domain.holds if not hold.of_ours]:
+            self.release_hold(domid, hold)
+        self.destroy(domid)
+        return domain
 
     def crash(self, domid: int, reason: str) -> None:
         """domain_crash()."""

@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class _Kept:
     record: JobRecord
-    group: Group | None = None
+    kept: Group | None = None
+    has_begun: bool = False
+
+    @property
+    def group(self) -> Group | None:
+        """What may have been changed."""
+        return self.kept if self.has_begun else None
 
 
 @dataclass(eq=False)
@@ -44,13 +50,17 @@ class _MemoryJob:
     journal: MemoryJournal
     domain: DomainIdentity
 
-    def intend(self, group: Group) -> None:
+    def keep(self, group: Group) -> None:
         """Keep a group; the arrays are never written to by those who have them."""
-        self.journal.kept[self.domain].group = group
+        self.journal.kept[self.domain].kept = group
+
+    def begin(self) -> None:
+        """What is kept counts."""
+        self.journal.kept[self.domain].has_begun = True
 
     def settled(self) -> None:
-        """Forget the group."""
-        self.journal.kept[self.domain].group = None
+        """It counts no more."""
+        self.journal.kept[self.domain].has_begun = False
 
     def close(self) -> None:
         """Forget the job."""

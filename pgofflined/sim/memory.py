@@ -30,7 +30,7 @@ from pgofflined.sim.references import adjust_entry, check_flags, needs_no_check
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from pgofflined.core.moves import PteWrites
+    from pgofflined.core.moves import Chosen, PteWrites
     from pgofflined.ports import FrameArray, FrameWindow, TypeArray, Words
 
 _PLAIN_TYPES: Final = (FrameType.NONE, FrameType.WRITABLE)
@@ -45,6 +45,16 @@ class _Window:
         """What the frames hold now."""
         with self.memory.lock:
             return self.memory.frames.contents.read(self.frames[rows])
+
+    def words(self, rows: NDArray[np.intp], indexes: FrameArray) -> Words:
+        """Some words of them."""
+        words: Words = self.read(rows)[np.arange(len(rows)), indexes]
+        return words
+
+    def differing(self, rows: NDArray[np.intp], contents: Words) -> Chosen:
+        """Which of them hold something else."""
+        differing: Chosen = (self.read(rows) != contents).any(axis=1)
+        return differing
 
 
 class SimulatedMemory(HostState):
@@ -75,26 +85,23 @@ class SimulatedMemory(HostState):
 
     def _hold_frame(self, domain: SimulatedDomain, mfn: Mfn) -> Hold:
         self.references.get(mfn, int(domain.domid))
-        hold = Hold(mfn=mfn, why="a window of ours", kind=FrameType.NONE, lasting=True)
+        hold = Hold(mfn=mfn, why="a window", lasting=True, of_ours=True)
         domain.holds.append(hold)
         return hold
 
-    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
+    def write_frames(
+        self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
+    ) -> None:
         """Writable foreign mappings; get_page_from_l1e() refuses those of a table or GDT."""
         with self.call("foreignmemory_map", domid):
-            for frame, words in zip(self._map_writable(domid, mfns), contents, strict=True):
-                self.frames.contents.write(frame, 0, words)
-
-    def write_entries(
-        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
-    ) -> None:
-        """The same, for single words."""
-        with self.call("foreignmemory_map", domid):
-            if (indexes >= np.uint64(WORDS_PER_PAGE)).any():
+            if (slots.indexes >= np.uint64(WORDS_PER_PAGE)).any():
                 raise Refused(EINVAL)
-            mapped = self._map_writable(domid, mfns)
-            for frame, index, word in zip(mapped, indexes.tolist(), words, strict=True):
-                self.frames.contents.write(frame, index, np.array([word], dtype=np.uint64))
+            mapped = self._map_writable(domid, np.concatenate([mfns, slots.tables]))
+            for frame, words in zip(mapped[: len(mfns)], contents, strict=True):
+                self.frames.contents.write(frame, 0, words)
+            for row, frame in enumerate(mapped[len(mfns) :]):
+                word = slots.values[row : row + 1]
+                self.frames.contents.write(frame, int(slots.indexes[row]), word)
 
     def _map_writable(self, domid: Domid, mfns: FrameArray) -> list[int]:
         domain = self.domain_or_refuse(domid)

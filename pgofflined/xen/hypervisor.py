@@ -193,15 +193,11 @@ class XenHypervisor:
         with self._guests().memory.window(domid, mfns) as window:
             yield window
 
-    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
-        """Write whole frames that are no page tables."""
-        self._guests().memory.write_frames(domid, mfns, contents)
-
-    def write_entries(
-        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
+    def write_frames(
+        self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
     ) -> None:
-        """Write words into frames that are no page tables."""
-        self._guests().memory.write_entries(domid, mfns, indexes, words)
+        """Write whole frames that are no page tables, then single words."""
+        self._guests().memory.write_frames(domid, mfns, contents, slots)
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
         """XEN_DOMCTL_PFINFO_* words of frames."""

@@ -210,9 +210,9 @@ class ForeignPages:
             raise XenError(code, op="xenforeignmemory_map", domid=domid, mfn=Mfn(mfns[0]))
         try:
             # Touching a page of the mapping that failed would end the process with SIGBUS.
-            for mfn, error in zip(mfns, errors, strict=True):
-                if error:
-                    raise XenError(abs(error), op="xenforeignmemory_map", domid=domid, mfn=Mfn(mfn))
+            if any(errors):
+                mfn, code = next(pair for pair in zip(mfns, errors, strict=True) if pair[1])
+                raise XenError(abs(code), op="xenforeignmemory_map", domid=domid, mfn=Mfn(mfn))
             yield address
         finally:
             self._unmap(address, count)

@@ -44,6 +44,7 @@ from pgofflined.xen.libs import ForeignPages, XenCall
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from pgofflined.core.moves import Chosen, PteWrites
     from pgofflined.ports import FrameArray, TypeArray, Words
 
 # 8 MiB mapped at a time.
@@ -66,6 +67,24 @@ def _at(address: int, frames: int) -> Words:
     return words.reshape(frames, WORDS_PER_PAGE)
 
 
+def _fill(domid: Domid, mfns: FrameArray, mapped: Words, contents: Words) -> None:
+    """Write the contents of some frames to where they are mapped.  Raises PortError."""
+    count = len(mfns)
+    source = contents[:count]
+    ctypes.memmove(mapped.ctypes.data, source.ctypes.data, source.nbytes)
+    differing = np.flatnonzero((mapped[:count] != source).any(axis=1))
+    if len(differing):
+        mfn = int(mfns[differing[0]])
+        raise PortError(f"mfn {mfn:#x} of d{domid} does not hold what was written to it")
+
+
+def _in_one_piece(rows: NDArray[np.intp]) -> slice | NDArray[np.intp]:
+    """Rows that follow one another as a slice, which is not copied before it is looked at."""
+    if len(rows) and bool((np.diff(rows) == 1).all()):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
 class Window:
     """``ports.FrameWindow`` over mappings of up to ``_MAP_BATCH`` frames each."""
 
@@ -74,14 +93,35 @@ class Window:
 
     def read(self, rows: NDArray[np.intp]) -> Words:
         """Copies of frames."""
-        if len(self._parts) == 1:
-            copies: Words = self._parts[0][rows]
-            return copies
         copies = np.empty((len(rows), WORDS_PER_PAGE), dtype=np.uint64)
-        for number, part in enumerate(self._parts):
-            inside = rows // _MAP_BATCH == number
-            copies[inside] = part[rows[inside] - number * _MAP_BATCH]
+        for chosen, part, inside in self._split(rows):
+            copies[chosen] = part[inside]
         return copies
+
+    def words(self, rows: NDArray[np.intp], indexes: FrameArray) -> Words:
+        """Single words."""
+        words = np.empty(len(rows), dtype=np.uint64)
+        for chosen, part, inside in self._split(rows):
+            words[chosen] = part[inside, indexes[chosen]]
+        return words
+
+    def differing(self, rows: NDArray[np.intp], contents: Words) -> Chosen:
+        """Which frames do not hold what they are thought to hold."""
+        differing = np.empty(len(rows), dtype=np.bool_)
+        for chosen, part, inside in self._split(rows):
+            differing[chosen] = (part[_in_one_piece(inside)] != contents[chosen]).any(axis=1)
+        return differing
+
+    def _split(
+        self, rows: NDArray[np.intp]
+    ) -> Iterator[tuple[slice | Chosen, Words, NDArray[np.intp]]]:
+        """For each mapping: which of the rows lie in it, the frames that it maps, and where."""
+        if len(self._parts) == 1:
+            yield slice(None), self._parts[0], rows
+            return
+        for number, part in enumerate(self._parts):
+            chosen = rows // _MAP_BATCH == number
+            yield chosen, part, rows[chosen] - number * _MAP_BATCH
 
     def close(self) -> None:
         """Nothing can be read any more: what would, would end the process."""
@@ -113,43 +153,48 @@ class Memory:
     def window(self, domid: Domid, mfns: FrameArray) -> Iterator[Window]:
         """Map frames for several looks.  Raises XenError naming the first that cannot be mapped."""
         with ExitStack() as mappings:
-            parts = [
-                _at(mappings.enter_context(self._pages.frames(domid, batch)), len(batch))
-                for start in range(0, len(mfns), _MAP_BATCH)
-                if (batch := mfns[start : start + _MAP_BATCH].tolist())
-            ]
-            window = Window(parts)
+            window = Window([part for _, part in self._map(mappings, domid, mfns)])
             try:
                 yield window
             finally:
                 window.close()
 
-    def write_frames(self, domid: Domid, mfns: FrameArray, contents: Words) -> None:
-        """Write whole frames.  Raises XenError; PortError where they read back differently."""
+    def write_frames(
+        self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
+    ) -> None:
+        """Write whole frames, then single words, through one mapping.
+
+        Raises XenError, EINVAL where a word would not lie within a frame; PortError where contents
+        read back differently.
+        """
+        outside = np.flatnonzero(slots.indexes >= np.uint64(WORDS_PER_PAGE))
+        if len(outside):
+            mfn = Mfn(int(slots.tables[outside[0]]))
+            raise XenError(errno.EINVAL, op="write_frames", domid=domid, mfn=mfn)
+        # Those that get contents first and in their order, so that they can be copied in one piece.
+        others = sorted({*slots.tables.tolist()}.difference(mfns.tolist()))
+        frames = np.concatenate([mfns, np.array(others, dtype=np.uint64)])
+        order = np.argsort(frames)
+        rows = order[np.searchsorted(frames, slots.tables, sorter=order)]
+        source = np.ascontiguousarray(contents, dtype=np.uint64)
+        with ExitStack() as mappings:
+            parts = self._map(mappings, domid, frames, writable=True)
+            for start, part in parts:
+                _fill(domid, mfns[start : start + len(part)], part, source[start:])
+            for start, part in parts:
+                inside = (rows >= start) & (rows < start + len(part))
+                part[rows[inside] - start, slots.indexes[inside]] = slots.values[inside]
+
+    def _map(
+        self, mappings: ExitStack, domid: Domid, mfns: FrameArray, *, writable: bool = False
+    ) -> list[tuple[int, Words]]:
+        """Map frames, some at a time; each part with the place of its first among them all."""
+        parts: list[tuple[int, Words]] = []
         for start in range(0, len(mfns), _MAP_BATCH):
             batch = mfns[start : start + _MAP_BATCH].tolist()
-            source = np.ascontiguousarray(contents[start : start + len(batch)], dtype=np.uint64)
-            with self._pages.frames(domid, batch, writable=True) as address:
-                ctypes.memmove(address, source.ctypes.data, source.nbytes)
-                differing = np.flatnonzero((_at(address, len(batch)) != source).any(axis=1))
-            if len(differing):
-                mfn = batch[int(differing[0])]
-                raise PortError(f"mfn {mfn:#x} of d{domid} does not hold what was written to it")
-
-    def write_entries(
-        self, domid: Domid, mfns: FrameArray, indexes: FrameArray, words: Words
-    ) -> None:
-        """Write single words.  Raises XenError, EINVAL where one would not lie within a frame."""
-        outside = np.flatnonzero(indexes >= np.uint64(WORDS_PER_PAGE))
-        if len(outside):
-            mfn = Mfn(int(mfns[outside[0]]))
-            raise XenError(errno.EINVAL, op="write_entries", domid=domid, mfn=mfn)
-        frames, rows = np.unique(mfns, return_inverse=True)
-        for start in range(0, len(frames), _MAP_BATCH):
-            batch = frames[start : start + _MAP_BATCH].tolist()
-            inside = (rows >= start) & (rows < start + len(batch))
-            with self._pages.frames(domid, batch, writable=True) as address:
-                _at(address, len(batch))[rows[inside] - start, indexes[inside]] = words[inside]
+            address = mappings.enter_context(self._pages.frames(domid, batch, writable=writable))
+            parts.append((start, _at(address, len(batch))))
+        return parts
 
     def page_types(self, domid: Domid, mfns: FrameArray) -> TypeArray:
         """XEN_DOMCTL_PFINFO_* words of a PV domain's frames, in order, 1024 in a call.

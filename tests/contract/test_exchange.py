@@ -80,6 +80,25 @@ def test_a_page_is_seen_through_a_window_as_it_is_and_is_not_exchanged_meanwhile
     assert caught.value.errno == EINVAL
 
 
+def test_words_and_differences_are_seen_through_a_window(
+    hypervisor: Hypervisor, guest: GuestMemory
+) -> None:
+    pages = [page.mfn for page in guest.data_pages()[:4]]
+    with standing_still(hypervisor, guest.domid):
+        frames = np.array(pages, dtype=np.uint64)
+        before = hypervisor.read_frames(guest.domid, frames)
+        with hypervisor.window(guest.domid, frames) as window:
+            words = window.words(np.array([3, 0, 3]), np.array([511, 0, 7], dtype=np.uint64))
+            thought = before.copy()
+            thought[1, 511] ^= np.uint64(1)
+            differing = window.differing(np.arange(4), thought)
+            backwards = window.differing(np.array([3, 1]), thought[[3, 1]])
+
+    assert words.tolist() == [before[3, 511], before[0, 0], before[3, 7]]
+    assert differing.tolist() == [False, True, False, False]
+    assert backwards.tolist() == [False, True]
+
+
 def test_window_on_a_frame_of_another_domain_is_refused(
     hypervisor: Hypervisor, guest: GuestMemory
 ) -> None:

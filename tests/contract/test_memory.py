@@ -9,7 +9,7 @@ import pytest
 
 from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import DOM0, PAGE_SHIFT, WORDS_PER_PAGE, Domid, Mfn
-from pgofflined.core.moves import PteWrite
+from pgofflined.core.moves import PteWrite, PteWrites, frames_of
 from pgofflined.core.pages import (
     L4_XEN_SLOTS,
     PTE_PRESENT,
@@ -102,6 +102,28 @@ def test_words_beyond_the_end_of_a_frame_are_refused(
     with pytest.raises(XenError) as caught:
         write_words(hypervisor, guest.domid, page.mfn, 511, np.zeros(2, dtype=np.uint64))
     assert caught.value.errno == EINVAL
+
+
+def test_contents_are_written_before_the_words(hypervisor: Hypervisor, guest: GuestMemory) -> None:
+    first, second, third = (page.mfn for page in guest.data_pages()[:3])
+    mfns = frames_of([second, first])
+    slots = PteWrites(
+        tables=frames_of([first, third]), indexes=frames_of([7, 511]), values=frames_of([77, 78])
+    )
+    with standing_still(hypervisor, guest.domid):
+        before = [guest.read(mfn) for mfn in (first, second, third)]
+        contents = np.stack([before[1], before[0]]) ^ np.uint64(5)
+        hypervisor.write_frames(guest.domid, mfns, contents, slots)
+        written = [guest.read(mfn) for mfn in (first, second, third)]
+        all_three = frames_of([first, second, third])
+        nothing = PteWrites.of([])
+        hypervisor.write_frames(guest.domid, all_three, np.stack(before), nothing)
+        restored = [guest.read(mfn) for mfn in (first, second, third)]
+
+    expected = [before[0] ^ np.uint64(5), before[1] ^ np.uint64(5), before[2].copy()]
+    expected[0][7], expected[2][511] = 77, 78
+    assert np.array_equal(np.stack(written), np.stack(expected))
+    assert np.array_equal(np.stack(restored), np.stack(before))
 
 
 def test_frame_of_another_domain_cannot_be_read(hypervisor: Hypervisor, guest: GuestMemory) -> None:

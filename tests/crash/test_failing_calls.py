@@ -17,6 +17,7 @@ from pgofflined.sim.pagetables import PageFault
 from tests.unit.exchanger.conftest import Bench
 
 if TYPE_CHECKING:
+    from pgofflined.core.moves import PteWrites
     from pgofflined.ports import FrameArray, Words
 
 
@@ -93,7 +94,7 @@ def test_a_guest_whose_m2p_names_two_frames_for_a_lost_page_keeps_it_unmapped() 
         bench.host.pv(bench.domid).write(DIRECT_MAP + (pfn << 12), 1)
 
 
-@pytest.mark.parametrize("method", ["write_frames", "write_entries", "update_ptes"])
+@pytest.mark.parametrize("method", ["write_frames", "update_ptes"])
 def test_what_never_works_again_after_the_commit_is_reported_and_the_guest_let_go(
     method: str,
 ) -> None:
@@ -111,12 +112,12 @@ def test_what_never_works_again_after_the_commit_is_reported_and_the_guest_let_g
     assert not info.paused
 
 
-@pytest.mark.parametrize("method", ["write_frames", "write_entries"])
-def test_a_page_whose_contents_are_lost_stays_unmapped_rather_than_wrong(method: str) -> None:
+@pytest.mark.parametrize("moment", Moment)
+def test_a_page_whose_contents_are_lost_stays_unmapped_rather_than_wrong(moment: Moment) -> None:
     bench = Bench.build()
     pfn = bench.layout.plain[0]
     mfns = bench.mark(pfn)
-    xen = FaultyHypervisor(bench.host, Fault(method=method, times=10**6))
+    xen = FaultyHypervisor(bench.host, Fault(method="write_frames", times=10**6, moment=moment))
     [result] = bench.exchange(mfns, xen).results
     assert isinstance(result, Damaged)
     with pytest.raises(PageFault):
@@ -148,17 +149,57 @@ def test_one_page_that_cannot_be_written_does_not_harm_its_batch() -> None:
     class Picky(FaultyHypervisor):
         """Refuses every write that has the second page's contents in it."""
 
-        def write_frames(self, domid: Domid, frames: FrameArray, contents: Words) -> None:
+        def write_frames(
+            self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
+        ) -> None:
             nonlocal calls
             calls += 1
             if any(np.array_equal(row, second) for row in contents):
                 raise PortError("no")
-            super().write_frames(domid, frames, contents)
+            super().write_frames(domid, mfns, contents, slots)
 
     second = bench.host.read_frames(bench.domid, np.array([mfns[1]], dtype=np.uint64))[0]
     results = bench.exchange(mfns, Picky(bench.host)).results
     assert [type(result) for result in results] == [Exchanged, Damaged, Exchanged]
     assert calls > 3
+
+
+def test_after_damage_no_other_group_takes_the_place_of_the_record() -> None:
+    bench = Bench.build()
+    mfns = bench.mark(bench.layout.plain[0], bench.layout.direct_l2[0])
+    xen = FaultyHypervisor(bench.host, Fault(method="write_frames", times=10**6))
+    report = bench.exchange(mfns, xen)
+    assert [type(result) for result in report.results] == [Damaged, Refusal]
+    [aside] = bench.journal.aside
+    assert aside.group is not None
+    assert aside.group.frames() == mfns[:1]
+
+
+@pytest.mark.parametrize("moment", Moment)
+def test_pages_of_the_p2m_that_are_written_one_by_one_keep_what_is_written_of_others(
+    moment: Moment,
+) -> None:
+    bench = Bench.build()
+    # Their own slots, and those of the pages before and after them, lie in one another.
+    mfns = bench.mark(*bench.layout.plain[:2], *bench.layout.p2m_list, *bench.layout.plain[2:4])
+
+    class OneByOne(FaultyHypervisor):
+        """Does no write of several frames to its end."""
+
+        def write_frames(
+            self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
+        ) -> None:
+            if len(mfns) == 1:
+                super().write_frames(domid, mfns, contents, slots)
+                return
+            if moment is not Moment.BEFORE:
+                done = slots[: len(slots) // 2] if moment is Moment.HALFWAY else slots
+                super().write_frames(domid, mfns, contents, done)
+            raise PortError("no")
+
+    results = bench.exchange(mfns, OneByOne(bench.host)).results
+    assert [type(result) for result in results] == [Exchanged] * len(mfns)
+    bench.assert_guest_runs_unharmed()
 
 
 def test_a_page_whose_entries_xen_refuses_to_clear_does_not_keep_its_batch_from_going() -> None:

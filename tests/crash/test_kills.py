@@ -11,15 +11,15 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pgofflined.core.errors import PortError
-from pgofflined.core.frames import Mfn
-from pgofflined.core.moves import Group, PteWrite
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.moves import Group, PteWrite, PteWrites
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanger import exchange, recover
 from pgofflined.jobstore import JobStore
@@ -29,6 +29,9 @@ from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.layout import PvLayout
 from tests.single import set_ptes
 from tests.unit.exchanger.conftest import Bench
+
+if TYPE_CHECKING:
+    from pgofflined.ports import FrameArray, Words
 
 T = TypeVar("T")
 Pick = Callable[[PvLayout], Sequence[int]]
@@ -84,8 +87,11 @@ class _MortalJob:
     journal: MortalJournal
     inner: OpenJob
 
-    def intend(self, group: Group) -> None:
-        self.journal.strike(lambda: self.inner.intend(group))
+    def keep(self, group: Group) -> None:
+        self.journal.strike(lambda: self.inner.keep(group))
+
+    def begin(self) -> None:
+        self.journal.strike(self.inner.begin)
 
     def settled(self) -> None:
         self.journal.strike(self.inner.settled)
@@ -234,6 +240,29 @@ def test_a_record_in_a_file_is_as_good_as_one_in_memory(
     assert len(reports) == 1
     assert_ended_well(bench, pfns, reports)
     assert list(found.iterdir()) == []
+
+
+class DiesAmongTheSlots(FaultyHypervisor):
+    """Is killed when it has written all contents, and some of the p2m slots."""
+
+    def write_frames(
+        self, domid: Domid, mfns: FrameArray, contents: Words, slots: PteWrites
+    ) -> None:
+        super().write_frames(domid, mfns, contents, slots[: len(slots) // 2])
+        self.killed = True
+        raise Killed
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_a_job_that_is_killed_between_contents_and_slots_is_ended_by_another_process(
+    name: str,
+) -> None:
+    bench = Bench.build()
+    pfns = PAGES[name](bench.layout)
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*pfns), DiesAmongTheSlots(bench.host))
+    reports = bench.end_jobs()
+    assert_ended_well(bench, pfns, reports)
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))

@@ -4,6 +4,8 @@ import logging
 import os
 import shutil
 import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
@@ -15,8 +17,8 @@ from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group, References, frames_of
 from pgofflined.core.pages import PageKind
-from pgofflined.jobstore import JobStore, may_reach_a_disk
-from pgofflined.ports import JobRecord
+from pgofflined.jobstore import JobStore
+from pgofflined.ports import JobRecord, OpenJob
 
 RECORD = JobRecord(
     domain=DomainIdentity(Domid(7), UUID(int=5)), shared_info=Mfn(0xAB), cpu_time=9, began=1.5
@@ -57,6 +59,14 @@ def equal(one: Group, other: Group) -> bool:
     return parts(one) == parts(other)
 
 
+def begun(folder: Path, of: Group | None = None) -> OpenJob:
+    """A job that may have changed its group."""
+    job = JobStore(folder).open(RECORD)
+    job.keep(of or group())
+    job.begin()
+    return job
+
+
 def left(folder: Path) -> Path:
     """What another process finds: this one, which lives, still holds its locks."""
     copy = folder.with_name("left")
@@ -70,7 +80,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_group_comes_back_as_it_was(folder: Path) -> None:
-    JobStore(folder).open(RECORD).intend(group())
+    begun(folder)
     [found] = JobStore(left(folder)).unfinished()
     assert found.record == RECORD
     assert found.group is not None
@@ -80,32 +90,163 @@ def test_a_group_comes_back_as_it_was(folder: Path) -> None:
 def test_the_last_group_replaces_those_before(folder: Path) -> None:
     job = JobStore(folder).open(RECORD)
     for mfn in (0x100, 0x200, 0x300):
-        job.intend(group(mfn))
+        job.keep(group(mfn))
+        job.begin()
     [found] = JobStore(left(folder)).unfinished()
     assert found.group is not None
     assert equal(found.group, group(0x300))
 
 
 def test_what_is_settled_is_forgotten_and_the_job_is_not(folder: Path) -> None:
-    job = JobStore(folder).open(RECORD)
-    job.intend(group())
+    job = begun(folder)
     job.settled()
     [found] = JobStore(left(folder)).unfinished()
     assert found.group is None
     assert found.record == RECORD
 
 
-def test_a_closed_job_leaves_no_file(folder: Path) -> None:
+def test_what_is_kept_does_not_count_before_the_change_begins(folder: Path) -> None:
     job = JobStore(folder).open(RECORD)
-    job.intend(group())
+    job.keep(group())
+    [found] = JobStore(left(folder)).unfinished()
+    assert found.group is None
+    assert found.record == RECORD
+
+
+def test_a_group_that_is_kept_after_another_does_not_count_before_its_own_change(
+    folder: Path,
+) -> None:
+    job = begun(folder)
+    job.settled()
+    job.keep(group(0x200))
+    [found] = JobStore(left(folder)).unfinished()
+    assert found.group is None
+
+
+def test_a_job_may_begin_and_settle_again(folder: Path) -> None:
+    job = begun(folder)
+    job.settled()
+    # Another process that has ended it says the same once more.
+    job.settled()
+    job.keep(group(0x200))
+    job.begin()
+    job.begin()
+    [found] = JobStore(left(folder)).unfinished()
+    assert found.group is not None
+    assert equal(found.group, group(0x200))
+
+
+def changes() -> Iterator[tuple[str, Group]]:
+    """The group, each time with something else about it."""
+    of = group()
+    references = of.references
+    words = of.contents.copy()
+    words[1, 7] = 5
+    yield "nothing", group()
+    yield "one page", replace(of, contents=words)
+    yield (
+        "an entry's value",
+        replace(of, references=replace(references, values=frames_of([12, 13, 14]))),
+    )
+    yield "an entry less", replace(of, references=references.chosen(np.array([0, 2])))
+    yield "the props", replace(of, props=frames_of([20]))
+    yield "no props", replace(of, props=frames_of([]))
+    yield "the pin", replace(of, pinned=False)
+    yield "the kind", replace(of, kind=PageKind.L3)
+    yield "only the first page", of.only(np.array([True, False]))
+    yield "only the second page", replace(of, contents=words).only(np.array([False, True]))
+    yield "the order", replace(of, mfns=of.mfns[::-1].copy(), contents=of.contents[::-1].copy())
+
+
+CHANGES = [pytest.param(changed, id=what) for what, changed in changes()]
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_what_differs_when_it_is_kept_again_is_what_comes_back(
+    folder: Path, changed: Group
+) -> None:
+    job = JobStore(folder).open(RECORD)
+    job.keep(group())
+    job.keep(changed)
+    job.begin()
+    [found] = JobStore(left(folder)).unfinished()
+    assert found.group is not None
+    assert equal(found.group, changed)
+
+
+def test_what_was_kept_of_a_page_before_is_not_taken_for_what_it_holds_when_it_comes_back(
+    folder: Path,
+) -> None:
+    # A frame that was exchanged unmarked is free, and may come back with other contents.
+    job = begun(folder, group(0x100))
+    job.settled()
+    job.keep(group(0x200))
+    again = replace(group(0x100), contents=group().contents ^ np.uint64(3))
+    job.keep(again)
+    job.begin()
+    [found] = JobStore(left(folder)).unfinished()
+    assert found.group is not None
+    assert equal(found.group, again)
+
+
+def test_nothing_is_written_for_what_has_not_changed(folder: Path) -> None:
+    job = JobStore(folder).open(RECORD)
+    job.keep(group())
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    job.keep(group())
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_marker_that_cannot_be_made_or_removed_is_a_failure(folder: Path) -> None:
+    job = JobStore(folder).open(RECORD)
+    job.keep(group())
+    [file] = folder.glob("*.job")
+    marker = file.with_name(file.name + "-moving")
+    marker.mkdir()
+    with pytest.raises(PortError, match="could not be made"):
+        job.begin()
+    with pytest.raises(PortError, match="could not be removed"):
+        job.settled()
+
+
+def test_a_marker_without_a_record_is_removed(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "d7-x.job-moving").write_bytes(b"")
+    assert JobStore(folder).unfinished() == []
+    assert list(folder.iterdir()) == []
+
+
+def test_a_marker_whose_record_lacks_a_page_is_told_and_put_aside(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun(folder)
+    found = left(folder)
+    [file] = found.glob("*.job")
+    with sqlite3.connect(file) as connection:
+        connection.execute("DELETE FROM page WHERE mfn = ?", (0x101,))
+    connection.close()
+    with caplog.at_level(logging.CRITICAL):
+        assert JobStore(found).unfinished() == []
+    assert "mfn 0x101 are missing" in caplog.text
+    assert sorted(file.suffix for file in found.iterdir()) == [".damaged", ".damaged-moving"]
+
+
+def test_a_job_that_is_put_aside_takes_its_marker_along(folder: Path) -> None:
+    begun(folder).set_aside()
+    assert JobStore(folder).unfinished() == []
+    assert [file.name for file in folder.glob("*.job*")] == []
+    assert len(list(folder.glob("*.damaged-moving"))) == 1
+
+
+def test_a_closed_job_leaves_no_file(folder: Path) -> None:
+    job = begun(folder)
     job.close()
     assert list(folder.iterdir()) == []
     assert JobStore(folder).unfinished() == []
 
 
 def test_what_was_kept_is_overwritten_before_it_is_removed(folder: Path) -> None:
-    job = JobStore(folder).open(RECORD)
-    job.intend(group())
+    job = begun(folder)
     files = list(folder.iterdir())
     assert any(SECRET in file.read_bytes() for file in files)
     links = []
@@ -117,15 +258,14 @@ def test_what_was_kept_is_overwritten_before_it_is_removed(folder: Path) -> None
 
 
 def test_files_and_folder_are_for_their_owner_alone(folder: Path) -> None:
-    JobStore(folder).open(RECORD).intend(group())
+    begun(folder)
     assert folder.stat().st_mode & 0o777 == 0o700
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o600}
 
 
 def test_a_job_takes_the_place_of_an_earlier_one_of_its_domain(folder: Path) -> None:
-    store = JobStore(folder)
-    store.open(RECORD).intend(group(0x100))
-    store.open(RECORD).intend(group(0x200))
+    begun(folder, group(0x100))
+    begun(folder, group(0x200))
     [found] = JobStore(left(folder)).unfinished()
     assert found.group is not None
     assert equal(found.group, group(0x200))
@@ -163,7 +303,7 @@ def test_a_record_without_its_tables_is_told_and_put_aside(
 ) -> None:
     folder.mkdir()
     with sqlite3.connect(folder / "d7-x.job") as connection:
-        connection.execute("PRAGMA user_version = 1")
+        connection.execute("PRAGMA user_version = 2")
     connection.close()
     with caplog.at_level(logging.CRITICAL):
         assert JobStore(folder).unfinished() == []
@@ -172,8 +312,7 @@ def test_a_record_without_its_tables_is_told_and_put_aside(
 
 
 def test_a_record_that_another_process_has_open_is_left_to_it(folder: Path) -> None:
-    job = JobStore(folder).open(RECORD)
-    job.intend(group())
+    _open = begun(folder)
     before = sorted(file.name for file in folder.iterdir())
     assert JobStore(folder).unfinished() == []
     assert sorted(file.name for file in folder.iterdir()) == before
@@ -182,7 +321,7 @@ def test_a_record_that_another_process_has_open_is_left_to_it(folder: Path) -> N
 def test_arrays_that_do_not_belong_together_are_not_believed(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    JobStore(folder).open(RECORD).intend(group())
+    begun(folder)
     found = left(folder)
     [file] = found.glob("*.job")
     with sqlite3.connect(file) as connection:
@@ -191,41 +330,3 @@ def test_arrays_that_do_not_belong_together_are_not_believed(
     with caplog.at_level(logging.CRITICAL):
         assert JobStore(found).unfinished() == []
     assert "do not belong together" in caplog.text
-
-
-MOUNTS = """\
-22 1 0:20 / / rw - ext4 /dev/root rw
-23 22 0:21 / /run rw,nosuid shared:5 - tmpfs tmpfs rw,size=100k,mode=755
-24 23 0:22 / /run/jobs rw - ramfs ramfs rw
-25 23 0:23 / /run/kept rw - tmpfs tmpfs rw,noswap
-26 22 0:24 / /run\\040away rw - xfs /dev/sda rw
-"""
-NO_SWAP = "Filename Type Size Used Priority\n"
-SWAP = NO_SWAP + "/dev/sda2 partition 100 0 -2\n"
-
-
-@pytest.mark.parametrize(
-    ("directory", "swaps", "leaks"),
-    [
-        ("/run/jobs", SWAP, None),
-        ("/run/jobs/deep", SWAP, None),
-        ("/run/kept", SWAP, None),
-        ("/run/other", SWAP, "swapped out"),
-        ("/run/other", NO_SWAP, None),
-        ("/run/jobsworth", SWAP, "swapped out"),
-        ("/var/lib", NO_SWAP, "ext4"),
-        ("/run away/x", NO_SWAP, "xfs"),
-    ],
-)
-def test_only_memory_that_is_never_written_to_a_disk_will_do(
-    directory: str, swaps: str, leaks: str | None, tmp_path: Path
-) -> None:
-    mounts_file, swaps_file = tmp_path / "mountinfo", tmp_path / "swaps"
-    mounts_file.write_text(MOUNTS)
-    swaps_file.write_text(swaps)
-    found = may_reach_a_disk(Path(directory), mounts=mounts_file, swaps=swaps_file)
-    if leaks is None:
-        assert found is None
-    else:
-        assert found is not None
-        assert leaks in found

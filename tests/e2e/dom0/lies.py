@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pgofflined.core.frames import DOM0, Domid, Mfn
+from pgofflined.core.moves import PteWrites, Words, frames_of, no_contents
 from pgofflined.core.offline import OfflineFlag, OfflineState
 from pgofflined.core.outcomes import Exchanged, Refusal
 from pgofflined.core.pagetable import guest_frames
@@ -80,13 +81,17 @@ def told(xen: XenHypervisor, domid: Domid, lie: Lie) -> Iterator[None]:
     """The lie is in the guest's memory; what was there comes back."""
     frames = np.full(len(lie.words), lie.frame, dtype=np.uint64)
     indexes = np.array(list(lie.words), dtype=np.uint64)
-    before = xen.read_frames(domid, frames[:1])[0][indexes]
-    words = np.array(list(lie.words.values()), dtype=np.uint64)
-    xen.write_entries(domid, frames, indexes, words)
+    truth = xen.read_frames(domid, frames[:1])[0][indexes]
+
+    def tell(words: Words) -> None:
+        slots = PteWrites(tables=frames, indexes=indexes, values=words)
+        xen.write_frames(domid, frames_of([]), no_contents(0), slots)
+
+    tell(np.array(list(lie.words.values()), dtype=np.uint64))
     try:
         yield
     finally:
-        xen.write_entries(domid, frames, indexes, before)
+        tell(truth)
 
 
 def _mark(xen: XenHypervisor, pages: list[tuple[int, int]]) -> Mfn:

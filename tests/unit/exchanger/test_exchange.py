@@ -533,7 +533,7 @@ def test_a_guest_that_somebody_else_suspends_meanwhile_is_his_to_resume(bench: B
     assert bench.journal.kept == {}
 
 
-@pytest.mark.parametrize("method", ["write_frames", "write_entries", "update_ptes", "read_frames"])
+@pytest.mark.parametrize("method", ["write_frames", "update_ptes", "read_frames"])
 def test_a_fault_of_our_own_costs_neither_the_guest_nor_its_pages(
     bench: Bench, method: str
 ) -> None:

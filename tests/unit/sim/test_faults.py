@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 from errno import EAGAIN, EIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.errors import DomainGone, XenError
-from pgofflined.core.frames import PAGE_SHIFT, Mfn
-from pgofflined.core.moves import PteWrite
+from pgofflined.core.frames import PAGE_SHIFT, WORDS_PER_PAGE, Mfn
+from pgofflined.core.moves import PteWrite, PteWrites, frames_of, no_contents
 from pgofflined.core.offline import OfflineState
 from pgofflined.ports import Hypervisor, SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
@@ -16,6 +17,9 @@ from pgofflined.sim.layout import DIRECT_MAP
 from pgofflined.sim.pagetables import walk
 from pgofflined.sim.scenarios import SmallHost, small_host
 from tests.single import set_ptes, write_words
+
+if TYPE_CHECKING:
+    from pgofflined.ports import FrameArray
 
 
 @pytest.fixture
@@ -113,13 +117,56 @@ def test_batch_can_fail_half_way(small: SmallHost) -> None:
     assert [bool(entry) for entry in left] == [False, False, True, True]
 
 
+def _plain(small: SmallHost, *places: int) -> FrameArray:
+    guest = small.host.pv(small.pv)
+    return frames_of([guest.mfn(guest.plain_pfns()[place]) for place in places])
+
+
+def _slots(frames: FrameArray, index: int, word: int) -> PteWrites:
+    return PteWrites(
+        tables=frames,
+        indexes=frames_of([index] * len(frames)),
+        values=frames_of([word] * len(frames)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("moment", "written", "slots"),
+    [(Moment.BEFORE, 0, 0), (Moment.HALFWAY, 2, 0), (Moment.AFTER, 4, 4)],
+)
+def test_frames_can_be_written_in_part(
+    small: SmallHost, moment: Moment, written: int, slots: int
+) -> None:
+    hypervisor = faulty(small, Fault(method="write_frames", moment=moment))
+    mfns, others = _plain(small, 0, 1, 2, 3), _plain(small, 4, 5, 6, 7)
+    with pytest.raises(XenError):
+        hypervisor.write_frames(small.pv, mfns, no_contents(4), _slots(others, 9, 0xABC))
+
+    empty = [not words.any() for words in small.host.read_frames(small.pv, mfns)]
+    told = [words[9] == 0xABC for words in small.host.read_frames(small.pv, others)]
+    assert empty == [True] * written + [False] * (4 - written)
+    assert told == [True] * slots + [False] * (4 - slots)
+
+
 def test_page_can_be_written_half(small: SmallHost) -> None:
-    hypervisor = faulty(small, Fault(method="write_entries", moment=Moment.HALFWAY, kills=True))
-    mfn = small.host.pv(small.pv).mfn(small.host.pv(small.pv).plain_pfns()[0])
+    hypervisor = faulty(small, Fault(method="write_frames", moment=Moment.HALFWAY, kills=True))
+    mfns = _plain(small, 0)
+    contents = np.ones((1, WORDS_PER_PAGE), dtype=np.uint64)
+    with pytest.raises(Killed):
+        hypervisor.write_frames(small.pv, mfns, contents, _slots(mfns, 9, 0xABC))
+
+    words = small.host.read_frames(small.pv, mfns)[0]
+    assert words[:256].tolist() == [1] * 256
+    assert not words[256:].any()
+
+
+def test_slots_alone_can_be_written_half(small: SmallHost) -> None:
+    hypervisor = faulty(small, Fault(method="write_frames", moment=Moment.HALFWAY, kills=True))
+    [mfn] = _plain(small, 0).tolist()
     with pytest.raises(Killed):
         write_words(hypervisor, small.pv, mfn, 0, np.zeros(512, dtype=np.uint64))
 
-    words = small.host.read_frames(small.pv, np.array([mfn], dtype=np.uint64))[0]
+    words = small.host.read_frames(small.pv, frames_of([mfn]))[0]
     assert not words[:256].any()
     assert words[256:].all()
 

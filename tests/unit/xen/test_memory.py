@@ -3,12 +3,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from errno import EINVAL
 
 import numpy as np
 import pytest
 
 from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import PAGE_SIZE, Domid, Mfn
+from pgofflined.core.moves import PteWrites, no_contents
 from pgofflined.xen.abi.domctl import GetPageFrameInfo3, XEN_DOMCTL_getpageframeinfo3
 from pgofflined.xen.abi.grant_table import (
     GnttabGetVersion,
@@ -98,10 +100,38 @@ def test_no_frames_are_no_contents() -> None:
     assert memory(Pages()).read_frames(GUEST, frames()).shape == (0, 512)
 
 
+def test_frames_of_all_batches_are_seen_through_a_window() -> None:
+    pages = Pages({mfn: page(mfn) for mfn in range(5000)})
+    rows = np.array([4999, 0, 2048, 2047], dtype=np.intp)
+    with memory(pages).window(GUEST, np.arange(5000, dtype=np.uint64)) as window:
+        assert window.read(rows)[:, 17].tolist() == rows.tolist()
+        assert window.words(rows, frames(511, 0, 1, 2)).tolist() == rows.tolist()
+        thought = np.repeat(rows.astype(np.uint64)[:, None], 512, axis=1)
+        thought[2, 511] += np.uint64(1)
+        assert window.differing(rows, thought).tolist() == [False, False, True, False]
+        in_order = np.arange(2000, 2100, dtype=np.uint64)
+        thought = np.repeat(in_order[:, None], 512, axis=1)
+        thought[48, 0] = 7
+        differing = window.differing(in_order.astype(np.intp), thought)
+        assert np.flatnonzero(differing).tolist() == [48]
+    assert max(pages.batches) <= 2048
+    assert pages.mapped == 0
+
+
+def test_what_is_compared_in_one_piece_is_the_same_as_what_is_not() -> None:
+    pages = Pages({mfn: page(mfn) for mfn in range(8)})
+    with memory(pages).window(GUEST, frames(*range(8))) as window:
+        for rows in ([2, 3, 4], [4, 3, 2], [2, 4, 6], [5], []):
+            thought = np.repeat(frames(*rows)[:, None], 512, axis=1)
+            places = np.array(rows, dtype=np.intp)
+            assert not window.differing(places, thought).any()
+            assert window.differing(places, thought + np.uint64(1)).all()
+
+
 def test_whole_frames_are_written_in_batches() -> None:
     pages = Pages({mfn: page(0) for mfn in range(5000)})
     contents = np.repeat(np.arange(5000, dtype=np.uint64)[:, None], 512, axis=1)
-    memory(pages).write_frames(GUEST, np.arange(5000, dtype=np.uint64), contents)
+    memory(pages).write_frames(GUEST, np.arange(5000, dtype=np.uint64), contents, slots())
     assert {int.from_bytes(bytes(pages.store[mfn])[:8], "little") for mfn in range(5000)} == set(
         range(5000)
     )
@@ -119,7 +149,9 @@ def test_a_frame_that_does_not_keep_what_is_written_is_named(
 
     monkeypatch.setattr("pgofflined.xen.memory.ctypes", _Ctypes(forgetful))
     with pytest.raises(PortError, match="mfn 0x6 of d6 does not hold"):
-        memory(pages).write_frames(GUEST, frames(5, 6), np.full((2, 512), 9, dtype=np.uint64))
+        memory(pages).write_frames(
+            GUEST, frames(5, 6), np.full((2, 512), 9, dtype=np.uint64), slots()
+        )
 
 
 class _Ctypes:
@@ -132,20 +164,63 @@ class _Ctypes:
         return getattr(ctypes, name)
 
 
+def slots(*words: tuple[int, int, int]) -> PteWrites:
+    """Writes of (frame, index, word)."""
+    tables, indexes, values = zip(*words, strict=True) if words else ((), (), ())
+    return PteWrites(tables=frames(*tables), indexes=frames(*indexes), values=frames(*values))
+
+
+def words_of(pages: Pages, mfn: int) -> list[int]:
+    words: list[int] = np.frombuffer(bytes(pages.store[mfn])[:PAGE_SIZE], dtype=np.uint64).tolist()
+    return words
+
+
 def test_words_are_written_where_they_belong() -> None:
     pages = Pages({5: page(1), 7: page(2)})
-    memory(pages).write_entries(GUEST, frames(7, 5, 5), frames(0, 510, 511), frames(3, 8, 9))
-    first, second = (np.frombuffer(bytes(pages.store[n]), dtype=np.uint64) for n in (5, 7))
-    assert first[508:].tolist() == [1, 1, 8, 9]
-    assert second[:2].tolist() == [3, 2]
+    memory(pages).write_frames(
+        GUEST, frames(), no_contents(0), slots((7, 0, 3), (5, 510, 8), (5, 511, 9))
+    )
+    assert words_of(pages, 5)[508:] == [1, 1, 8, 9]
+    assert words_of(pages, 7)[:2] == [3, 2]
     # Each frame is mapped once.
     assert pages.batches == [2]
 
 
+def test_words_are_written_after_the_contents_and_through_the_same_mapping() -> None:
+    pages = Pages({mfn: page(0) for mfn in (4, 5, 9)})
+    contents = np.full((2, 512), 6, dtype=np.uint64)
+    memory(pages).write_frames(
+        GUEST, frames(9, 4), contents, slots((4, 1, 77), (5, 2, 88), (9, 3, 99))
+    )
+    assert words_of(pages, 4)[:4] == [6, 77, 6, 6]
+    assert words_of(pages, 5)[:4] == [0, 0, 88, 0]
+    assert words_of(pages, 9)[:4] == [6, 6, 6, 99]
+    assert pages.batches == [3]
+
+
+def test_contents_of_all_batches_are_written_before_the_first_word() -> None:
+    # The p2m slot of the first page lies in the last one, which is mapped with another batch.
+    pages = Pages({mfn: page(0) for mfn in range(5000)})
+    mfns = np.arange(5000, dtype=np.uint64)
+    contents = np.repeat(mfns[:, None], 512, axis=1)
+    memory(pages).write_frames(GUEST, mfns, contents, slots((4999, 8, 1), (0, 9, 2)))
+    assert words_of(pages, 4999)[7:10] == [4999, 1, 4999]
+    assert words_of(pages, 0)[8:10] == [0, 2]
+
+
+def test_nothing_is_mapped_where_there_is_nothing_to_write() -> None:
+    pages = Pages()
+    memory(pages).write_frames(GUEST, frames(), no_contents(0), slots())
+    assert pages.batches == []
+
+
 @pytest.mark.parametrize("index", [512, 1 << 63])
-def test_words_outside_the_frame_are_refused(index: int) -> None:
-    with pytest.raises(XenError):
-        memory(Pages({5: page(1)})).write_entries(GUEST, frames(5), frames(index), frames(0))
+def test_words_outside_the_frame_are_refused_before_anything_is_written(index: int) -> None:
+    pages = Pages({5: page(1)})
+    with pytest.raises(XenError) as caught:
+        memory(pages).write_frames(GUEST, frames(5), no_contents(1), slots((5, index, 0)))
+    assert caught.value.errno == EINVAL
+    assert words_of(pages, 5) == [1] * 512
 
 
 def test_types_are_asked_for_in_calls_of_1024() -> None:
