@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn
 from pgofflined.core.moves import Group, frames_of
 from pgofflined.core.outcomes import Exchanged, Refusal, RefusalReason
@@ -130,6 +132,23 @@ class _MortalJob:
         if self._xen.killed:
             raise Killed
         self._inner.set_aside()
+
+
+@pytest.mark.parametrize("error", [None, PortError("no"), MemoryError()])
+def test_no_garbage_is_looked_for_while_the_guest_stands_still(
+    bench: Bench, error: Exception | None
+) -> None:
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(gc.isenabled())
+        if error is not None:
+            raise error
+
+    xen = FaultyHypervisor(bench.host, Fault(method="exchange", act=look))
+    bench.exchange(bench.mark(bench.layout.plain[0]), xen)
+    assert seen == [False]
+    assert gc.isenabled()
 
 
 def test_nothing_stays_mapped_or_kept_where_the_guest_does_not_suspend(bench: Bench) -> None:
