@@ -196,11 +196,6 @@ class ExchangeJob:
 
     def _hold_and_move(self, info: DomainInfo, surveyed: Surveyed) -> dict[Mfn, PageResult]:
         planned = [mfn for group in surveyed.plan.groups for mfn in group.frames()]
-        # Asked only now, for the survey takes long, and not when the guest stands still.
-        somebody = self._xen.somebody_at(self._domain.domid)
-        if somebody is not None:
-            detail = f"d{self._domain.domid} is left alone until {somebody} has ended"
-            return self._refuse_rest(planned, {}, RefusalReason.DOMAIN_BUSY, detail)
         record = JobRecord(
             domain=self._domain,
             shared_info=info.shared_info,
@@ -224,7 +219,7 @@ class ExchangeJob:
             mover.prepare(self._domain.domid, surveyed.plan)
             with _uncollected(), self._suspended():
                 self._move(mover, info, surveyed)
-        except _ResumedByOthers as error:
+        except _InUseByOthers as error:
             why = RefusalReason.DOMAIN_BUSY, str(error)
         except PortError as error:
             why = _reason_of(error)
@@ -240,12 +235,18 @@ class ExchangeJob:
                 job.set_aside()
         return self._verified(self._refuse_rest(planned, mover.results(), *why))
 
+    def _leave_to_others(self) -> None:
+        """Asked last, for all before takes long, but not when the guest stands still."""
+        somebody = self._xen.somebody_at(self._domain.domid)
+        if somebody is not None:
+            raise _InUseByOthers(f"d{self._domain.domid} is left alone until {somebody} has ended")
+
     def _move(self, mover: Mover, before: DomainInfo, surveyed: Surveyed) -> None:
         info = self._xen.condition(self._domain.domid)
         if info.identity != self._domain or info.dying:
             raise DomainGone(self._domain.domid)
         if info.shutdown is not ShutdownReason.SUSPEND:
-            raise _ResumedByOthers(f"d{self._domain.domid} was resumed by someone else")
+            raise _InUseByOthers(f"d{self._domain.domid} was resumed by someone else")
         mover.move(before, surveyed.plan, held=self._held.held, survey_seconds=surveyed.seconds)
 
     @contextmanager
@@ -351,8 +352,8 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-class _ResumedByOthers(Exception):
-    """The guest suspended itself for us, and does not stand still any more."""
+class _InUseByOthers(Exception):
+    """Somebody saves or migrates the guest, or has let it go that suspended itself for us."""
 
 
 def _reason_of(error: PortError) -> tuple[RefusalReason, str]:
