@@ -217,6 +217,7 @@ class ExchangeJob:
         why = RefusalReason.XEN_REFUSED, "the exchange was not reached; nothing was changed"
         try:
             mover.prepare(self._domain.domid, surveyed.plan)
+            self._leave_to_others()
             with _uncollected(), self._suspended():
                 self._move(mover, info, surveyed)
         except _InUseByOthers as error:
