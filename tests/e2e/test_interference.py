@@ -7,7 +7,8 @@ lives, it has its memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ PAUSE = ("xl pause it", "ended", "xl unpause it")
 SAVE = (f"xl save it {SAVED}", "asked", f"xl restore {SAVED}")
 # The empty word: the other side is started here, without ssh.
 MIGRATE = ("xl migrate -s '' it 'xl migrate-receive'", "asked", "")
+PIPE, SAVING = "/run/rig-guests/pipe", "/run/rig-guests/saving"
+END_SAVING = f"if [ -e {SAVING} ]; then kill $(cat {SAVING}); rm {SAVING}; fi"
 GONE = {"domain_gone"}
 BUSY = {"domain_busy", *GONE}
 
@@ -91,21 +94,28 @@ def test_a_guest_that_the_admin_is_saving_is_not_resumed_in_the_middle(host: Hos
     guest.assert_clean(migrated=True)
 
 
+@contextmanager
+def saving(host: Host) -> Iterator[None]:
+    """An xl that is to save the guest, and waits for whoever reads what it writes."""
+    host.run(
+        f"rm -f {PIPE}; mkfifo {PIPE}; xl save it {PIPE} > {SAVING}.log 2>&1 & echo $! > {SAVING}"
+    )
+    try:
+        yield
+    finally:
+        host.run(END_SAVING)
+
+
 def test_a_guest_that_an_xl_is_about_to_save_is_not_asked_until_that_has_ended(host: Host) -> None:
     guest = host.start_guest(spec())
     [mfn] = frames(host, "data", guest.domid, 1)
-    # It waits for a reader.
-    host.run(
-        "rm -f /tmp/pipe; mkfifo /tmp/pipe; xl save it /tmp/pipe > /tmp/said 2>&1 & "
-        "echo $! > /tmp/saving"
-    )
-    with running(host, POLICY.replace("attempts = 2", "attempts = 50")) as daemon:
+    with saving(host), running(host, POLICY.replace("attempts = 2", "attempts = 50")) as daemon:
         daemon.offline(mfn)
         page = daemon.wait_for(mfn, "waiting")
         assert page["reason"] == "domain_busy", page
-        assert "(xl save it /tmp/pipe)" in page["detail"], page
+        assert f"xl save it {PIPE})" in page["detail"], page
         assert daemon.metric("guest_blackout_seconds_count") == 0
-        host.run("kill $(cat /tmp/saving)")
+        host.run(END_SAVING)
         daemon.wait_for(mfn, "offlined")
     guest.wait_passes(1)
     guest.assert_clean()
