@@ -242,6 +242,26 @@ def test_a_record_in_a_file_is_as_good_as_one_in_memory(
     assert list(found.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "at", "after"), RECORDS)
+def test_what_a_job_that_is_killed_at_a_record_leaves_in_its_files_is_enough(
+    name: str,
+    at: int,
+    after: bool,  # noqa: FBT001 - a parameter of the test
+    tmp_path: Path,
+) -> None:
+    bench = Bench.build()
+    pfns = PAGES[name](bench.layout)
+    xen = FaultyHypervisor(bench.host)
+    left, found = tmp_path / "left", tmp_path / "found"
+    left.mkdir()
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*pfns), xen, MortalJournal(JobStore(left), xen, at, after=after))
+    shutil.copytree(left, found)
+    reports = bench.end_jobs(journal=JobStore(found))
+    assert_ended_well(bench, pfns, reports)
+    assert list(found.iterdir()) == []
+
+
 class DiesAmongTheSlots(FaultyHypervisor):
     """Is killed when it has written all contents, and some of the p2m slots."""
 
