@@ -50,6 +50,8 @@ class Exchanging:
         self._rest: list[UnfinishedJob] = []
         self._tries: Counter[DomainIdentity] = Counter()
         self._busy: dict[DomainIdentity, str] = {}
+        # Jobs not ended yet: a new one would suspend the guest for us, and the old one resume it.
+        self._unended: set[DomainIdentity] = set()
         self._next_try = 0.0
 
     def run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
@@ -57,6 +59,9 @@ class Exchanging:
         # numpy comes with it, which a daemon that has nothing to do need not hold.
         from pgofflined.exchanger import exchange
 
+        if domain in self._unended:
+            detail = f"what an earlier process left of an exchange in d{domain.domid} comes first"
+            return _refused(domain, mfns, RefusalReason.DOMAIN_BUSY, detail)
         policy = self._policy()
         try:
             report = exchange(
@@ -78,10 +83,7 @@ class Exchanging:
         except Exception:  # a fault in one job must not end the daemon of all other guests
             log.exception("the exchange for d%d failed by a fault of our own", domain.domid)
             detail = "a fault of our own, which the journal tells; please report it"
-            results = tuple(
-                Refusal(mfn=mfn, reason=RefusalReason.INTERNAL, detail=detail) for mfn in mfns
-            )
-            report = ExchangeReport(domain=domain, results=results, blackout=None)
+            report = _refused(domain, mfns, RefusalReason.INTERNAL, detail)
         return report
 
     def _marks_later(self, policy: ExchangePolicy) -> bool:
@@ -126,6 +128,7 @@ class Exchanging:
     def _recover(self, jobs: Sequence[UnfinishedJob]) -> tuple[RecoveryReport, ...]:
         self._next_try = self._clock.monotonic() + RECOVERY_SECONDS
         reports = []
+        self._unended.update(unfinished.record.domain for unfinished in jobs)
         for unfinished in jobs:
             report = self._recover_one(unfinished)
             domain = report.domain
@@ -141,6 +144,7 @@ class Exchanging:
                 self._tries[domain] += 1
                 self._rest.append(unfinished)
             else:
+                self._unended.discard(domain)
                 reports.append(report)
         return tuple(reports)
 
@@ -164,6 +168,13 @@ class Exchanging:
             return RecoveryReport(
                 domain=domain, outcome=outcome, detail=detail, stuck=detail if last else None
             )
+
+
+def _refused(
+    domain: DomainIdentity, mfns: tuple[Mfn, ...], reason: RefusalReason, detail: str
+) -> ExchangeReport:
+    results = tuple(Refusal(mfn=mfn, reason=reason, detail=detail) for mfn in mfns)
+    return ExchangeReport(domain=domain, results=results, blackout=None)
 
 
 def _tell(report: RecoveryReport) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from pgofflined.core.domains import ShutdownReason
+from pgofflined.core.outcomes import Exchanged, Refusal, RefusalReason
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanging import RECOVERY_SECONDS, RECOVERY_TRIES
 from pgofflined.ports import SuspendLimits
@@ -94,3 +95,24 @@ def test_tries_are_counted_only_where_something_was_tried() -> None:
         reports += work.recover_rest()
     assert [report.outcome for report in reports] == [Recovered.FINISHED]
     assert_ended_well(bench, PAGES["data"](bench.layout), reports)
+
+
+def test_no_exchange_begins_in_a_guest_before_what_was_left_of_another_is_ended() -> None:
+    bench = killed_asking(moment=Moment.BEFORE)
+    guest = bench.host.simulated(bench.domid)
+    guest.somebody = "process 5 (xl save)"
+    [mfn] = bench.mark(bench.layout.plain[7])
+    xen = FaultyHypervisor(bench.host)
+    work = bench.work(xen)
+    work.recover()
+    # The process ends, and a retry of a page comes before the next look at what was left.
+    guest.somebody = None
+    [refusal] = work.run(bench.identity, (mfn,)).results
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason is RefusalReason.DOMAIN_BUSY
+    assert "suspend" not in xen.trace.methods
+    bench.host.clock.wait(RECOVERY_SECONDS)
+    work.recover_rest()
+    [moved] = work.run(bench.identity, (mfn,)).results
+    assert isinstance(moved, Exchanged)
+    bench.assert_guest_runs_unharmed()
