@@ -149,10 +149,7 @@ class _StoredJob:
         self._kept: Group | None = None
 
     def keep(self, group: Group) -> None:
-        """Keep a group in place of the one before; what both have in common is not written again.
-
-        The contents of pages of earlier groups stay where they are until the job is closed.
-        """
+        """Keep a group in place of the one before; what is the same is not written again."""
         import numpy as np
 
         kept = self._kept
@@ -160,10 +157,8 @@ class _StoredJob:
         is_same = kept is not None and _is_same_plan(kept, group)
         if is_same and not changed.any():
             return
-        pages = [
-            (int(group.mfns[row]), _blob(group.contents[row]))
-            for row in np.flatnonzero(changed).tolist()
-        ]
+        rows = np.flatnonzero(changed).tolist()
+        pages = [(int(group.mfns[row]), _blob(group.contents[row])) for row in rows]
         # Should it fail, nothing is taken for kept.
         self._kept = None
         try:
@@ -242,13 +237,16 @@ def _changed(kept: Group, group: Group) -> Chosen:
     """Pages of a group whose contents are not those that were kept for their frames."""
     import numpy as np
 
-    if kept.contents is group.contents and _equal(kept.mfns, group.mfns):
-        return np.zeros(len(group), dtype=np.bool_)
+    from pgofflined.core.moves import differing
+
+    if _equal(kept.mfns, group.mfns):
+        same = kept.contents is group.contents
+        return np.zeros(len(group), np.bool_) if same else differing(kept.contents, group.contents)
     places = {mfn: place for place, mfn in enumerate(kept.mfns.tolist())}
     rows = np.array([places.get(mfn, -1) for mfn in group.mfns.tolist()], dtype=np.intp)
     changed: Chosen = rows < 0
     known = ~changed
-    changed[known] = (kept.contents[rows[known]] != group.contents[known]).any(axis=1)
+    changed[known] = differing(kept.contents[rows[known]], group.contents[known])
     return changed
 
 

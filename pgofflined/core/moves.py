@@ -24,6 +24,7 @@ _ADDRESS: Final = np.uint64(PTE_ADDR_MASK)
 _SHIFT: Final = np.uint64(PAGE_SHIFT)
 # What the processor itself sets in an entry; it tells nothing of what the entry maps.
 _SET_BY_PROCESSOR: Final = np.uint64(PTE_ACCESSED | PTE_DIRTY)
+_COMPARED_AT_ONCE: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +221,18 @@ def among(values: Frames, members: Frames) -> Chosen:
         return np.zeros(len(values), dtype=np.bool_)
     places = np.minimum(members.searchsorted(values), len(members) - 1)
     found: Chosen = members[places] == values
+    return found
+
+
+def differing(one: Words, other: Words) -> Chosen:
+    """Which rows of contents differ.
+
+    Some at a time: what is in between needs memory, and fresh memory costs more than comparing.
+    """
+    found = np.empty(len(one), dtype=np.bool_)
+    for start in range(0, len(one), _COMPARED_AT_ONCE):
+        some = slice(start, start + _COMPARED_AT_ONCE)
+        found[some] = (one[some] != other[some]).any(axis=1)
     return found
 
 

@@ -51,6 +51,10 @@ class Look:
 
     def __init__(self, xen: Hypervisor, domid: Domid, group: Group, others: FrameArray) -> None:
         """Map the group's frames and ``others``.  Raises PortError where one cannot be read."""
+        self.group = group
+        self.others = others
+        # A copy of the group's contents, made while nobody waited: new memory takes its time.
+        self.spare: Words | None = None
         # The group's own follow one another, and can be compared where they are.
         frames = np.concatenate([group.mfns, np.setdiff1d(others, group.mfns)])
         self._order = np.argsort(frames)
@@ -79,7 +83,10 @@ class Look:
         changed = self.differing(mfns, contents)
         if not changed.any():
             return contents
-        fresh = contents.copy()
+        if self.spare is not None and contents is self.group.contents:
+            fresh, self.spare = self.spare, None
+        else:
+            fresh = contents.copy()
         fresh[changed] = self.at(mfns[changed])
         return fresh
 
@@ -111,7 +118,9 @@ def look_at(xen: Hypervisor, domid: Domid, group: Group) -> Seen | None:
         return None
     look = Look(xen, domid, group, others)
     try:
-        return Seen(group=replace(group, contents=look.at(group.mfns)), look=look)
+        look.group = replace(group, contents=look.at(group.mfns))
+        look.spare = look.group.contents.copy()
+        return Seen(group=look.group, look=look)
     except BaseException:
         with suppress(PortError):
             look.close()
@@ -143,15 +152,17 @@ def check(
     if look is not None:
         looks.callback(look.close)
     refusals: dict[int, Refusal] = {}
-    involved = _involved(group)
+    is_known = look is not None and look.group is group
+    involved = look.others if look is not None and is_known else _involved(group)
     types = xen.page_types(domid, np.concatenate([group.mfns, involved]))
     _check_types(group, types[: len(group)], refusals)
     _check_grants(xen, domid, group, refusals)
     places = _check_places(group, involved, types[len(group) :], refusals)
-    group = group.only(_left(group, refusals))
+    group = _left(group, refusals)
     more: dict[int, Refusal] = {}
     if len(group):
-        look = _look(xen, domid, group, involved[places], look, looks)
+        if look is None or not is_known:
+            look = _look(xen, domid, group, involved[places], look, looks)
         group, more = _check_contents(group, look)
     if len(group) and group.kind.is_table:
         refusal = _refuse_table(xen, domid, group)
@@ -192,10 +203,13 @@ def _look(
     return fresh
 
 
-def _left(group: Group, refusals: dict[int, Refusal]) -> Chosen:
+def _left(group: Group, refusals: dict[int, Refusal]) -> Group:
+    """The group without the pages that are refused."""
+    if not refusals:
+        return group
     left = np.ones(len(group), dtype=np.bool_)
     left[list(refusals)] = False
-    return left
+    return group.only(left)
 
 
 def _check_types(group: Group, types: TypeArray, refusals: dict[int, Refusal]) -> None:
@@ -250,7 +264,7 @@ def _check_contents(group: Group, look: Look) -> tuple[Group, dict[int, Refusal]
         references=replace(references, values=values),
         contents=look.refreshed(group.mfns, group.contents),
     )
-    return fresh.only(_left(group, refusals)), refusals
+    return _left(fresh, refusals), refusals
 
 
 def _refuse_table(xen: Hypervisor, domid: Domid, group: Group) -> Refusal | None:

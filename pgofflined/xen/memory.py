@@ -12,6 +12,7 @@ import numpy as np
 
 from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import PAGE_SIZE, WORDS_PER_PAGE, Domid, Mfn
+from pgofflined.core.moves import differing
 from pgofflined.xen.abi.domctl import (
     GETPAGEFRAMEINFO3_MAX,
     GetPageFrameInfo3,
@@ -72,9 +73,9 @@ def _fill(domid: Domid, mfns: FrameArray, mapped: Words, contents: Words) -> Non
     count = len(mfns)
     source = contents[:count]
     ctypes.memmove(mapped.ctypes.data, source.ctypes.data, source.nbytes)
-    differing = np.flatnonzero((mapped[:count] != source).any(axis=1))
-    if len(differing):
-        mfn = int(mfns[differing[0]])
+    wrong = np.flatnonzero(differing(mapped[:count], source))
+    if len(wrong):
+        mfn = int(mfns[wrong[0]])
         raise PortError(f"mfn {mfn:#x} of d{domid} does not hold what was written to it")
 
 
@@ -107,10 +108,10 @@ class Window:
 
     def differing(self, rows: NDArray[np.intp], contents: Words) -> Chosen:
         """Which frames do not hold what they are thought to hold."""
-        differing = np.empty(len(rows), dtype=np.bool_)
+        found = np.empty(len(rows), dtype=np.bool_)
         for chosen, part, inside in self._split(rows):
-            differing[chosen] = (part[_in_one_piece(inside)] != contents[chosen]).any(axis=1)
-        return differing
+            found[chosen] = differing(part[_in_one_piece(inside)], contents[chosen])
+        return found
 
     def _split(
         self, rows: NDArray[np.intp]

@@ -269,6 +269,15 @@ def test_contents_of_pages_that_did_not_change_are_not_copied_again(bench: Bench
         assert seen.look.refreshed(group.mfns, known) is known
         assert np.array_equal(seen.look.refreshed(group.mfns, stale), known)
         assert seen.look.differing(group.mfns, stale).tolist() == [False, True, False]
+        word = np.array([0xFEED], dtype=np.uint64)
+        bench.host.frames.contents.write(int(group.mfns[2]), 7, word)
+        # Of the stale one again, which is not what the look has a copy of; then of that.
+        now = bench.host.read_frames(bench.domid, group.mfns)
+        assert np.array_equal(seen.look.refreshed(group.mfns, stale), now)
+        fresh = seen.look.refreshed(group.mfns, known)
+        assert np.array_equal(fresh, now)
+        assert fresh is not known
+        assert known[2, 7] != 0xFEED
 
 
 def test_a_group_is_kept_anew_where_an_entry_was_used_meanwhile(bench: Bench) -> None:
