@@ -26,7 +26,7 @@ GONE_REASONS = {
     "out_of_date": "between survey and suspend",
 }
 
-pytestmark = [pytest.mark.e2e, pytest.mark.hosts("intel-native-noservice")]
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.hosts("intel-native-noservice")]
 
 
 def own_pages(host: Host, guest: Guest) -> dict[int, int]:
