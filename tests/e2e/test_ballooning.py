@@ -13,7 +13,7 @@ from .rig.host import Host
 from .rig.waiting import wait_until
 from .test_exchange import TESTS, TRUE_REASONS, exchange_chosen
 
-SMALL, LARGE, WHOLE = 80, 92, 96
+SMALL, LARGE, WHOLE = 104, 120, 128
 """MiB; the checker leaves as much to the guest's kernel as it is to give back, and more."""
 
 ENOUGH, TURNS = "/run/rig-guests/enough", "/run/rig-guests/turns"
@@ -61,7 +61,7 @@ def exchange_some(
 
 
 def test_pages_of_a_guest_that_balloons_are_retired_or_refused_for_what_is_true(host: Host) -> None:
-    guest = host.start_guest(GuestSpec(name="pv", memory_mib=WHOLE, leave_mib=40))
+    guest = host.start_guest(GuestSpec(name="pv", memory_mib=WHOLE, leave_mib=48))
     before = own_pages(host, guest)
     balloon(host, guest, SMALL)
     after = own_pages(host, guest)
