@@ -82,13 +82,20 @@ def test_pages_of_a_guest_that_balloons_are_retired_or_refused_for_what_is_true(
     assert sum(row["outcome"] == "exchanged" for row in rows) >= 12, rows
     host.run(
         f"rm -f {ENOUGH} {TURNS}; (until [ -e {ENOUGH} ]; do "
-        f"xl mem-set pv {LARGE}m; xl mem-set pv {SMALL}m; echo >> {TURNS}; done) "
+        f"xl mem-set pv {LARGE}m; xl mem-set pv {SMALL}m; echo >> {TURNS}; done; "
+        f"rm {ENOUGH}) "
         "> /dev/null 2>&1 &"
     )
     try:
         rows = exchange_some(host, guest, after, 48)
     finally:
         host.run(["touch", ENOUGH])
+    # Its last turn would undo ours.
+    wait_until(
+        lambda: host.run(["test", "-e", ENOUGH], check=False).status,
+        timeout=30,
+        what="the admin to have done with it",
+    )
     assert len(host.read_text(TURNS)) > 1
     assert {row["outcome"] for row in rows} <= {"exchanged", *TRUE_REASONS, *GONE_REASONS}
     assert sum(row["outcome"] == "exchanged" for row in rows) >= 24, rows
