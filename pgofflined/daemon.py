@@ -34,6 +34,7 @@ from pgofflined.relocation import (
     choose_launcher,
     local_zone,
 )
+from pgofflined.saving import Saves
 from pgofflined.service import Service, World
 from pgofflined.serving import CannotListen
 from pgofflined.store import Store, StoreInUse, read_boot_id
@@ -72,6 +73,11 @@ class _NoRelocator:
     ) -> MigrationOutcome:
         """Migrate nothing."""
         del domain, name, target, time_limit
+        return NotMigrated(detail=self._reason)
+
+    async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
+        """Save nothing."""
+        del domain, directory
         return NotMigrated(detail=self._reason)
 
 
@@ -150,6 +156,7 @@ async def _serve(config_path: Path, policy: Policy, notifier: Notifier, clock: H
         store=store,
         journal=_journal(),
         notifier=notifier,
+        saves=Saves(read_boot_id()),
         source_opened=native.keep,
         source_broken=native.let_go,
     )

@@ -107,6 +107,11 @@ class SimulatedRelocator:
     def __init__(self, demo: DemoHost) -> None:
         self._host = demo.host
 
+    async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
+        """Save nothing: the demonstration's policy does not ask for it."""
+        del domain, directory
+        return NotMigrated(detail="guests of the simulated host are not saved")
+
     async def migrate(
         self, domain: DomainIdentity, name: str, target: str, time_limit: float
     ) -> MigrationOutcome:

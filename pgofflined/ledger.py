@@ -70,6 +70,10 @@ class Ledger:
             next_try=None,
         )
 
+    def to_relocation(self, mfn: Mfn) -> None:
+        """Give a page, whose owner is known, from the exchanges to the relocations."""
+        self._enter(mfn, phase=Phase.RELOCATION, next_try=None)
+
     def offlined(self, mfn: Mfn, detail: str) -> None:
         """The page is out of use: the aim."""
         tell(logging.WARNING, Event.PAGE_OFFLINED, f"is offline: {detail}", mfn)

@@ -147,6 +147,10 @@ class DomainControl(Protocol):
         """Take a request to suspend back that nobody has read; whether there was one."""
         ...
 
+    def serves(self, domid: Domid) -> str | None:
+        """What other domains need the domain for ("serves ..."); None for nothing known."""
+        ...
+
     def somebody_at(self, domid: Domid) -> str | None:
         """The process that saves or migrates the domain for somebody, in words; None for none."""
         ...

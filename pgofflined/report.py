@@ -24,9 +24,11 @@ def attention(
     stuck: Mapping[DomainIdentity, str],
     version: XenVersion,
     trouble: str | None,
+    saves: tuple[str, ...] = (),
 ) -> tuple[str, ...]:
     """What needs a person, the worst first."""
     lines = [f"d{domain.domid} does not run because of us: {why}" for domain, why in stuck.items()]
+    lines += saves
     damaged = [entry for entry in snapshot.pages if entry.reason == "damaged"]
     lines += [f"d{entry.domain.domid} lost mfn {entry.mfn:#x}" for entry in damaged if entry.domain]
     if snapshot.source.name is None:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable, Sequence
-from typing import Protocol, assert_never
+from typing import assert_never
 
 from pgofflined.aftercare import Aftercare
 from pgofflined.core.book import Cause, PageEntry, Phase
@@ -18,6 +18,7 @@ from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
+from pgofflined.core.ladder import HandOver, LookAgain, SaveRestore, TryAgain, next_rung
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import (
     Damaged,
@@ -25,7 +26,6 @@ from pgofflined.core.outcomes import (
     ExchangeReport,
     PageResult,
     Refusal,
-    RefusalReason,
 )
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
 from pgofflined.core.recovery import RecoveryReport
@@ -34,6 +34,7 @@ from pgofflined.exchanging import Exchanging
 from pgofflined.journal_log import event
 from pgofflined.ledger import Ledger, tell
 from pgofflined.ports import Clock, Hypervisor, Journal
+from pgofflined.takers import Exchanges, Nobody, Relocations
 from pgofflined.triage import (
     Disposition,
     Later,
@@ -51,34 +52,6 @@ log = logging.getLogger(__name__)
 # that cannot be asked may take longer.
 _SOON = Backoff(first=2.0, last=300.0)
 _ROUND = 256
-# Refusals after which the page has to be looked at afresh: its owner or its mark has changed.
-_LOOK_AGAIN = frozenset(
-    {RefusalReason.DOMAIN_GONE, RefusalReason.NOT_PENDING, RefusalReason.NOT_THE_DOMAINS}
-)
-
-
-class Exchanges(Protocol):
-    """Takes pages of PV domains."""
-
-    def submit(self, domain: DomainIdentity, name: str, mfn: Mfn) -> bool:
-        """Queue a page; False when there is no room."""
-        ...
-
-
-class Relocations(Protocol):
-    """Takes pages of HVM and PVH domains."""
-
-    def submit(self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn]) -> bool:
-        """Queue a domain for migration off pages; False when there is no room."""
-        ...
-
-
-class _Nobody:
-    """Takes no page: what stands in until ``connect``."""
-
-    def submit(self, domain: DomainIdentity, name: str, mfn: Mfn) -> bool:  # noqa: ARG002
-        """Take nothing."""
-        return False
 
 
 class Retirer:
@@ -114,7 +87,7 @@ class Retirer:
         self.idle_scrub = 0
         self._xen = xen
         self._clock = clock
-        self._exchanges: Exchanges = _Nobody()
+        self._exchanges: Exchanges = Nobody()
         self._relocations: Relocations | None = None
         self._wake = asyncio.Event()
         self._stopping = False
@@ -124,7 +97,7 @@ class Retirer:
         self._marks_are_safe = False
 
     def connect(self, exchanges: Exchanges, relocations: Relocations | None) -> None:
-        """Say who takes pages; ``relocations`` is None where the policy has no target."""
+        """Say who takes pages; ``relocations`` is None where the policy wants none."""
         self._exchanges = exchanges
         self._relocations = relocations
 
@@ -328,7 +301,7 @@ class Retirer:
                 f"goes when d{domain.domid} ends, restart that guest"
             )
             self.ledger.leave(mfn, "uncorrected", detail, marked=True)
-        elif self._relocations is None:
+        elif self._relocations is None or not self.policy.relocation.target:
             detail = (
                 "no migration is configured (relocation.target); it stays pending until "
                 f"d{domain.domid} ends or is migrated by hand"
@@ -383,13 +356,42 @@ class Retirer:
         tell(logging.WARNING, Event.PAGE_REFUSED, what, mfn, domid=domain.domid, job=job)
         entry = self.ledger.book.get(mfn)
         marked = self._marks_are_safe and (entry is None or entry.marked)
-        if reason in _LOOK_AGAIN:
-            self.ledger.wait(mfn, _SOON, reason.value, detail, marked=marked)
-        elif reason.may_pass:
-            retry = self.policy.exchange.retry
-            self.ledger.wait(mfn, retry, reason.value, detail, marked=marked)
+        tries = 1 if entry is None else entry.attempts + 1
+        rung = next_rung(reason, tries, self.policy, marked=marked)
+        match rung:
+            case LookAgain():
+                self.ledger.wait(mfn, _SOON, reason.value, detail, marked=marked)
+            case TryAgain():
+                retry = self.policy.exchange.retry
+                self.ledger.wait(mfn, retry, reason.value, detail, marked=marked)
+            case SaveRestore():
+                self._to_save(mfn, domain, refusal)
+            case HandOver():
+                self.ledger.leave(mfn, reason.value, detail, marked=marked)
+            case _:
+                assert_never(rung)
+
+    def _to_save(self, mfn: Mfn, domain: DomainIdentity, refusal: Refusal) -> None:
+        """Have a PV guest saved and restored, for its page cannot be exchanged."""
+        entry = self.ledger.book.get(mfn)
+        name = "" if entry is None else entry.domain_name
+        reason, detail = refusal.reason.value, refusal.detail
+        answer = domain_allowed(self.policy.domains, name, domain.uuid)
+        if isinstance(answer, Denied):
+            self.ledger.leave(mfn, reason, f"{detail}; {answer.reason}", marked=True)
+        elif self._poison_in_use:
+            detail = (
+                f"{detail}; a page of this host has an uncorrected error that a save might read"
+            )
+            self.ledger.leave(mfn, reason, detail, marked=True)
+        elif self._relocations is not None and self._relocations.submit(
+            domain, name, (mfn,), by_saving=True
+        ):
+            what = f"was not exchanged, and d{domain.domid} is to be saved and restored: {detail}"
+            tell(logging.WARNING, Event.PAGE_MARKED, what, mfn, domid=domain.domid)
+            self.ledger.to_relocation(mfn)
         else:
-            self.ledger.leave(mfn, reason.value, detail, marked=marked)
+            self._queue_full(mfn, "migrations", marked=True)
 
     def _note_freed_dirty(self) -> None:
         """Count what leaves an idle CPU searching (xen/common/page_alloc.c, scrub_free_pages)."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import tzinfo
 from typing import NoReturn
 
@@ -39,6 +39,7 @@ from pgofflined.ports import Clock, Hypervisor, Journal, TelemetrySource
 from pgofflined.relocation import Links, RelocationService, Relocator
 from pgofflined.report import attention, policy_digest
 from pgofflined.retiring import Retirer
+from pgofflined.saving import Saves
 from pgofflined.store import Store
 from pgofflined.triage import find_pv_owner
 
@@ -69,6 +70,7 @@ class World:
     store: Store
     journal: Journal
     notifier: Notifier
+    saves: Saves = field(default_factory=Saves)
     source_opened: Callable[[TelemetrySource], None] = lambda _source: None
     source_broken: Callable[[TelemetrySource], None] = lambda _source: None
 
@@ -85,6 +87,12 @@ class _Counted:
     ) -> MigrationOutcome:
         """Migrate, and count what came of it."""
         outcome = await self._inner.migrate(domain, name, target, time_limit)
+        self._metrics.observe_migration(outcome)
+        return outcome
+
+    async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
+        """Save and restore, and count what came of it."""
+        outcome = await self._inner.save_and_restore(domain, directory)
         self._metrics.observe_migration(outcome)
         return outcome
 
@@ -134,14 +142,17 @@ class Service:
             links=world.links,
             clock=world.clock,
             zone=world.zone,
+            saves=world.saves,
             finished=self._relocation_finished,
         )
+        self._saves: tuple[str, ...] = ()
         self._connect(policy)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set, then end what is under way and come back."""
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
+        await asyncio.to_thread(self._look_for_saves)
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
             intake = tasks.create_task(self._listen(), name="intake")
             work = [
@@ -229,6 +240,7 @@ class Service:
                 stuck=self.retirer.aftercare.stuck,
                 version=self._xen_version,
                 trouble=self._world.store.trouble,
+                saves=self._saves,
             ),
         )
 
@@ -256,8 +268,18 @@ class Service:
     # Inner workings.
 
     def _connect(self, policy: Policy) -> None:
-        migrates = policy.relocation.enabled and bool(policy.relocation.target)
-        self.retirer.connect(self.pool, self.relocation if migrates else None)
+        wanted = policy.relocation.target or policy.relocation.save_restore
+        relocates = policy.relocation.enabled and bool(wanted)
+        self.retirer.connect(self.pool, self.relocation if relocates else None)
+
+    def _look_for_saves(self) -> None:
+        """Tell of saves that an earlier daemon began; whether they go on or not, none is ours."""
+        try:
+            self._saves = self._world.saves.left_over(self._world.xen.domains())
+        except PortError as error:
+            self._saves = (str(error),)
+        for line in self._saves:
+            event(log, logging.CRITICAL, Event.GUEST_STUCK, line)
 
     def _load_history(self) -> History:
         retire = self.policy.retire

@@ -118,10 +118,11 @@ class ExchangePolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelocationPolicy:
-    """How HVM and PVH domains are migrated off their bad pages.
+    """How domains are taken off bad pages that cannot be moved in place.
 
-    ``target`` is empty (migrate nowhere), ``localhost`` or another host.  With no maintenance
-    window migrations may start at any time.
+    HVM and PVH domains are migrated; PV domains, with ``save_restore``, are saved into a file in
+    ``save_directory`` and restored.  ``target`` is empty (migrate nowhere), ``localhost`` or
+    another host.  With no maintenance window either may start at any time.
     """
 
     enabled: bool = True
@@ -134,6 +135,8 @@ class RelocationPolicy:
     attempts: int = 10
     maintenance_windows: tuple[MaintenanceWindow, ...] = ()
     ssh_command: str = "ssh"
+    save_restore: bool = False
+    save_directory: str = "/var/lib/pgofflined/saves"
     free_memory_reserve: int = field(default=256 << 20, metadata=_BYTES)
 
     @property

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.frames import PAGE_SHIFT, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import RelocationPolicy
 from pgofflined.core.relocation_outcomes import RelocationReason
+from pgofflined.core.saves import SaveFacts
 from pgofflined.core.xenversion import XenVersion
+
+# Bytes of a save besides the memory: page types, vCPUs' state, the configuration.
+_SAVE_MARGIN: Final = 64 << 20
 
 
 class Hindrance(StrEnum):
@@ -23,6 +28,7 @@ class Hindrance(StrEnum):
     LINK_DOWN = "link_down"
     NO_FREE_MEMORY = "no_free_memory"
     DOMAIN_BUSY = "domain_busy"
+    NO_DISK_SPACE = "no_disk_space"
     CANNOT_ASK_XEN = "cannot_ask_xen"
 
     @property
@@ -59,7 +65,8 @@ class MigrationFacts:
 
     ``domain`` is None when it is gone.  ``twins`` are other domains with its uuid: the receiving
     half of a migration that is under way, or what a failed one left.  ``somebody`` is a process
-    that saves or migrates it.  ``way`` is None for a migration to this host.
+    that saves or migrates it.  ``way`` is None for a migration to this host.  ``save`` is there for
+    a PV domain that is to be saved and restored instead.
     """
 
     domain: DomainInfo | None
@@ -69,6 +76,7 @@ class MigrationFacts:
     free_frames: int
     way: Way | None
     somebody: str | None = None
+    save: SaveFacts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +125,14 @@ def _look_at_policy(
             reason=RelocationReason.DISABLED,
             detail="migrating guests is switched off (relocation.enabled = false)",
         )
-    if not policy.target:
+    if facts.save is not None:
+        if not policy.save_restore:
+            return Never(
+                reason=RelocationReason.DISABLED,
+                detail="saving and restoring PV guests is switched off "
+                f"(relocation.save_restore = false); its pages stay until d{job.domid} restarts",
+            )
+    elif not policy.target:
         return Never(
             reason=RelocationReason.NO_TARGET,
             detail="relocation.target names no host to migrate to; its pages stay pending until "
@@ -169,7 +184,7 @@ def _look_at_domain(
             reason=RelocationReason.DOMAIN_GONE,
             detail=f"d{job.domid} has ended, and its pages go with it",
         )
-    if domain.kind is GuestKind.PV or domain.is_dom0:
+    if domain.is_dom0 or (domain.kind is GuestKind.PV) is not (facts.save is not None):
         return Never(
             reason=RelocationReason.NOT_HVM,
             detail=f"d{job.domid} is no HVM or PVH guest, and only those are migrated",
@@ -195,6 +210,8 @@ def _look_at_domain(
 def _look_at_target(
     job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
 ) -> Never | NotNow | None:
+    if facts.save is not None:
+        return _look_at_save(job, facts, facts.save, policy)
     way = facts.way
     if way is None:
         return _look_at_memory(job, facts, policy)
@@ -211,6 +228,46 @@ def _look_at_target(
         return NotNow(
             hindrance=Hindrance.LINK_DOWN,
             detail=f"the way to {policy.target} is {way.interface}, which {state}",
+        )
+    return None
+
+
+def _look_at_save(
+    job: DomainIdentity, facts: MigrationFacts, save: SaveFacts, policy: RelocationPolicy
+) -> Never | NotNow | None:
+    """Whether a PV guest can be saved, and restored with certainty as far as that can be told."""
+    if facts.domain is None:
+        return None
+    domid = job.domid
+    problem = None
+    if save.serves is not None:
+        problem = f"d{domid} {save.serves}, and others would fail while it is away"
+    elif not save.has_config:
+        problem = (
+            f"xl does not know how d{domid} was configured, so that it could not restore it; "
+            "whoever has created it can save and restore it"
+        )
+    if problem is not None:
+        return Never(reason=RelocationReason.NOT_SAVABLE, detail=problem)
+    if save.unfinished is not None:
+        return _busy(f"an earlier save of d{domid} is not ended, see {save.unfinished}")
+    if save.trouble is not None:
+        return NotNow(hindrance=Hindrance.NO_DISK_SPACE, detail=save.trouble)
+    needed = (facts.domain.max_pages << PAGE_SHIFT) + _SAVE_MARGIN
+    if save.free < needed:
+        return NotNow(
+            hindrance=Hindrance.NO_DISK_SPACE,
+            detail=f"saving d{domid} takes {needed >> 20} MiB, and {policy.save_directory} "
+            f"(relocation.save_directory) has {save.free >> 20} MiB",
+        )
+    # Its own memory comes free; this is for what it had given back, and for the toolstack.
+    spare = max(0, facts.domain.max_pages - facts.domain.tot_pages)
+    reserve = -(-policy.free_memory_reserve >> PAGE_SHIFT)
+    if facts.free_frames < spare + reserve:
+        return NotNow(
+            hindrance=Hindrance.NO_FREE_MEMORY,
+            detail=f"{_mebibytes(spare + reserve)} are to be free for d{domid} to be restored with "
+            f"certainty, but only {_mebibytes(facts.free_frames)} are",
         )
     return None
 

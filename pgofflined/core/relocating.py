@@ -28,6 +28,8 @@ _LINK_SETTLES: Final = 1.0
 class RelocationJob:
     """One domain.
 
+    ``by_saving``: it is a PV domain, to be saved and restored.  Its memory is free in between and
+    must not be given away, so that this is done while no other job runs.
     ``due`` is when it may be looked at (again).  ``attempts`` counts migrations that were
     started, ``deferrals`` how often in a row it was found hindered.
     """
@@ -36,6 +38,7 @@ class RelocationJob:
     domain: DomainIdentity
     name: str
     mfns: frozenset[Mfn]
+    by_saving: bool
     since: float
     due: float
     running: bool = False
@@ -83,7 +86,13 @@ class RelocationQueue:
                 self._put(replace(job, due=now, deferrals=0))
 
     def submit(
-        self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn], now: float
+        self,
+        domain: DomainIdentity,
+        name: str,
+        mfns: Iterable[Mfn],
+        now: float,
+        *,
+        by_saving: bool = False,
     ) -> RelocationJob | None:
         """Add pages to the domain's job, or a job for the domain; None when there is no room.
 
@@ -102,6 +111,7 @@ class RelocationQueue:
                 domain=domain,
                 name=name,
                 mfns=frozenset(mfns),
+                by_saving=by_saving,
                 since=now,
                 due=now,
             )
@@ -113,9 +123,8 @@ class RelocationQueue:
 
     def take(self, now: float) -> RelocationJob | None:
         """The job to look at now, which has a slot from here on; None when there is none."""
-        running = sum(job.running for job in self._jobs.values())
         due = [job for job in self._resting() if job.due <= now]
-        if not due or running >= self._policy.parallel:
+        if not due or self._is_full() or self._waits_to_be_alone(due):
             return None
         opening = self._opening(now)
         if opening > now:
@@ -190,7 +199,8 @@ class RelocationQueue:
 
     def next_event(self, now: float) -> float | None:
         """When ``take`` is to be called again; None: not before something else happens."""
-        if sum(job.running for job in self._jobs.values()) >= self._policy.parallel:
+        due = [job for job in self._resting() if job.due <= now]
+        if self._is_full() or self._waits_to_be_alone(due):
             return None
         times = [job.due for job in self._resting()]
         return max(now, min(times)) if times else None
@@ -223,6 +233,18 @@ class RelocationQueue:
         # An opening in the past or present comes back as the local time itself, which is rounded
         # to microseconds: turned back into seconds it might lie a little after now.
         return now if opening == local else opening.timestamp()
+
+    def _running(self) -> list[RelocationJob]:
+        return [job for job in self._jobs.values() if job.running]
+
+    def _is_full(self) -> bool:
+        running = self._running()
+        return len(running) >= self._policy.parallel or any(job.by_saving for job in running)
+
+    def _waits_to_be_alone(self, due: list[RelocationJob]) -> bool:
+        """Whether the next job has to wait for those that run; none overtakes it meanwhile."""
+        first = min(due, key=lambda job: job.number, default=None)
+        return first is not None and first.by_saving and bool(self._running())
 
     def _resting(self) -> list[RelocationJob]:
         return [job for job in self._jobs.values() if not job.running]

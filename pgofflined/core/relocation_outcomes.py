@@ -18,6 +18,7 @@ class RelocationReason(StrEnum):
     XEN_FREE_LISTS = "xen_free_lists"
     DOMAIN_GONE = "domain_gone"
     NOT_HVM = "not_hvm"
+    NOT_SAVABLE = "not_savable"
     BROKEN = "broken"
     NOT_PENDING = "not_pending"
     GAVE_UP = "gave_up"

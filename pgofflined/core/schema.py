@@ -175,6 +175,18 @@ def _socket_path(untrusted_value: object) -> str:
     return path
 
 
+_DIRECTORY_ALLOWED: Final = "an absolute path without blanks, such as /var/lib/pgofflined/saves"
+# It stands in commands that people are told to type.
+_DIRECTORY: Final = re.compile(r"(?:/[A-Za-z0-9_.+@:-]+)+", re.ASCII)
+
+
+def _directory(untrusted_value: object) -> str:
+    path = _text(untrusted_value, _DIRECTORY_ALLOWED)
+    if not _DIRECTORY.fullmatch(path) or ".." in path.split("/"):
+        raise Invalid(_DIRECTORY_ALLOWED)
+    return path
+
+
 _LISTEN_ALLOWED: Final = (
     '"ADDRESS:PORT" such as "127.0.0.1:9709" or "[::1]:9709", "unix:/PATH", or "off"'
 )
@@ -244,6 +256,8 @@ SECTIONS: Final[Mapping[str, Mapping[str, Reader]]] = {
             lambda value: _parsed(value, parse_window, _WINDOWS_ALLOWED), _WINDOWS_ALLOWED
         ),
         "ssh_command": _command,
+        "save_restore": _flag,
+        "save_directory": _directory,
         "free_memory_reserve": _size,
     },
     "sources": {

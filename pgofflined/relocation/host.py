@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, assert_never
 
 from pgofflined.core.aftermath import (
@@ -20,7 +21,9 @@ from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import MigrationFacts, Way
+from pgofflined.core.saves import SaveFacts
 from pgofflined.core.xenversion import XenVersion
+from pgofflined.saving import Saves
 
 
 class Host(Protocol):
@@ -48,6 +51,10 @@ class Host(Protocol):
 
     def somebody_at(self, domid: Domid) -> str | None:
         """The process that saves or migrates the domain for somebody; None for none."""
+        ...
+
+    def serves(self, domid: Domid) -> str | None:
+        """What other domains need the domain for ("serves ..."); None for nothing known."""
         ...
 
     def resume(self, domid: Domid) -> None:
@@ -83,15 +90,29 @@ class Care:
 class MigrationHost:
     """Questions to a host, each answered at one go."""
 
-    def __init__(self, xen: Host) -> None:
+    def __init__(self, xen: Host, saves: Saves | None = None) -> None:
         self._xen = xen
+        self._saves = saves if saves is not None else Saves()
 
-    def facts(self, domain: DomainIdentity, mfns: Iterable[Mfn], way: Way | None) -> MigrationFacts:
-        """What decides whether a domain may be migrated now.  Raises PortError."""
+    def facts(
+        self,
+        domain: DomainIdentity,
+        mfns: Iterable[Mfn],
+        way: Way | None,
+        save_directory: Path | None = None,
+    ) -> MigrationFacts:
+        """What decides whether a domain may be migrated now.  Raises PortError.
+
+        With ``save_directory``, whether it may be saved there and restored.
+        """
         states = {mfn: self._xen.query(mfn) for mfn in sorted(mfns)}
         free_frames = self._xen.free_frames()
         version = self._xen.version()
         info, twins = self._find(domain)
+        save: SaveFacts | None = None
+        if save_directory is not None:
+            serves = None if info is None else self._xen.serves(info.domid)
+            save = self._saves.facts(domain, save_directory, serves)
         return MigrationFacts(
             domain=info,
             twins=twins,
@@ -100,6 +121,7 @@ class MigrationHost:
             free_frames=free_frames,
             way=way,
             somebody=None if info is None else self._xen.somebody_at(info.domid),
+            save=save,
         )
 
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:

@@ -15,6 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable
 from datetime import tzinfo
 from functools import partial
+from pathlib import Path
 from typing import Protocol, TypeVar, assert_never
 
 from pgofflined.core.domains import DomainIdentity
@@ -48,6 +49,7 @@ from pgofflined.journal_log import event
 from pgofflined.ports import Clock
 from pgofflined.relocation.host import Host, MigrationHost, Settled
 from pgofflined.relocation.links import Links
+from pgofflined.saving import Saves
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +84,17 @@ class Relocator(Protocol):
         """
         ...
 
+    async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
+        """Save a PV guest into a file in a directory and restore it on this host.
+
+        The same holds.  ``NotMigrated`` says that the guest was seen to run on; after ``InDoubt``
+        only a person may go on.
+        """
+        ...
+
 
 class RelocationService:
-    """Migrates HVM and PVH guests off their bad pages, as the policy allows.
+    """Takes guests off bad pages that are not moved in place, as the policy allows.
 
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
     """
@@ -101,10 +111,11 @@ class RelocationService:
         finished: Finished,
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
+        saves: Saves | None = None,
         stop_grace: float = 20.0,
     ) -> None:
         self._queue = RelocationQueue(policy, zone)
-        self._host = MigrationHost(xen)
+        self._host = MigrationHost(xen, saves)
         self._relocator = relocator
         self._links = links
         self._clock = clock
@@ -116,9 +127,12 @@ class RelocationService:
         self._link_changes = 0
         self._examining = 0
 
-    def submit(self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn]) -> bool:
-        """Queue a domain for migration off pages; False when there is no room."""
-        job = self._queue.submit(domain, name, mfns, self._clock.now())
+    def submit(
+        self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn], *, by_saving: bool = False
+    ) -> bool:
+        """Queue a domain to be taken off pages; False when there is no room."""
+        now = self._clock.now()
+        job = self._queue.submit(domain, name, mfns, now, by_saving=by_saving)
         self._wake.set()
         return job is not None
 
@@ -163,7 +177,10 @@ class RelocationService:
         verdict = await self._examine(domain)
         match verdict:
             case Go():
-                await self._migrate(domain)
+                if self._queue.job(domain).by_saving:
+                    await self._save_and_restore(domain)
+                else:
+                    await self._migrate(domain)
             case NothingLeft():
                 await self._settle(domain, Migrated(), 0.0)
             case NotNow(hindrance=hindrance, detail=detail):
@@ -180,15 +197,17 @@ class RelocationService:
 
     async def _examine(self, domain: DomainIdentity) -> PreMigration:
         policy = self._queue.policy
+        job = self._queue.job(domain)
         way: Way | None = None
         self._examining += 1
         try:
-            if policy.target and not policy.is_local:
+            if policy.target and not policy.is_local and not job.by_saving:
                 # Watched first, so that nothing that changes from here on is missed.
                 self._links.watch(self._link_changed)
                 way = await self._links.way(policy.target)
             mfns = self._queue.job(domain).mfns
-            facts = await self._in_thread(partial(self._host.facts, domain, mfns, way))
+            directory = Path(policy.save_directory) if job.by_saving else None
+            facts = await self._in_thread(partial(self._host.facts, domain, mfns, way, directory))
         except PortError as error:
             return NotNow(hindrance=Hindrance.CANNOT_ASK_XEN, detail=str(error))
         finally:
@@ -218,6 +237,33 @@ class RelocationService:
                 await self._settle(domain, outcome, seconds)
             case NotMigrated() | InDoubt():
                 await self._after_failure(domain, policy.target, outcome, seconds)
+            case _:
+                assert_never(outcome)
+
+    async def _save_and_restore(self, domain: DomainIdentity) -> None:
+        policy = self._queue.policy
+        job = self._queue.started(domain)
+        self._queue.note(domain, f"is being saved into {policy.save_directory} and restored")
+        event(
+            log,
+            logging.WARNING,
+            Event.SAVE_BEGUN,
+            f"d{domain.domid} is being saved into {policy.save_directory} and restored, off "
+            f"{len(job.mfns)} bad pages that cannot be exchanged, try {job.attempts}",
+            domid=domain.domid,
+            job=job.label,
+        )
+        start = self._clock.monotonic()
+        outcome = await self._let_finish(
+            self._relocator.save_and_restore(domain, policy.save_directory)
+        )
+        match outcome:
+            case Migrated():
+                await self._settle(domain, outcome, self._clock.monotonic() - start)
+            case NotMigrated(detail=detail):
+                self._retry(domain, detail)
+            case InDoubt(detail=detail):
+                self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=detail)
             case _:
                 assert_never(outcome)
 

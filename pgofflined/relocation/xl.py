@@ -6,20 +6,25 @@ import asyncio
 import logging
 import re
 import shlex
-from collections.abc import Awaitable, Callable
-from pathlib import PurePath
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path, PurePath
 from secrets import token_hex
 from typing import Any, Final
 
 from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
 from pgofflined.core.relocation_outcomes import InDoubt, Migrated, MigrationOutcome, NotMigrated
 from pgofflined.relocation.processes import Found, Launcher, Run
 from pgofflined.relocation.transcript import Stage, Transcript
+from pgofflined.saving import NOTES, unfinished_save
 
 log = logging.getLogger(__name__)
 
 LOCALHOST: Final = "localhost"
+# Isolated: nothing that lies about where the daemon was started is imported as root.
+MOVER: Final = (sys.executable, "-I", "-m", "pgofflined.mover")
 
 # xl hands host and ssh command to a shell and to ssh, so no blank, no shell character and no
 # leading dash: a host name or address, with a user in front of it at most.
@@ -46,8 +51,12 @@ class XlRelocator:
         sleep: Callable[[float], Awaitable[None]],
         ssh_command: Callable[[], str] = lambda: "ssh",
         xl: str = "xl",
+        mover: Sequence[str] = MOVER,
+        notes: Path = NOTES,
     ) -> None:
         """``ssh_command`` gives what the policy says at the moment."""
+        self._mover = mover
+        self._notes = notes
         self._launcher = launcher
         self._sleep = sleep
         self._ssh_command = ssh_command
@@ -98,6 +107,40 @@ class XlRelocator:
                 f"interpret, so d{domid} stays; put such things into ssh's configuration file"
             )
         return [self._xl, "migrate", "-s", ssh, str(domid), target]
+
+    async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
+        """Save a PV guest and restore it, by ``pgofflined.mover``; comes back when that has ended.
+
+        Cancelled, it leaves that to finish by itself.
+        """
+        transcript = Transcript()
+        unit = f"pgofflined-save-{domain.domid}-{token_hex(4)}"
+        argv = [*self._mover, str(domain.domid), str(domain.uuid), directory]
+        try:
+            run = Run(argv, unit, self._launcher, transcript.feed)
+        except OSError as error:
+            return NotMigrated(detail=f"{argv[0]} cannot be started: {error}")
+        try:
+            status = await run.ended()
+        except asyncio.CancelledError:
+            log.warning("the save of d%d goes on without us (process %d)", domain.domid, run.pid)
+            raise
+        finally:
+            run.close()
+        return self._saved(domain, status, transcript)
+
+    def _saved(
+        self, domain: DomainIdentity, status: int, transcript: Transcript
+    ) -> MigrationOutcome:
+        if status == 0:
+            return Migrated()
+        detail = f"saving and restoring failed: {transcript.last_words()}"
+        try:
+            note = unfinished_save(domain.uuid, self._notes)
+        except PortError as error:
+            return InDoubt(detail=f"{detail}; {error}")
+        # A note is written before anything is done, and removed when the guest was seen to run.
+        return NotMigrated(detail=detail) if note is None else InDoubt(detail=detail)
 
     async def _watch(
         self, run: Run, transcript: Transcript, domid: Domid, time_limit: float

@@ -104,6 +104,12 @@ class SimulatedDomainControl(HostState):
         with self.call("processes", domid):
             return self.simulated(domid).somebody
 
+    def serves(self, domid: Domid) -> str | None:
+        """No guest here serves another."""
+        with self.call("xs_read", domid):
+            self.simulated(domid)
+            return None
+
     def vcpu_frames(self, domid: Domid) -> VcpuFrames:
         """XEN_DOMCTL_getvcpucontext of every vCPU."""
         with self.call("getvcpucontext", domid):

@@ -194,6 +194,10 @@ class FaultyHypervisor:
         """See ``ports.DomainControl``."""
         return self._call("withdraw_suspend", (domid,), lambda: self.inner.withdraw_suspend(domid))
 
+    def serves(self, domid: Domid) -> str | None:
+        """What it is needed for."""
+        return self._call("serves", (domid,), lambda: self.inner.serves(domid))
+
     def somebody_at(self, domid: Domid) -> str | None:
         """See ``ports.DomainControl``."""
         return self._call("somebody_at", (domid,), lambda: self.inner.somebody_at(domid))

@@ -79,6 +79,22 @@ class Domains:
         with self._stores() as store:
             return store.read(_name_path(domid)) or b""
 
+    def serves(self, domid: Domid) -> str | None:
+        """What other domains need the domain for; None for nothing known.
+
+        By docs/misc/xenstore-paths.pandoc: backends are below ``backend``, ``target`` is the domain
+        whose devices a stub domain emulates, and xenstored's own domain is in ``/tool/xenstored``.
+        """
+        with self._stores() as store:
+            if store.read(f"/local/domain/{domid}/backend") is not None:
+                return "serves devices to other domains"
+            target = store.read(f"/local/domain/{domid}/target")
+            if target is not None:
+                return "emulates the devices of another domain"
+            if store.read("/tool/xenstored/domid") == str(int(domid)).encode():
+                return "runs xenstored"
+        return None
+
     def condition(self, domid: Domid) -> DomainInfo:
         """One domain without its name, which takes xenstore.  Raises DomainGone."""
         return _decode(self.state(domid), "")

@@ -13,6 +13,7 @@ from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import SuspendLimits, Swapped, VcpuFrames
+from pgofflined.saving import unfinished_save
 from pgofflined.xen.control import Control, probe_interface, read_version
 from pgofflined.xen.domains import Domains
 from pgofflined.xen.frames import Frames
@@ -141,8 +142,15 @@ class XenHypervisor:
         return self._suspension.withdraw(domid)
 
     def somebody_at(self, domid: Domid) -> str | None:
-        """The process that saves or migrates a domain for somebody."""
+        """The process that saves or migrates a domain for somebody, or a save that is not ended."""
+        note = unfinished_save(self._domains.condition(domid).uuid)
+        if note is not None:
+            return f"a save of it, which is noted in {note},"
         return somebody_at(domid, self._domains.name_in_store(domid))
+
+    def serves(self, domid: Domid) -> str | None:
+        """What other domains need a domain for."""
+        return self._domains.serves(domid)
 
     def resume(self, domid: Domid) -> None:
         """Let a suspended guest run on."""

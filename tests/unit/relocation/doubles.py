@@ -102,6 +102,7 @@ class FakeHost:
         self.resumed: list[int] = []
         self.resume_works = True
         self.somebody: str | None = None
+        self.serving: str | None = None
 
     def add(self, info: DomainInfo, *mfns: int) -> DomainInfo:
         self.guests[info.domid] = info
@@ -153,6 +154,10 @@ class FakeHost:
         assert domid in self.guests
         return self.somebody
 
+    def serves(self, domid: Domid) -> str | None:
+        assert domid in self.guests
+        return self.serving
+
     def resume(self, domid: Domid) -> None:
         assert self.domain(domid).shutdown is ShutdownReason.SUSPEND
         self.resumed.append(domid)
@@ -190,7 +195,12 @@ class FakeRelocator:
         self, domain: DomainIdentity, name: str, target: str, time_limit: float
     ) -> MigrationOutcome:
         del name
-        call = Call(domain, target, time_limit)
+        return await self._go_on(Call(domain, target, time_limit))
+
+    async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
+        return await self._go_on(Call(domain, directory, 0.0))
+
+    async def _go_on(self, call: Call) -> MigrationOutcome:
         self.calls.append(call)
         try:
             return await call.outcome

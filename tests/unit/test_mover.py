@@ -1,0 +1,286 @@
+"""The process that saves a guest and restores it: whatever xl does, and wherever it is killed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from uuid import UUID
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
+from pgofflined.core.errors import PortError
+from pgofflined.core.frames import Domid
+from pgofflined.core.saves import SaveNote, SavePhase
+from pgofflined.mover import Mover, StaysError, UnclearError
+from pgofflined.saving import Saves, note_path, write_note
+
+from .relocation.doubles import guest
+
+UNIT = 7
+IDENTITY = DomainIdentity(Domid(UNIT), UUID(int=UNIT))
+
+
+class Killed(BaseException):
+    """SIGKILL, at the call where it is raised."""
+
+
+class World:
+    """A host with one guest, its directories, and an xl that does as it is told."""
+
+    def __init__(self, root: Path) -> None:
+        self.files = root / "files"
+        self.notes = root / "notes"
+        self.jobs = root / "jobs"
+        for path in (self.files, self.notes, self.jobs):
+            path.mkdir(mode=0o700)
+        self.guests = [guest(0, uuid=0, kind=GuestKind.PV), guest(UNIT, kind=GuestKind.PV)]
+        self.file = self.files / f"{IDENTITY.uuid}.state"
+        self.is_whole = False
+        self.save = "works"
+        self.restores = ["works"]
+        self.calls: list[str] = []
+        self.somebody: str | None = None
+        self.serving: str | None = None
+        self.kill_at: int | None = None
+        self.looks_fail = False
+        self._steps = 0
+
+    def step(self) -> None:
+        """A call to the outside, at which the process may be killed."""
+        if self._steps == self.kill_at:
+            raise Killed
+        self._steps += 1
+
+    def alive(self) -> list[DomainInfo]:
+        return [one for one in self.guests if one.uuid == IDENTITY.uuid and not one.dying]
+
+    def runs(self) -> bool:
+        return [one.paused or one.shutdown is not None for one in self.alive()] == [False]
+
+    def domains(self) -> Sequence[DomainInfo]:
+        self.step()
+        if self.looks_fail and self.calls:
+            raise PortError("Xen does not answer")
+        return tuple(self.guests)
+
+    def somebody_at(self, domid: Domid) -> str | None:
+        assert domid == UNIT
+        return self.somebody
+
+    def serves(self, domid: Domid) -> str | None:
+        assert domid == UNIT
+        return self.serving
+
+    def change(self, **changes: object) -> None:
+        self.guests[-1] = replace(self.guests[-1], **changes)  # type: ignore[arg-type]
+
+    def run_xl(self, arguments: Sequence[str]) -> int:
+        self.step()
+        self.calls.append(arguments[0])
+        status = self._save() if arguments[0] == "save" else self._restore(arguments[1])
+        self.step()
+        return status
+
+    def _save(self) -> int:
+        [domain] = self.alive()
+        assert domain.domid == UNIT
+        match self.save:
+            case "works" | "works, status lost":
+                self.file.write_bytes(b"memory")
+                self.is_whole = True
+                self.change(dying=True)
+            case "works, another file":
+                other = self.file.with_suffix(".other")
+                other.write_bytes(b"memory")
+                other.replace(self.file)
+                self.is_whole = True
+                self.change(dying=True)
+            case "says so":
+                self.file.write_bytes(b"memory")
+            case "fails":
+                self.file.write_bytes(b"mem")
+            case "fails, suspended":
+                self.file.write_bytes(b"mem")
+                self.change(shutdown=ShutdownReason.SUSPEND)
+            case _:
+                raise AssertionError(self.save)
+        return int("fails" in self.save or "lost" in self.save)
+
+    def _restore(self, path: str) -> int:
+        assert Path(path).read_bytes() == b"memory"
+        assert not self.alive(), "it would run twice"
+        how = self.restores.pop(0) if self.restores else "fails"
+        if how != "fails":
+            self.guests.append(guest(UNIT + 1, uuid=UNIT, kind=GuestKind.PV))
+        if "paused" in how:
+            self.change(paused=True)
+        return int("fails" in how)
+
+    def mover(self) -> Mover:
+        return Mover(
+            xen=self,
+            domain=IDENTITY,
+            directory=self.files,
+            run_xl=self.run_xl,
+            boot="boot",
+            notes=self.notes,
+            jobs=self.jobs,
+            sleep=lambda _: None,
+        )
+
+    def note(self) -> SaveNote | None:
+        path = note_path(IDENTITY.uuid, self.notes)
+        return msgspec.json.decode(path.read_bytes(), type=SaveNote) if path.exists() else None
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_a_guest_is_saved_and_restored_and_nothing_is_left(world: World) -> None:
+    world.mover().run()
+    assert world.calls == ["save", "restore"]
+    assert world.runs()
+    assert list(world.files.iterdir()) == list(world.notes.iterdir()) == []
+
+
+def test_a_restore_that_left_nothing_is_tried_once_more(world: World) -> None:
+    world.restores = ["fails", "works"]
+    world.mover().run()
+    assert world.calls == ["save", "restore", "restore"]
+    assert world.runs()
+
+
+@pytest.mark.parametrize(
+    ("save", "restores", "calls"),
+    [
+        ("works", ["fails", "fails"], ["save", "restore", "restore"]),
+        ("works", ["fails, paused"], ["save", "restore"]),
+        ("works", ["works, paused"], ["save", "restore"]),
+        ("works, another file", [], ["save"]),
+        ("works, status lost", [], ["save"]),
+        ("says so", [], ["save"]),
+        ("fails, suspended", [], ["save"]),
+    ],
+)
+def test_what_is_not_certain_is_left_to_a_person_with_all_that_there_is(
+    world: World, save: str, restores: list[str], calls: list[str]
+) -> None:
+    world.save, world.restores = save, restores
+    with pytest.raises(UnclearError):
+        world.mover().run()
+    assert world.calls == calls
+    assert world.file.exists()
+    note = world.note()
+    assert note is not None
+    assert note.file == str(world.file)
+    [told] = Saves("boot", notes=world.notes).left_over(world.guests)
+    assert str(world.file) in told
+    assert str(note_path(IDENTITY.uuid, world.notes)) in told
+
+
+def test_a_guest_that_cannot_be_seen_any_more_is_left_to_a_person(world: World) -> None:
+    world.looks_fail = True
+    with pytest.raises(UnclearError, match="Xen does not answer"):
+        world.mover().run()
+    assert world.file.exists()
+    assert world.note() is not None
+
+
+def test_a_save_that_fails_leaves_the_guest_running_and_no_trace(world: World) -> None:
+    world.save = "fails"
+    with pytest.raises(StaysError, match="could not save"):
+        world.mover().run()
+    assert world.runs()
+    assert list(world.files.iterdir()) == list(world.notes.iterdir()) == []
+
+
+def prevent(world: World, what: str) -> None:
+    match what:
+        case "somebody":
+            world.somebody = "process 5 (xl save 7 x)"
+        case "serves":
+            world.serving = "serves devices to other domains"
+        case "paused":
+            world.change(paused=True)
+        case "suspended":
+            world.change(shutdown=ShutdownReason.SUSPEND)
+        case "gone":
+            world.guests.pop()
+        case "another":
+            world.change(uuid=UUID(int=8))
+        case "twin":
+            world.guests.append(guest(9, uuid=UNIT, kind=GuestKind.PV))
+        case "hvm":
+            world.change(kind=GuestKind.HVM)
+        case "noted":
+            note = SaveNote(domain=IDENTITY, phase=SavePhase.SAVING, file="/x", boot="boot")
+            write_note(note, world.notes, new=True)
+        case "exchange":
+            (world.jobs / f"d{UNIT}-{IDENTITY.uuid}.job").touch()
+        case "file":
+            world.file.touch()
+        case "directory":
+            world.files.chmod(0o755)
+        case "no directory":
+            world.files.rmdir()
+        case "no notes":
+            world.notes.rmdir()
+        case _:
+            raise AssertionError(what)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("somebody", "serves", "paused", "suspended", "gone", "another", "twin", "hvm", "noted"),
+        *("exchange", "file", "directory", "no directory", "no notes"),
+    ],
+)
+def test_nothing_is_done_where_it_must_not_be(world: World, what: str) -> None:
+    prevent(world, what)
+    before = world.note(), world.file.exists()
+    with pytest.raises(StaysError):
+        world.mover().run()
+    assert world.calls == []
+    assert (world.note(), world.file.exists()) == before
+
+
+_SAVES = st.sampled_from(
+    ["works", "works, status lost", "works, another file", "says so", "fails", "fails, suspended"]
+)
+_RESTORES = st.lists(
+    st.sampled_from(["works", "works, paused", "fails", "fails, paused"]), min_size=2, max_size=3
+)
+
+
+@given(save=_SAVES, restores=_RESTORES, kill_at=st.none() | st.integers(0, 12))
+@settings(deadline=None, max_examples=300)
+def test_a_guest_runs_at_most_once_and_its_state_is_never_lost(
+    save: str, restores: list[str], kill_at: int | None
+) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        world = World(Path(root))
+        world.save, world.restores, world.kill_at = save, restores, kill_at
+        try:
+            world.mover().run()
+            assert world.runs()
+        except StaysError:
+            assert world.runs()
+            assert world.note() is None
+        except (UnclearError, Killed):
+            pass
+        assert len(world.alive()) <= 1
+        if world.is_whole and not world.runs():
+            assert world.file.read_bytes() == b"memory"
+            assert world.note() is not None
+        if world.note() is None:
+            assert world.runs()
+            assert not world.file.exists()
