@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -11,7 +11,8 @@ from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import ExchangeReport
-from pgofflined.core.policy import DomainPolicy, ExchangePolicy, Marking, Policy
+from pgofflined.core.policy import DomainPolicy, ExchangePolicy, Marking, Policy, RelocationPolicy
+from pgofflined.core.relocation_outcomes import NotRelocated, RelocationReason
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.jobs import ExchangePool
 from pgofflined.ledger import Ledger
@@ -43,11 +44,14 @@ class Pages:
         self.entries[entry.mfn] = entry
         self._changed.set()
 
+    async def changed(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
     async def until(self, mfn: Mfn, *phases: Phase) -> PageEntry:
         async with asyncio.timeout(30):
             while mfn not in self.entries or self.entries[mfn].phase not in phases:
-                self._changed.clear()
-                await self._changed.wait()
+                await self.changed()
         return self.entries[mfn]
 
 
@@ -290,3 +294,90 @@ async def test_what_an_earlier_run_left_unfinished_is_looked_at_anew() -> None:
         scene.retirer.stop()
         scene.pool.stop()
     assert entry.since == 1.0
+
+
+class Moves:
+    """Takes guests to be saved, and remembers them."""
+
+    def __init__(self, *, has_room: bool = True) -> None:
+        self.taken: list[tuple[int, tuple[int, ...], bool]] = []
+        self._has_room = has_room
+
+    def submit(
+        self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn], *, by_saving: bool = False
+    ) -> bool:
+        assert name == "pv"
+        if self._has_room:
+            self.taken.append((domain.domid, tuple(mfns), by_saving))
+        return self._has_room
+
+
+SAVING = replace(QUICK, relocation=RelocationPolicy(save_restore=True))
+
+
+def granted_frame(scene: Scene) -> Mfn:
+    mfn = scene.pv_frame()
+    pfn = scene.small.host.m2p(mfn)
+    assert pfn is not None
+    scene.small.host.grant(scene.small.pv, pfn)
+    return mfn
+
+
+async def test_a_page_that_cannot_be_exchanged_has_its_guest_saved_after_the_last_try() -> None:
+    async with at_work(SAVING) as scene:
+        moves = Moves()
+        scene.retirer.connect(scene.pool, moves)
+        mfn = granted_frame(scene)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.RELOCATION)
+        assert moves.taken == [(scene.small.pv, (mfn,), True)]
+        assert len(scene.reports) == QUICK.exchange.attempts
+        assert scene.small.host.query(mfn) is OfflineState.OFFLINE_PENDING
+        outcome = NotRelocated(
+            domain=scene.small.host.domain(scene.small.pv).identity,
+            mfns=frozenset({mfn}),
+            offlined=frozenset(),
+            reason=RelocationReason.GUEST_STUCK,
+            detail="look",
+            attempts=1,
+            stuck="look",
+        )
+        scene.retirer.relocation_finished(outcome.domain, outcome)
+        assert (await scene.pages.until(mfn, Phase.LEFT)).reason == "guest_stuck"
+        assert scene.retirer.aftercare.stuck == {outcome.domain: "look"}
+        assert not scene.retirer.aftercare, "it would be resumed"
+
+
+async def test_a_guest_is_not_saved_where_the_policy_has_no_such_step() -> None:
+    async with at_work(QUICK) as scene:
+        moves = Moves()
+        scene.retirer.connect(scene.pool, moves)
+        mfn = granted_frame(scene)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert entry.reason == "granted"
+        assert moves.taken == []
+
+
+async def test_a_guest_that_may_not_be_touched_any_more_is_not_saved() -> None:
+    async with at_work(SAVING) as scene:
+        moves = Moves()
+        scene.retirer.connect(scene.pool, moves)
+        mfn = granted_frame(scene)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.EXCHANGE)
+        scene.retirer.policy = replace(SAVING, domains=DomainPolicy(deny=("pv",)))
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert "domains.deny" in entry.detail
+        assert moves.taken == []
+
+
+async def test_a_page_waits_where_no_more_guests_can_be_queued_to_be_saved() -> None:
+    async with at_work(SAVING) as scene:
+        moves = Moves(has_room=False)
+        scene.retirer.connect(scene.pool, moves)
+        mfn = granted_frame(scene)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        async with asyncio.timeout(30):
+            while (await scene.pages.until(mfn, Phase.WAITING)).reason != "queue_full":
+                await scene.pages.changed()

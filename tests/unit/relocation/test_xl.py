@@ -21,6 +21,7 @@ from pgofflined.relocation import xl as xl_module
 from pgofflined.relocation.processes import SessionLauncher, UnitLauncher
 from pgofflined.relocation.transcript import Transcript
 from pgofflined.relocation.xl import XlRelocator
+from pgofflined.saving import note_path
 from tests.unit.relocation.doubles import VirtualTime, quiet
 
 GUEST = DomainIdentity(Domid(7), UUID(int=7))
@@ -229,3 +230,54 @@ def test_under_systemd_xl_gets_a_unit_of_its_own() -> None:
 
 def test_a_unit_owns_no_process_of_ours() -> None:
     assert not UnitLauncher().owns(os.getpid(), os.getpid(), "pgofflined-migration-7-00000000")
+
+
+class FakeMover:
+    """A program in place of the mover, and the directory of its notes."""
+
+    def __init__(self, folder: Path, time: VirtualTime) -> None:
+        self.notes = folder
+        self.time = time
+
+    async def run(self, script: str) -> MigrationOutcome:
+        relocator = XlRelocator(
+            launcher=SessionLauncher(),
+            sleep=self.time.sleep,
+            mover=(sys.executable, "-c", script),
+            notes=self.notes,
+        )
+        return await relocator.save_and_restore(GUEST, "/saves")
+
+
+@pytest.fixture
+def mover(tmp_path: Path) -> FakeMover:
+    return FakeMover(tmp_path, VirtualTime())
+
+
+async def test_the_mover_is_told_which_guest_and_where(mover: FakeMover) -> None:
+    script = f"import sys; sys.exit(sys.argv[1:] != ['7', '{GUEST.uuid}', '/saves'])"
+    assert await mover.run(script) == Migrated()
+
+
+async def test_a_mover_that_left_no_note_has_done_nothing(mover: FakeMover) -> None:
+    outcome = await mover.run("import sys; print('pgofflined: no room'); sys.exit(75)")
+    assert isinstance(outcome, NotMigrated)
+    assert "no room" in outcome.detail
+
+
+@pytest.mark.parametrize("end", ["sys.exit(70)", "sys.exit(75)", "os.kill(os.getpid(), 9)"])
+async def test_a_mover_that_left_its_note_leaves_the_guest_to_a_person(
+    mover: FakeMover, end: str
+) -> None:
+    note = note_path(GUEST.uuid, mover.notes)
+    outcome = await mover.run(f"import os, sys; open({str(note)!r}, 'w'); {end}")
+    assert isinstance(outcome, InDoubt)
+
+
+async def test_no_mover_is_a_failure_with_its_reason(mover: FakeMover) -> None:
+    relocator = XlRelocator(
+        launcher=SessionLauncher(), sleep=mover.time.sleep, mover=("/nowhere",), notes=mover.notes
+    )
+    outcome = await relocator.save_and_restore(GUEST, "/saves")
+    assert isinstance(outcome, NotMigrated)
+    assert "/nowhere" in outcome.detail

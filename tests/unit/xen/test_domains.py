@@ -25,7 +25,10 @@ class Names:
         self.names = names
 
     def read(self, path: str) -> bytes | None:
-        return self.names.get(int(path.split("/")[3]))
+        _, top, *rest = path.split("/")
+        if top != "local" or rest[2] != "name":
+            return None
+        return self.names.get(int(rest[1]))
 
 
 def domains_of(infos: list[GetDomainInfo], names: dict[int, bytes] | None = None) -> Domains:
@@ -88,3 +91,36 @@ def test_next_domain_is_not_mistaken_for_the_one_asked_for() -> None:
 )
 def test_names_are_printable_and_short(untrusted: bytes, name: str) -> None:
     assert domains_of([domain_info(0)], {0: untrusted}).domains()[0].name == name
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        ({}, None),
+        ({"/local/domain/4/backend": b""}, "serves devices"),
+        ({"/local/domain/4/target": b"7"}, "emulates the devices"),
+        ({"/tool/xenstored/domid": b"4"}, "runs xenstored"),
+        ({"/tool/xenstored/domid": b"0", "/local/domain/5/backend": b""}, None),
+    ],
+)
+def test_what_other_domains_need_one_for_is_in_xenstore(
+    nodes: dict[str, bytes], told: str | None
+) -> None:
+    @contextmanager
+    def stores() -> Iterator[Nodes]:
+        yield Nodes(nodes)
+
+    call, _ = calling(lambda _number, _arguments: 0)
+    domains = Domains(call, Control(call, INTERFACE), stores=stores)  # type: ignore[arg-type]
+    found = domains.serves(Domid(4))
+    assert (found is None) if told is None else (found is not None and told in found)
+
+
+class Nodes:
+    """A xenstore with these nodes."""
+
+    def __init__(self, nodes: dict[str, bytes]) -> None:
+        self._nodes = nodes
+
+    def read(self, path: str) -> bytes | None:
+        return self._nodes.get(path)

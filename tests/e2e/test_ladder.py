@@ -1,0 +1,87 @@
+"""Pages that cannot be exchanged: their guest is saved and restored, on real Xen."""
+
+from __future__ import annotations
+
+import pytest
+
+from .daemon import POLICY, UNIT, running
+from .rig.guest import Guest, GuestSpec
+from .rig.host import Host
+from .rig.waiting import wait_until
+
+NOTES, SAVES = "/var/lib/pgofflined/notes", "/var/lib/pgofflined/saves"
+SAVING = f"{POLICY}save_restore = true\n"
+# Stands before xl in the mover's PATH: what it does instead of a restore.
+BIN = "/run/rig-guests/bin"
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.hosts("intel-native-noservice")]
+
+
+def ring_of(host: Host, guest: Guest) -> int:
+    """The page of the guest's console, which dom0 has mapped through its grant."""
+    told = host.run(["xenstore-read", f"/local/domain/{guest.domid}/console/ring-ref"]).out
+    return int(told)
+
+
+def left_in(host: Host, directory: str) -> list[str]:
+    return host.run(["ls", directory]).out.split()
+
+
+def test_a_guest_is_saved_and_restored_off_a_page_that_cannot_be_exchanged(host: Host) -> None:
+    guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
+    before, ring = guest.domid, ring_of(host, guest)
+    with running(host, SAVING) as daemon:
+        daemon.offline(ring)
+        daemon.wait_for(ring, "offlined", limit=300)
+        assert daemon.state(ring) == "OFFLINED"
+        assert guest.domid != before
+        guest.wait_passes(2)
+        guest.assert_clean(migrated=True)
+        assert daemon.metric("migrations_total", outcome="migrated") == 1
+        assert left_in(host, NOTES) == left_in(host, SAVES) == []
+        assert daemon.status()["attention"] == [
+            line for line in daemon.status()["attention"] if "a save of" not in line
+        ]
+    # What xl left behind to look after the guest is none of the service's, and lives.
+    assert host.run(["pgrep", "-fc", "xl restore"]).out.strip() != "0"
+
+
+def test_a_guest_whose_mover_is_killed_when_it_is_saved_is_left_to_a_person(host: Host) -> None:
+    guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
+    ring = ring_of(host, guest)
+    uuid = host.run(["xl", "vm-list"]).out
+    uuid = next(line.split()[0] for line in uuid.splitlines() if line.split()[-1] == "pv")
+    file, note = f"{SAVES}/{uuid}.state", f"{NOTES}/{uuid}.save"
+    # The restore is the mover's last call before it would be through: it is killed there.
+    host.run(["mkdir", "-p", BIN])
+    host.write_text(
+        f"{BIN}/xl",
+        "#!/bin/sh\n"
+        'if [ "$1" = restore ]; then kill -9 $PPID; exit 1; fi\n'
+        'PATH=/usr/sbin:/usr/bin:/sbin:/bin exec xl "$@"\n',
+    )
+    host.run(["chmod", "755", f"{BIN}/xl"])
+    host.run(["systemctl", "set-environment", f"PATH={BIN}:/usr/sbin:/usr/bin:/sbin:/bin"])
+    try:
+        with running(host, SAVING) as daemon:
+            daemon.offline(ring)
+            daemon.wait_for(ring, "left", limit=300)
+            assert not guest.exists()
+            told = [line for line in daemon.status()["attention"] if file in line]
+            assert told, daemon.status()["attention"]
+            host.run(["systemctl", "kill", "--signal=KILL", UNIT])
+            wait_until(
+                lambda: any(f"xl restore {file}" in line for line in daemon.status()["attention"]),
+                timeout=60,
+                what="the next daemon to tell of the save",
+                interval=1,
+            )
+            assert left_in(host, SAVES) == [f"{uuid}.state"]
+            assert not guest.exists()
+    finally:
+        host.run(["systemctl", "unset-environment", "PATH"])
+    # What the person is told to do.
+    host.run(["xl", "restore", file], timeout=120)
+    host.run(["rm", file, note])
+    guest.wait_passes(2)
+    guest.assert_clean(migrated=True)
