@@ -583,7 +583,7 @@ async def test_a_save_waits_for_what_may_pass(saves: Saves, tmp_path: Path, what
         if what == "memory":
             world.host.free = 1000
         if what == "open directory":
-            os.chmod(tmp_path, 0o755)
+            os.chmod(tmp_path, 0o755)  # noqa: S103 - that is the mistake
         if what == "noted":
             domain = world.host.guests[7].identity
             note = SaveNote(domain=domain, phase=SavePhase.SAVING, file="/x", boot="b")
