@@ -9,7 +9,8 @@ from zoneinfo import ZoneInfo
 
 from pgofflined.relocation.links import KernelLinks, Links
 from pgofflined.relocation.processes import Launcher, NoLauncher, choose_launcher
-from pgofflined.relocation.service import RelocationService, Relocator
+from pgofflined.relocation.relocator import Relocator
+from pgofflined.relocation.service import RelocationService
 from pgofflined.relocation.xl import XlRelocator
 
 __all__ = [

@@ -49,6 +49,7 @@ from pgofflined.journal_log import event
 from pgofflined.ports import Clock
 from pgofflined.relocation.host import Host, MigrationHost, Settled
 from pgofflined.relocation.links import Links
+from pgofflined.relocation.relocator import Relocator
 from pgofflined.saving import Saves
 
 log = logging.getLogger(__name__)
@@ -68,28 +69,6 @@ class InThread(Protocol):
 
     def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
         """The call's result."""
-        ...
-
-
-class Relocator(Protocol):
-    """A toolstack that can migrate a guest."""
-
-    async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
-    ) -> MigrationOutcome:
-        """Migrate a guest to a host or to ``localhost``.
-
-        Comes back when the toolstack has ended.  Cancelling it must leave the migration to go
-        on by itself.  ``name`` is from xenstore and not to be trusted.
-        """
-        ...
-
-    async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
-        """Save a PV guest into a file in a directory and restore it on this host.
-
-        The same holds.  ``NotMigrated`` says that the guest was seen to run on; after ``InDoubt``
-        only a person may go on.
-        """
         ...
 
 

@@ -1,11 +1,4 @@
-"""What the project needs of a host, as protocols that Xen and the simulated host both fulfil.
-
-Every method is synchronous and may be called from any thread.  Failures are those of
-``pgofflined.core.errors``.  Frame arrays are one-dimensional ``uint64``; page contents are
-``uint64`` arrays of shape (number of frames, 512) and always *copies*: no mapping of foreign
-memory outlives a call, or the block of a ``window``, so that our own mappings can never be the
-reference that makes Xen refuse an exchange.
-"""
+"""What is needed of the hypervisor."""
 
 from __future__ import annotations
 
@@ -14,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from pgofflined.core.domains import DomainIdentity, DomainInfo
+from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
@@ -24,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pgofflined.core.moves import Chosen, Group, PteWrites
+    from pgofflined.core.moves import Chosen, PteWrites
 
     FrameArray = NDArray[np.uint64]
     Words = NDArray[np.uint64]
@@ -285,122 +278,3 @@ class Hypervisor(
     FrameControl, DomainControl, ForeignMemory, PageTableControl, FrameExchange, Protocol
 ):
     """A whole host."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobRecord:
-    """An exchange job as it is kept: of which domain, and what was true of it at the start.
-
-    ``cpu_time`` are the nanoseconds that its vCPUs had run; a domain that has run for less, or
-    whose shared_info is another frame, is not the same one.
-    """
-
-    domain: DomainIdentity
-    shared_info: Mfn
-    cpu_time: int
-    began: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class UnfinishedJob:
-    """A job that a process before this one began: ``group`` is what it may have left changed."""
-
-    record: JobRecord
-    group: Group | None
-    job: OpenJob
-
-
-class OpenJob(Protocol):
-    """The record of a job that is under way.
-
-    What a method has kept survives the death of the process.  Failures are PortErrors.
-    """
-
-    def keep(self, group: Group) -> None:
-        """Keep what is to be changed from ``begin`` on, in place of what was kept before.
-
-        What has not changed since costs nothing.  The arrays must not be written to any more.
-        """
-        ...
-
-    def begin(self) -> None:
-        """The guest's memory may be changed from here on, as far as the kept group says."""
-        ...
-
-    def settled(self) -> None:
-        """The guest's memory is whole: what was kept counts no more."""
-        ...
-
-    def close(self) -> None:
-        """The guest runs: forget the job, leaving nothing of the guest's contents behind."""
-        ...
-
-    def set_aside(self) -> None:
-        """The guest could not be put right: keep the record where no later process takes it up."""
-        ...
-
-
-class Journal(Protocol):
-    """Where exchange jobs are kept until the guest runs again."""
-
-    def open(self, record: JobRecord) -> OpenJob:
-        """Begin a job.  Raises PortError where it cannot be kept: it must not be begun then."""
-        ...
-
-    def unfinished(self) -> Sequence[UnfinishedJob]:
-        """The jobs that earlier processes left."""
-        ...
-
-
-class Clock(Protocol):
-    """The two times that are needed, so that tests can set them."""
-
-    def now(self) -> float:
-        """Seconds since the epoch."""
-        ...
-
-    def monotonic(self) -> float:
-        """Seconds that never run backwards."""
-        ...
-
-
-class TelemetrySource(Protocol):
-    """Where machine-check records come from.
-
-    ``read`` gives every record that is there, raw, and takes it from the source; it does not
-    wait.  ``lost`` says how many further records the source knows to have been lost since the
-    last call.
-    """
-
-    @property
-    def name(self) -> str:
-        """``native``, ``mcelog`` or ``simulated``."""
-        ...
-
-    def fileno(self) -> int:
-        """File descriptor that is readable when there may be records."""
-        ...
-
-    def read(self) -> TelemetryBatch:
-        """Everything that is there now.  Raises PortError when the source is broken for good."""
-        ...
-
-    def close(self) -> None:
-        """Let go of the descriptor."""
-        ...
-
-
-class RecordFormat:
-    """Names of the raw layouts that ``core.telemetry`` decodes."""
-
-    MC_INFO = "mc_info"  # struct mc_info, xen/include/public/arch-x86/xen-mca.h
-    XEN_MCE = "xen_mce"  # struct xen_mce of Linux's /dev/mcelog under Xen
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TelemetryBatch:
-    """Raw records in their order, all of one format, and the records lost before them."""
-
-    format: str
-    records: tuple[bytes, ...]
-    lost: int = 0
