@@ -83,6 +83,9 @@ class World:
     def run_xl(self, arguments: Sequence[str]) -> int:
         self.step()
         self.calls.append(arguments[0])
+        note = self.note()
+        assert note is not None
+        assert note.phase == {"save": "saving", "restore": "restoring"}[arguments[0]]
         status = self._save() if arguments[0] == "save" else self._restore(arguments[1])
         self.step()
         return status

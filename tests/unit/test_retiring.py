@@ -381,3 +381,15 @@ async def test_a_page_waits_where_no_more_guests_can_be_queued_to_be_saved() -> 
         async with asyncio.timeout(30):
             while (await scene.pages.until(mfn, Phase.WAITING)).reason != "queue_full":
                 await scene.pages.changed()
+
+
+async def test_no_guest_is_saved_while_a_page_is_poisoned_that_a_save_might_read() -> None:
+    async with at_work(SAVING) as scene:
+        moves = Moves()
+        scene.retirer.connect(scene.pool, moves)
+        mfn = granted_frame(scene)
+        scene.retirer.poisoned.add(scene.pv_frame(1))
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert "uncorrected error" in entry.detail
+        assert moves.taken == []
