@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Protocol, assert_never
 from uuid import UUID
@@ -42,6 +43,7 @@ from pgofflined.saving import (
     NOTES,
     directory_trouble,
     note_path,
+    only_one,
     see,
     sync_directory,
     unfinished_save,
@@ -110,6 +112,16 @@ class Mover:
 
     def run(self) -> None:
         """Do it.  Raises StaysError, UnclearError."""
+        with ExitStack() as stack:
+            try:
+                alone = stack.enter_context(only_one(self._notes))
+            except OSError as error:
+                raise StaysError(f"{self._notes} cannot be used: {error}") from error
+            if not alone:
+                raise StaysError("another guest is being saved and restored")
+            self._run_alone()
+
+    def _run_alone(self) -> None:
         self._refuse_what_changed()
         self._note(SavePhase.SAVING, new=True)
         try:

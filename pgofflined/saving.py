@@ -6,9 +6,11 @@ guest does.  As long as it is there, nobody here touches its domain.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -17,13 +19,14 @@ import msgspec
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
-from pgofflined.core.saves import FileSeen, SaveFacts, SaveNote, left_over, stand_of
+from pgofflined.core.saves import FileSeen, SaveFacts, SaveNote, left_over, stand_of, under_way
 
 NOTES: Final = Path("/var/lib/pgofflined/notes")
 # Where libxl keeps the configuration of the guests it has created (libxl_internal.c,
 # libxl__userdata_path); `xl save` puts it into the file.
 _CONFIGS: Final = Path("/var/lib/xen")
 _SUFFIX: Final = ".save"
+_LOCK: Final = "lock"
 _MAX_NOTE: Final = 1 << 16
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
@@ -101,6 +104,40 @@ def directory_trouble(path: Path) -> str | None:
     return None
 
 
+@contextmanager
+def only_one(notes: Path = NOTES) -> Iterator[bool]:
+    """Be the one process that saves and restores, as long as it lives; False where another is.
+
+    No process that it starts is taken for it.  Raises OSError.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(notes / _LOCK, flags, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _is_one_at_work(notes: Path) -> bool:
+    try:
+        descriptor = os.open(notes / _LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        # Shared: two that look do not take each other for one at work.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 class Saves:
     """Looks at notes and directories.  ``boot`` tells this boot of the host from any other."""
 
@@ -138,9 +175,10 @@ class Saves:
             paths = sorted(self._notes.glob(f"*{_SUFFIX}"))
         except OSError as error:
             raise PortError(f"notes of saves in {self._notes} cannot be read: {error}") from error
-        return tuple(self._describe(path, known) for path in paths)
+        at_work = _is_one_at_work(self._notes)
+        return tuple(self._describe(path, known, at_work=at_work) for path in paths)
 
-    def _describe(self, path: Path, domains: tuple[DomainInfo, ...]) -> str:
+    def _describe(self, path: Path, domains: tuple[DomainInfo, ...], *, at_work: bool) -> str:
         try:
             with path.open("rb") as file:
                 note = msgspec.json.decode(file.read(_MAX_NOTE), type=SaveNote)
@@ -149,6 +187,8 @@ class Saves:
                 f"{path}, the note of a save, cannot be read ({error}): look with `xl list` "
                 "whether its guest runs, and for its file in relocation.save_directory"
             )
+        if at_work:
+            return under_way(note)
         stand = stand_of(note.domain.uuid, domains)
         same_boot = note.boot == self._boot
         return left_over(note, stand, same_boot=same_boot, path=str(path))

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 # How much longer than the guest's own limits an exchange may take before it counts as stuck.
 _STUCK_MARGIN = 180.0
+# Seconds between two looks at saves that are not ended.
+_SAVES_AGAIN = 15.0
 
 
 Serve = Callable[[], Coroutine[object, object, NoReturn]]
@@ -146,13 +148,13 @@ class Service:
             finished=self._relocation_finished,
         )
         self._saves: tuple[str, ...] = ()
+        self._look_for_saves = asyncio.Event()
         self._connect(policy)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until ``stop`` is set, then end what is under way and come back."""
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
-        await asyncio.to_thread(self._look_for_saves)
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
             intake = tasks.create_task(self._listen(), name="intake")
             work = [
@@ -162,6 +164,7 @@ class Service:
             relocations = tasks.create_task(self.relocation.run(), name="relocations")
             rest = [
                 tasks.create_task(self._feed_watchdog(), name="watchdog"),
+                tasks.create_task(self._watch_saves(), name="saves"),
                 *(tasks.create_task(serve(), name="server") for serve in servers),
             ]
             self._world.notifier.ready(self.status_line())
@@ -272,14 +275,24 @@ class Service:
         relocates = policy.relocation.enabled and bool(wanted)
         self.retirer.connect(self.pool, self.relocation if relocates else None)
 
-    def _look_for_saves(self) -> None:
-        """Tell of saves that an earlier daemon began; whether they go on or not, none is ours."""
+    async def _watch_saves(self) -> NoReturn:
+        """Tell of saves that are not ended, for as long as there are any."""
+        while True:
+            self._look_for_saves.clear()
+            saves = await asyncio.to_thread(self._unfinished_saves)
+            for line in saves:
+                if line not in self._saves:
+                    event(log, logging.CRITICAL, Event.GUEST_STUCK, line)
+            self._saves = saves
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SAVES_AGAIN if saves else None):
+                    await self._look_for_saves.wait()
+
+    def _unfinished_saves(self) -> tuple[str, ...]:
         try:
-            self._saves = self._world.saves.left_over(self._world.xen.domains())
+            return self._world.saves.left_over(self._world.xen.domains())
         except PortError as error:
-            self._saves = (str(error),)
-        for line in self._saves:
-            event(log, logging.CRITICAL, Event.GUEST_STUCK, line)
+            return (str(error),)
 
     def _load_history(self) -> History:
         retire = self.policy.retire
@@ -345,6 +358,7 @@ class Service:
     def _relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         self.metrics.observe_relocation(outcome)
         self.retirer.relocation_finished(domain, outcome)
+        self._look_for_saves.set()
         self._keep_counters()
 
     def _keep_counters(self) -> None:

@@ -128,30 +128,41 @@ def after_restore(
     return Again()
 
 
+def under_way(note: SaveNote) -> str:
+    """What is told of a save that an earlier daemon began and that goes on."""
+    return (
+        f"the guest that was d{note.domain.domid} (uuid {note.domain.uuid}) is being saved and "
+        "restored, as an earlier daemon began it; do nothing about it"
+    )
+
+
 def left_over(note: SaveNote, stand: Stand, *, same_boot: bool, path: str) -> str:
     """What a person is to do about a save that nobody goes on with; ``path`` is its note's."""
     domid = note.domain.domid
-    begin = f"a save of the guest that was d{domid} (uuid {note.domain.uuid}) was cut off"
+    begin = (
+        f"a save of the guest that was d{domid} (uuid {note.domain.uuid}) was cut off; once no xl "
+        "is at work on it any more (`pgrep -a xl`)"
+    )
     done = f"then remove {path}; until then the guest is left alone"
     match stand:
         case Stand.ABSENT:
             if note.phase is SavePhase.SAVING:
-                how = f"if {note.file} is whole, `xl restore {note.file}` lets it run on"
+                how = f"`xl restore {note.file}` lets it run, if the file is whole"
             else:
-                how = f"it was about to be restored: `xl restore {note.file}` lets it run on"
+                how = f"`xl restore {note.file}` lets it run"
             if not same_boot:
                 how += ", unless it has run elsewhere since the host was booted"
-            return f"{begin}, and it does not run: {how}; {done}"
+            return f"{begin} and it does not run: {how}; {done}"
         case Stand.RUNS:
-            return f"{begin}, and it runs: do not restore {note.file} any more, remove it; {done}"
+            return f"{begin} and it runs: do not restore {note.file} any more, remove it; {done}"
         case Stand.STANDS_STILL:
             return (
-                f"{begin}, and it stands still: once no xl is at work on it, `xl resume` or "
-                f"`xl unpause` lets it run; do not restore {note.file} as well; {done}"
+                f"{begin} and it stands still: `xl resume` or `xl unpause` lets it run; do not "
+                f"restore {note.file} as well; {done}"
             )
         case Stand.SEVERAL:
             return (
-                f"{begin}, and several domains have its uuid: destroy all but one at once, or its "
+                f"{begin} and several domains have its uuid: destroy all but one at once, or its "
                 f"disks will be ruined; {done}"
             )
         case _:

@@ -242,7 +242,9 @@ class RelocationService:
             case NotMigrated(detail=detail):
                 self._retry(domain, detail)
             case InDoubt(detail=detail):
-                self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=detail)
+                # Not ``stuck``: what is left is told for as long as its note is there.
+                self._tell_stuck(job, detail)
+                self._give_up(domain, RelocationReason.GUEST_STUCK, detail)
             case _:
                 assert_never(outcome)
 

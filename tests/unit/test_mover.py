@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -18,7 +19,7 @@ from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
 from pgofflined.core.saves import SaveNote, SavePhase
 from pgofflined.mover import Mover, StaysError, UnclearError
-from pgofflined.saving import Saves, note_path, write_note
+from pgofflined.saving import Saves, note_path, only_one, write_note
 
 from .relocation.doubles import guest
 
@@ -49,6 +50,7 @@ class World:
         self.serving: str | None = None
         self.kill_at: int | None = None
         self.looks_fail = False
+        self.another: AbstractContextManager[bool] | None = None
         self._steps = 0
 
     def step(self) -> None:
@@ -137,6 +139,9 @@ class World:
             sleep=lambda _: None,
         )
 
+    def has_traces(self) -> bool:
+        return bool([*self.files.iterdir(), *self.notes.glob("*.*")])
+
     def note(self) -> SaveNote | None:
         path = note_path(IDENTITY.uuid, self.notes)
         return msgspec.json.decode(path.read_bytes(), type=SaveNote) if path.exists() else None
@@ -151,7 +156,7 @@ def test_a_guest_is_saved_and_restored_and_nothing_is_left(world: World) -> None
     world.mover().run()
     assert world.calls == ["save", "restore"]
     assert world.runs()
-    assert list(world.files.iterdir()) == list(world.notes.iterdir()) == []
+    assert not world.has_traces()
 
 
 def test_a_restore_that_left_nothing_is_tried_once_more(world: World) -> None:
@@ -202,7 +207,7 @@ def test_a_save_that_fails_leaves_the_guest_running_and_no_trace(world: World) -
     with pytest.raises(StaysError, match="could not save"):
         world.mover().run()
     assert world.runs()
-    assert list(world.files.iterdir()) == list(world.notes.iterdir()) == []
+    assert not world.has_traces()
 
 
 def prevent(world: World, what: str) -> None:
@@ -236,6 +241,9 @@ def prevent(world: World, what: str) -> None:
             world.files.rmdir()
         case "no notes":
             world.notes.rmdir()
+        case "another mover":
+            world.another = only_one(world.notes)
+            assert world.another.__enter__()
         case _:
             raise AssertionError(what)
 
@@ -244,7 +252,7 @@ def prevent(world: World, what: str) -> None:
     "what",
     [
         *("somebody", "serves", "paused", "suspended", "gone", "another", "twin", "hvm", "noted"),
-        *("exchange", "file", "directory", "no directory", "no notes"),
+        *("exchange", "file", "directory", "no directory", "no notes", "another mover"),
     ],
 )
 def test_nothing_is_done_where_it_must_not_be(world: World, what: str) -> None:

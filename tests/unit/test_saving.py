@@ -11,7 +11,14 @@ from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
 from pgofflined.core.saves import SaveNote, SavePhase
-from pgofflined.saving import Saves, directory_trouble, note_path, unfinished_save, write_note
+from pgofflined.saving import (
+    Saves,
+    directory_trouble,
+    note_path,
+    only_one,
+    unfinished_save,
+    write_note,
+)
 
 from .relocation.doubles import guest
 
@@ -78,3 +85,17 @@ def test_a_directory_has_to_be_there_and_closed_to_others(tmp_path: Path) -> Non
     assert "no directory" in str(directory_trouble(tmp_path / "file"))
     (tmp_path / "link").symlink_to(tmp_path)
     assert "no directory" in str(directory_trouble(tmp_path / "link"))
+
+
+def test_a_save_that_goes_on_is_not_taken_for_one_that_was_cut_off(tmp_path: Path) -> None:
+    write_note(NOTE, tmp_path, new=True)
+    saves = Saves("this", notes=tmp_path)
+    with only_one(tmp_path) as alone:
+        assert alone
+        [told] = saves.left_over([])
+        assert "is being saved" in told
+        assert "xl restore" not in told
+        with only_one(tmp_path) as another:
+            assert not another
+    [told] = saves.left_over([])
+    assert "xl restore" in told
