@@ -37,6 +37,7 @@ from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome, NotM
 from pgofflined.journal_log import FieldHandler
 from pgofflined.notify import NullNotifier
 from pgofflined.relocation import KernelLinks
+from pgofflined.saving import Saves
 from pgofflined.service import Service, World
 from pgofflined.serving import CannotListen
 from pgofflined.sim.clock import WallClock
@@ -183,6 +184,7 @@ async def _run(demo: DemoHost, screen: Screen, seconds: float, port: int, folder
         store=Store.open(folder / "state.db", "demo"),
         journal=MemoryJournal(),
         notifier=NullNotifier(),
+        saves=Saves(notes=folder / "notes"),
     )
     service = Service(world, _policy(port, folder))
     stop = asyncio.Event()
