@@ -27,6 +27,10 @@ def left_in(host: Host, directory: str) -> list[str]:
     return host.run(["ls", directory]).out.split()
 
 
+def is_ready(host: Host) -> bool:
+    return host.run(["systemctl", "is-active", UNIT], check=False).out.strip() == "active"
+
+
 def test_a_guest_is_saved_and_restored_off_a_page_that_cannot_be_exchanged(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
     before, ring = guest.domid, ring_of(host, guest)
@@ -69,7 +73,14 @@ def test_a_guest_whose_mover_is_killed_when_it_is_saved_is_left_to_a_person(host
             assert not guest.exists()
             told = [line for line in daemon.status()["attention"] if file in line]
             assert told, daemon.status()["attention"]
+            killed = daemon.pid()
             host.run(["systemctl", "kill", "--signal=KILL", UNIT])
+            wait_until(
+                lambda: daemon.pid() not in (0, killed) and is_ready(host),
+                timeout=60,
+                what="the next daemon",
+                interval=1,
+            )
             wait_until(
                 lambda: any(f"xl restore {file}" in line for line in daemon.status()["attention"]),
                 timeout=60,
