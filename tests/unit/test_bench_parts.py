@@ -129,6 +129,7 @@ def test_searches_are_measured_beside_the_fastest_way_of_reading() -> None:
     reading = [figure for figure in figures if figure.name.startswith("reading, as ")]
     ratios = [figure for figure in figures if figure.unit == "ratio"]
     assert len(reading) == 1
+    assert len(by_name(figures, "copying, as memcpy does").samples) == 2
     assert len(ratios) == len(scan.WANTED)
     for count, ratio in zip(scan.WANTED, ratios, strict=True):
         rate = by_name(figures, ratio.name.removesuffix(" / reading"))
