@@ -10,7 +10,7 @@ from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.events import Event
 from pgofflined.journal_log import event
 from pgofflined.letgo import let_go, told
-from pgofflined.ports import Clock, DomainControl
+from pgofflined.ports import Clock, DomainControl, Journal
 
 log = logging.getLogger(__name__)
 
@@ -26,10 +26,13 @@ class Aftercare:
     them, in seconds; there is none where no guest needs one.
     """
 
-    def __init__(self, xen: DomainControl, clock: Clock, *, interval: float) -> None:
+    def __init__(
+        self, xen: DomainControl, journal: Journal, clock: Clock, *, interval: float
+    ) -> None:
         self.stuck: dict[DomainIdentity, str] = {}
         self.interval = interval
         self._xen = xen
+        self._journal = journal
         self._clock = clock
         self._until: dict[DomainIdentity, float] = {}
 
@@ -58,9 +61,13 @@ class Aftercare:
         for domain, until in list(self._until.items()):
             if self._needs_no_more(domain):
                 self.stuck.pop(domain, None)
-                del self._until[domain]
+                self._end(domain)
             elif self._clock.monotonic() >= until:
-                del self._until[domain]
+                self._end(domain)
+
+    def _end(self, domain: DomainIdentity) -> None:
+        del self._until[domain]
+        self._journal.done_with(domain)
 
     def _needs_no_more(self, domain: DomainIdentity) -> bool:
         domid = domain.domid

@@ -61,6 +61,10 @@ class HostClock:
         """Seconds that never run backwards."""
         return time.monotonic()
 
+    def wait(self, seconds: float) -> None:
+        """Sleep."""
+        time.sleep(seconds)
+
 
 class _NoRelocator:
     """Stands in where no migration could be started safely, and says why."""
@@ -176,15 +180,24 @@ async def _serve(config_path: Path, policy: Policy, notifier: Notifier, clock: H
 
 
 def _journal() -> JobStore:
-    leak = may_reach_a_disk(JOBS)
+    refusal = _leak()
+    if refusal is not None:
+        log.error("%s", refusal)
+    return JobStore(JOBS, refusal=_leak)
+
+
+def _leak() -> str | None:
+    """Why no exchange can be begun now; looked at again before each, for mounts come and go."""
+    try:
+        leak = may_reach_a_disk(JOBS)
+    except OSError as error:
+        leak = f"where {JOBS} lies cannot be told ({error})"
     if leak is None:
-        return JobStore(JOBS)
-    refusal = (
+        return None
+    return (
         f"pages of PV guests are not exchanged: {leak}, and what an exchange keeps there must not "
         "reach a disk; mount a ramfs (systemctl start run-pgofflined-jobs.mount)"
     )
-    log.error("%s", refusal)
-    return JobStore(JOBS, refusal=refusal)
 
 
 def _relocator(ssh_command: Callable[[], str]) -> Relocator:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from queue import SimpleQueue
 from typing import assert_never
 
 from pgofflined.core.domains import DomainIdentity
@@ -30,7 +32,8 @@ class Exchanging:
     """Runs jobs, by the policy that is in force when each begins.
 
     ``poisoned`` gives the frames whose contents must never be read.  No method but ``run`` may be
-    called from several threads.
+    called from several threads.  A job of this process whose guest it can neither put right nor let
+    go is tried again as if an earlier process had left it.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Exchanging:
         # Jobs not ended yet: a new one would suspend the guest for us, and the old one resume it.
         self._unended: set[DomainIdentity] = set()
         self._next_try = 0.0
+        # From the threads in which jobs run.
+        self._given_up: SimpleQueue[UnfinishedJob] = SimpleQueue()
 
     def run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
         """Exchange pages; never raises for a single job's sake."""
@@ -77,6 +82,7 @@ class Exchanging:
                     blackout=policy.max_blackout,
                 ),
                 marked=not self._marks_later(policy),
+                unended=self._give_up,
             )
             if not self._xen.version().offlines_free_frames_safely:
                 self._withdraw(report)
@@ -85,6 +91,11 @@ class Exchanging:
             detail = "a fault of our own, which the journal tells; please report it"
             report = _refused(domain, mfns, RefusalReason.INTERNAL, detail)
         return report
+
+    def _give_up(self, unfinished: UnfinishedJob) -> None:
+        # Its record must not be replaced by that of another job.
+        self._unended.add(unfinished.record.domain)
+        self._given_up.put(unfinished)
 
     def _marks_later(self, policy: ExchangePolicy) -> bool:
         fixed = self._xen.version().offlines_free_frames_safely
@@ -118,12 +129,14 @@ class Exchanging:
         if self._clock.monotonic() < self._next_try:
             return ()
         rest, self._rest = self._rest, []
+        while not self._given_up.empty():
+            rest.append(self._given_up.get())
         return self._recover(rest)
 
     @property
     def has_rest(self) -> bool:
         """Whether there are jobs to try again."""
-        return bool(self._rest)
+        return bool(self._rest) or not self._given_up.empty()
 
     def _recover(self, jobs: Sequence[UnfinishedJob]) -> tuple[RecoveryReport, ...]:
         self._next_try = self._clock.monotonic() + RECOVERY_SECONDS
@@ -132,18 +145,20 @@ class Exchanging:
         for unfinished in jobs:
             report = self._recover_one(unfinished)
             domain = report.domain
+            rest = replace(unfinished, group=None) if report.is_whole else unfinished
             if report.outcome is Recovered.BUSY:
                 # That may last for hours, and is told once.
                 if self._busy.get(domain) != report.detail:
                     _tell(report)
                 self._busy[domain] = report.detail
-                self._rest.append(unfinished)
+                self._rest.append(rest)
                 continue
             _tell(report)
             if report.outcome is Recovered.NOT_YET:
                 self._tries[domain] += 1
-                self._rest.append(unfinished)
+                self._rest.append(rest)
             else:
+                del self._tries[domain]
                 self._unended.discard(domain)
                 reports.append(report)
         return tuple(reports)
@@ -157,7 +172,7 @@ class Exchanging:
             return recover(
                 unfinished,
                 self._xen,
-                now=self._clock.now(),
+                now=self._clock.monotonic(),
                 never_read=self._poisoned(),
                 last_try=last,
             )
@@ -189,7 +204,7 @@ def _tell(report: RecoveryReport) -> None:
             log.error("%s; the guest is held, and it is tried again", message)
         case Recovered.BUSY:
             log.warning("%s; then it is tried again", message)
-        case Recovered.LEFT_ALONE:
+        case Recovered.LEFT_ALONE | Recovered.STANDS_STILL:
             event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
         case _:
             assert_never(report.outcome)

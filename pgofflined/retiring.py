@@ -76,7 +76,7 @@ class Retirer:
         self.policy = policy
         self.wedged: set[DomainIdentity] = set()
         self.poisoned: set[Mfn] = set()
-        self.aftercare = Aftercare(xen, clock, interval=late_look)
+        self.aftercare = Aftercare(xen, journal, clock, interval=late_look)
         self.exchanging = Exchanging(
             xen=xen,
             journal=journal,

@@ -20,6 +20,8 @@ class Recovered(StrEnum):
     """The guest is held until it can be put right; to be tried again."""
     BUSY = "busy"
     """Somebody saves or migrates the guest: nothing was done; to be tried again."""
+    STANDS_STILL = "stands_still"
+    """The guest stands still, and for whom cannot be told: nothing was done."""
     LEFT_ALONE = "left_alone"
     """Somebody else has let the guest go meanwhile, or changed it: nothing can be put right."""
     GONE = "gone"
@@ -30,7 +32,8 @@ class Recovered(StrEnum):
 class RecoveryReport:
     """``results`` are those of the pages that the job may have been changing when it was cut off.
 
-    ``stuck`` and ``may_suspend_late`` are as in ``ExchangeReport``.
+    ``is_whole`` says whether the guest's memory is whole now.  ``stuck`` and ``may_suspend_late``
+    are as in ``ExchangeReport``.
     """
 
     domain: DomainIdentity
@@ -39,3 +42,4 @@ class RecoveryReport:
     results: tuple[PageResult, ...] = ()
     stuck: str | None = None
     may_suspend_late: bool = False
+    is_whole: bool = False

@@ -18,6 +18,10 @@ from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.exchanger.transfer import Transfer
 from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
 
+# What a step after the commit fails for (dom0 short of memory) passes within so many tries, so many
+# seconds apart, or not at all.  The guest is held meanwhile: with a page missing it is worse off.
+_TRIES = 12
+_SECONDS_BETWEEN = 5.0
 # A survey tells these from pages that cannot be moved.
 _SURVEY_HELPS = frozenset({RefusalReason.OUT_OF_DATE, RefusalReason.OTHER_REFERENCES})
 
@@ -30,7 +34,7 @@ class Mover:
     """``prepare`` while the guest runs, ``move`` when it stands still, and ``close`` in the end.
 
     ``results`` tells what became of the pages, also where ``move`` has raised something.
-    ``is_whole`` is False while a group is neither undone nor settled.
+    ``is_whole`` is False while a group is neither undone nor settled: ``unsettled`` then.
     """
 
     def __init__(
@@ -55,6 +59,12 @@ class Mover:
         self._olds = np.empty(0, dtype=np.uint64)
         self._news = np.empty(0, dtype=np.uint64)
         self._seen: Seen | None = None
+        self._under_way: Group | None = None
+
+    @property
+    def unsettled(self) -> Group | None:
+        """The group that is neither undone nor settled."""
+        return None if self.is_whole else self._under_way
 
     def prepare(self, domid: Domid, plan: Plan) -> None:
         """Map and keep the first group, so that the guest need not wait for that.
@@ -157,35 +167,41 @@ class Mover:
             return
         transfer = Transfer(self._xen, domid, group)
         self._outcomes.append(transfer)
-        self.is_whole = False
+        self.is_whole, self._under_way = False, group
         try:
             transfer.run(look)
         except PortError:
-            self._conclude(transfer)
+            transfer = self._conclude(domid, group, transfer)
             raise
         except Exception:
-            self._rescue(domid, group)
+            transfer = self._conclude(domid, group, self._once_more(domid, group))
             raise
         else:
-            self._conclude(transfer)
+            transfer = self._conclude(domid, group, transfer)
         finally:
             olds, news = transfer.progress.moved()
             self._olds = np.concatenate([self._olds, olds])
             self._news = np.concatenate([self._news, news])
 
-    def _rescue(self, domid: Domid, group: Group) -> None:
-        """After a fault of our own: begin from what Xen says is true, as another process would."""
+    def _once_more(self, domid: Domid, group: Group) -> Transfer:
+        """Begin from what Xen says is true, as another process would."""
         rescue = Transfer(self._xen, domid, group)
         rescue.take_over()
         rescue.settle()
         self._outcomes.append(rescue)
-        self._conclude(rescue)
+        return rescue
 
-    def _conclude(self, transfer: Transfer) -> None:
-        """The record counts no more, unless it is needed.  Raises PortError."""
+    def _conclude(self, domid: Domid, group: Group, transfer: Transfer) -> Transfer:
+        """Settle again and again, if need be; the record counts no more then.  Raises PortError."""
+        for _ in range(_TRIES):
+            if transfer.is_whole:
+                break
+            self._clock.wait(_SECONDS_BETWEEN)
+            transfer = self._once_more(domid, group)
         self.is_whole = transfer.is_whole
         if self.is_whole:
             self._job.settled()
+        return transfer
 
     def _refuse(self, mfns: Iterable[Mfn], reason: RefusalReason, detail: str) -> None:
         self._outcomes += [Refusal(mfn=mfn, reason=reason, detail=detail) for mfn in mfns]

@@ -5,7 +5,7 @@ exchanged or not, and Xen knows which.  What was exchanged is settled, what was 
 the guest is let go.  Doing this a second time, or for a group that was settled already, changes
 nothing; so what fails is done again as a whole.
 
-A guest that runs is not touched: nobody may change page tables under it.
+A guest that has run since is not touched: nobody may change page tables under it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pgofflined.exchanger.transfer import Transfer
 from pgofflined.letgo import let_go, told
 from pgofflined.ports import Hypervisor, JobRecord, UnfinishedJob
 
-# A request to suspend that was followed is followed within so many seconds; a guest that stands
-# still later does so for somebody else.
-_OURS_SECONDS = 900.0
+# A guest that follows a request does so within the two time limits of the policy, 600 s each at
+# most (``core.schema``).  One that stands still later may do so for somebody else.
+_OURS_SECONDS = 1500.0
 
 
 def recover(
@@ -37,7 +37,7 @@ def recover(
 
     ``Recovered.NOT_YET`` asks to be called again: the guest is held until then.  With ``last_try``
     it is let go in any case, and the record put aside for a person.  ``Recovered.BUSY`` asks for it
-    however often that has been.  ``now`` is in seconds since the epoch.
+    however often that has been.  ``now`` is in seconds of ``Clock.monotonic``.
     """
     recovery = _Recovery(unfinished, xen, now, never_read)
     try:
@@ -51,13 +51,15 @@ def recover(
         report = recovery.give_up(report)
     elif report.outcome is Recovered.LEFT_ALONE:
         unfinished.job.set_aside()
-    elif report.outcome not in (Recovered.NOT_YET, Recovered.BUSY) and report.stuck is None:
+    elif report.stuck is not None or report.may_suspend_late:
+        unfinished.job.leave()
+    elif report.outcome not in (Recovered.NOT_YET, Recovered.BUSY):
         unfinished.job.close()
     return report
 
 
-class _ChangedByOthers(Exception):
-    """The guest's page tables are neither as we found them nor as we left them."""
+class _LeftAlone(Exception):
+    """The guest is neither as we found it nor as we left it."""
 
 
 class _Recovery:
@@ -67,12 +69,15 @@ class _Recovery:
         self, unfinished: UnfinishedJob, xen: Hypervisor, now: float, never_read: frozenset[Mfn]
     ) -> None:
         self._record = unfinished.record
+        self._hold = unfinished.hold
         self._group = unfinished.group
         self._job = unfinished.job
         self._domid = unfinished.record.domain.domid
         self._xen = xen
         self._now = now
         self._never_read = never_read
+        self._results: tuple[PageResult, ...] = ()
+        self._is_whole = self._group is None
 
     def end(self) -> RecoveryReport:
         """Raises DomainGone, PortError."""
@@ -80,26 +85,23 @@ class _Recovery:
         info = self._xen.condition(domid)
         if not _is_same(info, self._record):
             raise DomainGone(domid)
-        if self._group is None and self._now - self._record.began > _OURS_SECONDS:
-            detail = f"the request to d{domid} is too old to have been followed"
-            return self.report(Recovered.NOTHING_TO_DO, detail)
         if info.shutdown not in (None, ShutdownReason.SUSPEND):
             detail = f"d{domid} is shut down ({info.shutdown.name.lower()})"
             return self.report(Recovered.GONE, detail)
+        if self._group is not None:
+            # First of all, whoever is at it: nobody can use the guest as it is.
+            try:
+                damage = self._make_whole(info, self._group)
+            except _LeftAlone as error:
+                return self.report(Recovered.LEFT_ALONE, str(error))
+            if damage:
+                return self.report(Recovered.NOT_YET, f"d{domid} cannot be put right: {damage}")
+            info = self._xen.condition(domid)
         somebody = self._xen.somebody_at(domid)
         if somebody is not None:
             # What stands in control/shutdown may be his, and so may be the guest's standing still.
             return self.report(Recovered.BUSY, f"d{domid} is left alone until {somebody} has ended")
-        if self._group is None:
-            return self._end_request(info)
-        if info.shutdown is ShutdownReason.SUSPEND:
-            return self._finish(info)
-        pages = ", ".join(f"{mfn:#x}" for mfn in self._group.frames())
-        detail = (
-            f"d{domid} was let go by somebody else in the middle of the exchange of mfn {pages}: "
-            "what it maps there may be missing; restart it when convenient"
-        )
-        return self.report(Recovered.LEFT_ALONE, detail)
+        return self._end_request(info) if self._hold is None else self._end_hold(info)
 
     def _end_request(self, info: DomainInfo) -> RecoveryReport:
         """The guest was asked, and no more: take that back, or let it go if it has followed.
@@ -109,65 +111,104 @@ class _Recovery:
         """
         domid = self._domid
         unread = self._xen.withdraw_suspend(domid)
+        is_recent = self._now - self._record.began <= _OURS_SECONDS
         if info.shutdown is not ShutdownReason.SUSPEND:
             detail = f"d{domid} runs"
             # Read, it may still be followed.
-            late = not unread
+            late = is_recent and not unread
             return self.report(Recovered.NOTHING_TO_DO, detail, may_suspend_late=late)
         if unread:
             detail = f"d{domid} is suspended for somebody else: our request was still unread"
             return self.report(Recovered.NOTHING_TO_DO, detail)
-        return self._finish(info)
+        if is_recent:
+            return self._let_go()
+        detail = (
+            f"d{domid} is suspended, and we had asked it to, but so long ago that it may be for "
+            f"somebody else: if nobody saves or migrates it, `xl resume {domid}` (Xen 4.20 or "
+            "later) lets it run"
+        )
+        return self.report(Recovered.STANDS_STILL, detail)
 
-    def _finish(self, info: DomainInfo) -> RecoveryReport:
-        """Make the memory of a guest that stands still whole, and let it go."""
-        domid = self._domid
-        results: tuple[PageResult, ...] = ()
-        try:
-            if self._group is not None:
-                results = self._make_whole(info, self._group)
-        except _ChangedByOthers as error:
-            # Whoever let it go and stopped it again has plans of his own with it.
-            detail = f"d{domid} is not as it was left: {error}"
-            return self.report(Recovered.LEFT_ALONE, detail)
-        damage = "; ".join(result.detail for result in results if isinstance(result, Damaged))
-        if damage:
-            detail = f"d{domid} cannot be put right: {damage}"
-            return self.report(Recovered.NOT_YET, detail, results=results)
-        self._job.settled()
-        stuck = let_go(self._xen, domid)
-        told(self._xen, domid)
-        detail = f"d{domid} still stood still; its memory is whole, and it was let go"
-        return self.report(Recovered.FINISHED, detail, results=results, stuck=stuck)
+    def _end_hold(self, info: DomainInfo) -> RecoveryReport:
+        """It had suspended itself for us, and its memory is whole."""
+        if self._is_as_left(info):
+            return self._let_go()
+        state = "runs" if info.shutdown is None else "is suspended again, for somebody else"
+        return self.report(
+            Recovered.NOTHING_TO_DO,
+            f"d{self._domid} has run since it stood still for us, and {state}",
+        )
 
-    def _make_whole(self, info: DomainInfo, group: Group) -> tuple[PageResult, ...]:
-        """Settle what was exchanged and undo what was not.  Raises _ChangedByOthers, PortError."""
+    def _let_go(self) -> RecoveryReport:
+        stuck = let_go(self._xen, self._domid)
+        told(self._xen, self._domid)
+        detail = f"d{self._domid} still stood still; its memory is whole, and it was let go"
+        return self.report(Recovered.FINISHED, detail, stuck=stuck)
+
+    def _is_as_left(self, info: DomainInfo) -> bool:
+        """Whether the guest stands still, and has since we held it.
+
+        By its processor time, for somebody may have resumed it although our pause keeps it from
+        running, or may have let it run and suspended it again.
+        """
+        stands_still = info.shutdown is ShutdownReason.SUSPEND or info.paused
+        used = self._hold.cpu_time if self._hold is not None else None
+        return stands_still and used in (None, info.cpu_time)
+
+    def _make_whole(self, info: DomainInfo, group: Group) -> str:
+        """Settle what was exchanged and undo what was not; what is damaged, if anything.
+
+        Raises _LeftAlone, PortError.
+        """
+        paused = self._is_as_left(info) and not info.paused
+        if paused:
+            self._xen.pause(self._domid)
+            # Nobody can let it run from here on.
+            info = self._xen.condition(self._domid)
         transfer = Transfer(self._xen, self._domid, group)
+        try:
+            self._take_over(info, transfer)
+        except _LeftAlone:
+            if paused:
+                self._xen.unpause(self._domid)
+            raise
+        transfer.settle()
+        self._results = tuple(transfer.progress.results())
+        damage = "; ".join(each.detail for each in self._results if isinstance(each, Damaged))
+        if not damage:
+            self._job.settled()
+            self._is_whole = True
+        return damage
+
+    def _take_over(self, info: DomainInfo, transfer: Transfer) -> None:
+        """Find out how far it has come, and that only we have changed the guest."""
+        if not self._is_as_left(info):
+            pages = ", ".join(f"{mfn:#x}" for mfn in transfer.progress.group.frames())
+            raise _LeftAlone(
+                f"d{self._domid} was let go by somebody else in the middle of the exchange of mfn "
+                f"{pages}: what it maps there may be missing; restart it when convenient"
+            )
         transfer.take_over()
         changed = transfer.changed_by_others(self._never_read)
         if changed is not None:
-            raise _ChangedByOthers(changed)
-        if not info.paused:
-            self._xen.pause(self._domid)
-        transfer.settle()
-        return tuple(transfer.progress.results())
+            raise _LeftAlone(f"d{self._domid} is not as it was left: {changed}")
 
     def give_up(self, report: RecoveryReport) -> RecoveryReport:
         """Let the guest go as it is.
 
         What is not mapped it will fault at, which harms it less than to stand still for ever.
         """
-        self._job.set_aside()
         stuck = let_go(self._xen, self._domid)
         told(self._xen, self._domid)
-        return self.report(Recovered.LEFT_ALONE, report.detail, results=report.results, stuck=stuck)
+        # Not before: if we are killed in between, another process tries once more.
+        self._job.set_aside()
+        return self.report(Recovered.LEFT_ALONE, report.detail, stuck=stuck)
 
     def report(
         self,
         outcome: Recovered,
         detail: str,
         *,
-        results: tuple[PageResult, ...] = (),
         stuck: str | None = None,
         may_suspend_late: bool = False,
     ) -> RecoveryReport:
@@ -176,7 +217,8 @@ class _Recovery:
             domain=self._record.domain,
             outcome=outcome,
             detail=detail,
-            results=results,
+            results=self._results,
+            is_whole=self._is_whole,
             stuck=stuck,
             may_suspend_late=may_suspend_late,
         )

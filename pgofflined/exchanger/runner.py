@@ -8,10 +8,8 @@ still.  Whatever happens between suspend and resume, the guest is let go on ever
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from errno import EBUSY
 
@@ -28,11 +26,20 @@ from pgofflined.core.outcomes import (
     RefusalReason,
     page_of,
 )
+from pgofflined.exchanger.holding import UNCOLLECTED, Holding, kept
 from pgofflined.exchanger.moving import Mover, NotKept
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
 from pgofflined.exchanger.survey import GuestLayoutError, survey
-from pgofflined.letgo import let_go, resume_only, told
-from pgofflined.ports import Clock, Hypervisor, JobRecord, Journal, SuspendLimits
+from pgofflined.ports import (
+    Clock,
+    Hold,
+    Hypervisor,
+    JobRecord,
+    Journal,
+    OpenJob,
+    SuspendLimits,
+    UnfinishedJob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -55,27 +62,13 @@ class Surveyed:
     seconds: float
 
 
-class _Held:
-    """When the guest was asked, held and let go, and whether it could be.
-
-    ``owes_nothing`` is true as long as the guest cannot stand still because of us.
-    """
-
-    def __init__(self) -> None:
-        self.owes_nothing = True
-        self.asked = 0.0
-        self.held = 0.0
-        self.released = 0.0
-        self.stuck: str | None = None
-        self.may_suspend_late = False
-
-
 class ExchangeJob:
     """Pages of one PV domain, exchanged in one suspend.
 
     The pages are marked offline-pending already, unless ``marked`` is False: they become free then,
     and may be marked later.  Those in ``never_read`` are known to hold an uncorrected error and
-    are refused, whatever Xen knows of them.  Synchronous on purpose: doing
+    are refused, whatever Xen knows of them.  ``unended`` is told of a job whose guest could be
+    neither put right nor let go: ``recover`` is to go on with it.  Synchronous on purpose: doing
     and undoing happen in one thread, so no cancellation can make them overlap.
     """
 
@@ -89,6 +82,7 @@ class ExchangeJob:
         limits: SuspendLimits,
         never_read: frozenset[Mfn],
         marked: bool,
+        unended: Callable[[UnfinishedJob], None],
     ) -> None:
         self._domain = domain
         self._xen = xen
@@ -97,7 +91,8 @@ class ExchangeJob:
         self._limits = limits
         self._never_read = never_read
         self._marked = marked
-        self._held = _Held()
+        self._unended = unended
+        self._held = Holding(xen, domain.domid, clock=clock, limits=limits)
 
     def run(self, mfns: Sequence[Mfn]) -> ExchangeReport:
         """A result for every page; raises only for faults of our own."""
@@ -200,7 +195,7 @@ class ExchangeJob:
             domain=self._domain,
             shared_info=info.shared_info,
             cpu_time=info.cpu_time,
-            began=self._clock.now(),
+            began=self._clock.monotonic(),
         )
         try:
             job = self._journal.open(record)
@@ -218,8 +213,8 @@ class ExchangeJob:
         try:
             mover.prepare(self._domain.domid, surveyed.plan)
             self._leave_to_others()
-            with _uncollected(), self._suspended():
-                self._move(mover, info, surveyed)
+            with UNCOLLECTED, self._held.suspended(job):
+                self._move(mover, info, surveyed, job)
         except _InUseByOthers as error:
             why = RefusalReason.DOMAIN_BUSY, str(error)
         except PortError as error:
@@ -229,12 +224,23 @@ class ExchangeJob:
             why = RefusalReason.INTERNAL, "a fault of our own, which the journal tells"
         finally:
             mover.close()
-            # The record of a guest that still stands still is for the next process.
-            if self._held.owes_nothing and mover.is_whole:
-                job.close()
-            elif self._held.owes_nothing:
-                job.set_aside()
+            self._end(record, job, mover)
         return self._verified(self._refuse_rest(planned, mover.results(), *why))
+
+    def _end(self, record: JobRecord, job: OpenJob, mover: Mover) -> None:
+        """The record of a guest that may stand still because of us is needed on."""
+        held = self._held
+        if held.owes_nothing and mover.is_whole:
+            job.close()
+        elif held.owes_nothing:
+            job.set_aside()
+        elif mover.is_whole:
+            job.leave()
+        else:
+            # Neither whole nor let go: it must not be taken up by those who only resume.
+            held.stuck = None
+            hold = Hold(cpu_time=held.cpu_time)
+            self._unended(UnfinishedJob(record=record, hold=hold, group=mover.unsettled, job=job))
 
     def _leave_to_others(self) -> None:
         """Asked last, for all before takes long, but not when the guest stands still."""
@@ -242,57 +248,16 @@ class ExchangeJob:
         if somebody is not None:
             raise _InUseByOthers(f"d{self._domain.domid} is left alone until {somebody} has ended")
 
-    def _move(self, mover: Mover, before: DomainInfo, surveyed: Surveyed) -> None:
+    def _move(self, mover: Mover, before: DomainInfo, surveyed: Surveyed, job: OpenJob) -> None:
         info = self._xen.condition(self._domain.domid)
         if info.identity != self._domain or info.dying:
             raise DomainGone(self._domain.domid)
         if info.shutdown is not ShutdownReason.SUSPEND:
             raise _InUseByOthers(f"d{self._domain.domid} was resumed by someone else")
+        self._held.cpu_time = info.cpu_time
+        with kept():
+            job.hold(info.cpu_time)
         mover.move(before, surveyed.plan, held=self._held.held, survey_seconds=surveyed.seconds)
-
-    @contextmanager
-    def _suspended(self) -> Iterator[None]:
-        """Hold the guest suspended and paused; let it go on every way out."""
-        held, domid = self._held, self._domain.domid
-        held.asked = self._clock.monotonic()
-        held.owes_nothing = False
-        try:
-            self._xen.suspend(domid, self._limits)
-        except GuestDidNotSuspend as error:
-            held.may_suspend_late = error.stage == "suspend"
-            held.owes_nothing = not held.may_suspend_late
-            raise
-        except (DomainGone, SuspendNotAsked):
-            # One that somebody else has suspended is his to resume.
-            held.owes_nothing = True
-            raise
-        except PortError:
-            # We cannot tell how far the request got; resuming a guest that runs does nothing.
-            if not self._was_unread():
-                held.stuck = resume_only(self._xen, domid)
-                told(self._xen, domid)
-            held.owes_nothing = held.stuck is None
-            raise
-        held.held = self._clock.monotonic()
-        paused = False
-        try:
-            # The guest has stopped itself, but its vCPUs' state may still be loaded on a pCPU:
-            # only a pause waits for that, and only then are changes to its page tables safe.
-            self._xen.pause(domid)
-            paused = True
-            yield
-        finally:
-            held.stuck = let_go(self._xen, domid, paused=paused)
-            held.owes_nothing = held.stuck is None
-            held.released = self._clock.monotonic()
-            told(self._xen, domid)
-
-    def _was_unread(self) -> bool:
-        """Take our request back; if the guest stands still all the same, it is for another."""
-        try:
-            return self._xen.withdraw_suspend(self._domain.domid)
-        except PortError:
-            return False
 
     # When it runs again.
 
@@ -338,21 +303,6 @@ class ExchangeJob:
         )
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep Python from looking for garbage, which a guest may wait for as long as for all the rest.
-
-    Of jobs that overlap the one that began first turns it on again, and none leaves it off.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 class _InUseByOthers(Exception):
     """Somebody saves or migrates the guest, or has let it go that suspended itself for us."""
 
@@ -371,6 +321,10 @@ def _reason_of(error: PortError) -> tuple[RefusalReason, str]:
             return RefusalReason.XEN_REFUSED, str(error)
 
 
+def _for_the_next_process(unfinished: UnfinishedJob) -> None:
+    """Its record is there."""
+
+
 def exchange(
     domain: DomainIdentity,
     mfns: Sequence[Mfn],
@@ -381,6 +335,7 @@ def exchange(
     limits: SuspendLimits,
     never_read: frozenset[Mfn] = frozenset(),
     marked: bool = True,
+    unended: Callable[[UnfinishedJob], None] = _for_the_next_process,
 ) -> ExchangeReport:
     """Exchange pages of one PV domain, all in one suspend; see ``ExchangeJob``."""
     job = ExchangeJob(
@@ -391,5 +346,6 @@ def exchange(
         limits=limits,
         never_read=never_read,
         marked=marked,
+        unended=unended,
     )
     return job.run(mfns)

@@ -24,7 +24,7 @@ from pgofflined.ports.hypervisor import (
     Swapped,
     VcpuFrames,
 )
-from pgofflined.ports.journal import JobRecord, Journal, OpenJob, UnfinishedJob
+from pgofflined.ports.journal import Hold, JobRecord, Journal, OpenJob, UnfinishedJob
 from pgofflined.ports.telemetry import RecordFormat, TelemetryBatch, TelemetrySource
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = [
     "FrameControl",
     "FrameExchange",
     "FrameWindow",
+    "Hold",
     "Hypervisor",
     "JobRecord",
     "Journal",

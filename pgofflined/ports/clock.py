@@ -15,3 +15,7 @@ class Clock(Protocol):
     def monotonic(self) -> float:
         """Seconds that never run backwards."""
         ...
+
+    def wait(self, seconds: float) -> None:
+        """Let that time pass; for threads, not for the event loop's."""
+        ...

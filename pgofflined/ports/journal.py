@@ -19,7 +19,8 @@ class JobRecord:
     """An exchange job as it is kept: of which domain, and what was true of it at the start.
 
     ``cpu_time`` are the nanoseconds that its vCPUs had run; a domain that has run for less, or
-    whose shared_info is another frame, is not the same one.
+    whose shared_info is another frame, is not the same one.  ``began`` is in seconds of
+    ``Clock.monotonic``, which a later process of the same boot shares.
     """
 
     domain: DomainIdentity
@@ -28,11 +29,25 @@ class JobRecord:
     began: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """A guest that stands still for us, and the processor time in ns that it had used until then.
+
+    None: it has suspended itself for us, and is perhaps paused.
+    """
+
+    cpu_time: int | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class UnfinishedJob:
-    """A job that a process before this one began: ``group`` is what it may have left changed."""
+    """A job that was not ended: ``group`` is what may have been left changed.
+
+    Without ``hold`` the guest had been asked to suspend at most.
+    """
 
     record: JobRecord
+    hold: Hold | None
     group: Group | None
     job: OpenJob
 
@@ -50,12 +65,23 @@ class OpenJob(Protocol):
         """
         ...
 
+    def hold(self, cpu_time: int | None) -> None:
+        """The guest stands still for us: first without, then with what it has used till then."""
+        ...
+
     def begin(self) -> None:
         """The guest's memory may be changed from here on, as far as the kept group says."""
         ...
 
     def settled(self) -> None:
         """The guest's memory is whole: what was kept counts no more."""
+        ...
+
+    def leave(self) -> None:
+        """The guest may stand still because of us, but its memory is whole: keep no more than that.
+
+        ``Journal.done_with`` ends the job.
+        """
         ...
 
     def close(self) -> None:
@@ -76,4 +102,8 @@ class Journal(Protocol):
 
     def unfinished(self) -> Sequence[UnfinishedJob]:
         """The jobs that earlier processes left."""
+        ...
+
+    def done_with(self, domain: DomainIdentity) -> None:
+        """The guest of a job that was left (``leave``) runs, or is gone; nothing without one."""
         ...

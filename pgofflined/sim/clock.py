@@ -4,17 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Protocol
-
-from pgofflined.ports import Clock
-
-
-class WaitingClock(Clock, Protocol):
-    """A clock on which the simulated guests can take their time."""
-
-    def wait(self, seconds: float) -> None:
-        """Let ``seconds`` pass."""
-        ...
 
 
 class ManualClock:

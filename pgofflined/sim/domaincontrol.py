@@ -16,6 +16,9 @@ from pgofflined.sim.guests import Answer, SimulatedDomain
 from pgofflined.sim.host import HostState
 from pgofflined.sim.pagetables import PageFault
 
+# What a domain that is let run has run for at once, in ns.
+_RUN = 1000
+
 
 class SimulatedDomainControl(HostState):
     """``ports.DomainControl``."""
@@ -104,10 +107,6 @@ class SimulatedDomainControl(HostState):
         with self.call("processes", domid):
             return self.simulated(domid).somebody
 
-    def somebody_new_at(self, domid: Domid) -> str | None:
-        """The same: a look costs nothing here."""
-        return self.somebody_at(domid)
-
     def serves(self, domid: Domid) -> str | None:
         """No guest here serves another."""
         with self.call("xs_read", domid):
@@ -173,7 +172,10 @@ class SimulatedDomainControl(HostState):
                 raise GuestDidNotSuspend(domain.domid, stage="suspend", seconds=0.0)
 
     def _let_run(self, domain: SimulatedDomain) -> None:
-        if not domain.resume_pending or not domain.runs:
+        if not domain.runs:
+            return
+        domain.cpu_time += _RUN
+        if not domain.resume_pending:
             return
         domain.resume_pending = False
         if domain.pv is not None:

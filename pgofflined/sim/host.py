@@ -17,7 +17,8 @@ from pgofflined.core.domains import GuestKind, ShutdownReason
 from pgofflined.core.errors import DomainGone, XenError
 from pgofflined.core.frames import DOM0, DOMID_IO, DOMID_XEN, Domid, Mfn, Pfn
 from pgofflined.core.xenversion import XenVersion
-from pgofflined.sim.clock import ManualClock, WaitingClock
+from pgofflined.ports import Clock
+from pgofflined.sim.clock import ManualClock
 from pgofflined.sim.errors import Refused, SimulationError
 from pgofflined.sim.frames import Frames, FrameType
 from pgofflined.sim.guests import Grant, Hold, SimulatedDomain
@@ -62,9 +63,9 @@ class HostSpec:
 class HostState:
     """Frames, domains and time of one simulated host."""
 
-    def __init__(self, spec: HostSpec | None = None, *, clock: WaitingClock | None = None) -> None:
+    def __init__(self, spec: HostSpec | None = None, *, clock: Clock | None = None) -> None:
         self.spec = spec or HostSpec()
-        self.clock: WaitingClock = clock or ManualClock()
+        self.clock: Clock = clock or ManualClock()
         self.rng = np.random.default_rng(self.spec.seed)
         self.lock = threading.RLock()
         self.frames = Frames(

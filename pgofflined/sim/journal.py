@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pgofflined.ports import JobRecord, OpenJob, UnfinishedJob
+from pgofflined.ports import Hold, JobRecord, OpenJob, UnfinishedJob
 
 if TYPE_CHECKING:
     from pgofflined.core.domains import DomainIdentity
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 class _Kept:
     record: JobRecord
     kept: Group | None = None
+    hold: Hold | None = None
     has_begun: bool = False
+    is_left: bool = False
 
     @property
     def group(self) -> Group | None:
@@ -40,9 +42,19 @@ class MemoryJournal:
     def unfinished(self) -> Sequence[UnfinishedJob]:
         """The jobs that were not closed."""
         return [
-            UnfinishedJob(record=kept.record, group=kept.group, job=_MemoryJob(self, domain))
+            UnfinishedJob(
+                record=kept.record,
+                hold=kept.hold,
+                group=kept.group,
+                job=_MemoryJob(self, domain),
+            )
             for domain, kept in self.kept.items()
         ]
+
+    def done_with(self, domain: DomainIdentity) -> None:
+        """End a job that was left."""
+        if domain in self.kept and self.kept[domain].is_left:
+            del self.kept[domain]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +66,10 @@ class _MemoryJob:
         """Keep a group; the arrays are never written to by those who have them."""
         self.journal.kept[self.domain].kept = group
 
+    def hold(self, cpu_time: int | None) -> None:
+        """The guest stands still."""
+        self.journal.kept[self.domain].hold = Hold(cpu_time=cpu_time)
+
     def begin(self) -> None:
         """What is kept counts."""
         self.journal.kept[self.domain].has_begun = True
@@ -61,6 +77,11 @@ class _MemoryJob:
     def settled(self) -> None:
         """It counts no more."""
         self.journal.kept[self.domain].has_begun = False
+
+    def leave(self) -> None:
+        """Forget all but that there is a job."""
+        kept = self.journal.kept[self.domain]
+        kept.kept, kept.has_begun, kept.is_left = None, False, True
 
     def close(self) -> None:
         """Forget the job."""

@@ -8,8 +8,8 @@ import numpy as np
 
 from pgofflined.core.domains import GuestKind
 from pgofflined.core.frames import Domid, Mfn
+from pgofflined.ports import Clock
 from pgofflined.sim.activity import MemoryChecker
-from pgofflined.sim.clock import WaitingClock
 from pgofflined.sim.dimm import FailingDimm
 from pgofflined.sim.guests import SuspendBehaviour
 from pgofflined.sim.host import HostSpec
@@ -41,7 +41,7 @@ class DemoHost:
 
 
 def small_host(
-    spec: HostSpec | None = None, *, guest: PvSpec | None = None, clock: WaitingClock | None = None
+    spec: HostSpec | None = None, *, guest: PvSpec | None = None, clock: Clock | None = None
 ) -> SmallHost:
     """Build a host in milliseconds, for a test to do with as it likes."""
     host = SimulatedHost(spec, clock=clock)
@@ -50,7 +50,7 @@ def small_host(
     return SmallHost(host=host, pv=pv, pvh=pvh)
 
 
-def demo_host(*, clock: WaitingClock | None = None, seed: int = 1) -> DemoHost:
+def demo_host(*, clock: Clock | None = None, seed: int = 1) -> DemoHost:
     """Build a host with three PV guests and a PVH guest, which share the failing module."""
     host = SimulatedHost(
         HostSpec(frames=512 * _PAGES_PER_MIB, dom0=64 * _PAGES_PER_MIB, seed=seed), clock=clock

@@ -78,15 +78,16 @@ class XenHypervisor:
             version=version,
         )
         self._domains = Domains(self._call, self._control)
+        self._looked = _Last()
         self._suspension = Suspension(
             call=self._call,
             control=self._control,
             domains=self._domains,
             monitors=_monitors(version),
+            newcomer=self._newcomer,
         )
         self._guests_parts: _Guests | None = None
         self._guests_lock = threading.Lock()
-        self._looked = _Last()
 
     def close(self) -> None:
         """Let go of the hypervisor; no call may follow."""
@@ -170,8 +171,8 @@ class XenHypervisor:
             self._looked.at = _Looked(domid=domid, uuid=uuid, look=look)
         return look.somebody
 
-    def somebody_new_at(self, domid: Domid) -> str | None:
-        """As ``somebody_at``, which this thread has asked before."""
+    def _newcomer(self, domid: Domid) -> str | None:
+        """What ``somebody_at``, which this thread has asked before, would give now, and quickly."""
         looked = self._looked.at
         if looked is None or looked.domid != domid:
             return self.somebody_at(domid)

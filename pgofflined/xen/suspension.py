@@ -69,6 +69,7 @@ class Suspension:
         domains: Domains,
         stores: StoreOpener = open_store,
         monitors: Monitors | None = None,
+        newcomer: Callable[[Domid], str | None] = lambda _: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._call = call
@@ -76,6 +77,7 @@ class Suspension:
         self._domains = domains
         self._stores = stores
         self._monitors = monitors
+        self._newcomer = newcomer
         self._monotonic = monotonic
         # What keeps xl's monitors still, for each guest that we have suspended.
         self._holds: dict[Domid, AbstractContextManager[None]] = {}
@@ -93,7 +95,8 @@ class Suspension:
         and call ``resume``, which does nothing as long as it runs.
 
         Raises SuspendNotAsked: EBUSY when another shutdown, suspend or migration of the domain is
-        under way, EOPNOTSUPP for 32-bit PV and for HVM guests; DomainGone when it ends meanwhile.
+        under way or has used the same request, EOPNOTSUPP for 32-bit PV and for HVM guests;
+        DomainGone when it ends meanwhile.
         """
         self._hold_monitors(domid)
         try:
@@ -120,6 +123,8 @@ class Suspension:
                 raise
             if not acknowledged and _withdraw(store, path):
                 raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
+            # While the guest is busy with it, for it does not wait for us yet.
+            self._refuse_shared(store, domid, path)
             if not self._await_suspended(store, domid, limits.suspend):
                 raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
 
@@ -186,6 +191,18 @@ class Suspension:
             if left <= 0:
                 return False
             store.wait(min(left, _LOOK))
+
+    def _refuse_shared(self, store: StorePort, domid: Domid, path: str) -> None:
+        """libxl writes its request over any other: what the guest has read may have been for both.
+
+        Who came before the guest read it takes the suspend for his, and must find it so.  A request
+        that is there again was written later: the guest reads it when it runs on.
+        """
+        somebody = self._newcomer(domid)
+        if somebody is None or store.read(path) == _SUSPEND:
+            return
+        _LOG.warning("d%d was asked to suspend by us and by %s at once: it is his", domid, somebody)
+        raise SuspendNotAsked(errno.EBUSY, op="suspend (for somebody else as well)", domid=domid)
 
     def withdraw(self, domid: Domid) -> bool:
         """Take back a request that nobody has read; whether there was one."""

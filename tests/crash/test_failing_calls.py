@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from errno import EIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from pgofflined.core.errors import PortError
+from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.outcomes import Damaged, Exchanged, Refusal
-from pgofflined.core.recovery import Recovered
+from pgofflined.core.outcomes import Damaged, Exchanged, Refusal, RefusalReason
+from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.exchanging import RECOVERY_SECONDS
+from pgofflined.ports import SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.sim.layout import DIRECT_MAP
 from pgofflined.sim.pagetables import PageFault
@@ -134,11 +137,68 @@ def test_a_guest_that_can_neither_be_put_right_nor_let_go_is_left_to_the_next_pr
     )
     report = bench.exchange(mfns, xen)
     assert [type(result) for result in report.results] == [Damaged]
-    assert report.stuck is not None
+    assert report.stuck is None
+    bench.look_after([report])
+    assert bench.host.domain(bench.domid).shutdown is not None
     [ended] = bench.end_jobs()
     assert ended.outcome is Recovered.FINISHED
     assert [type(result) for result in ended.results] == [Exchanged]
     bench.assert_guest_runs_unharmed()
+
+
+@pytest.mark.parametrize("error", [XenError(EIO, op="getdomaininfo"), OSError(EIO, "listdir")])
+@pytest.mark.parametrize("after", [-1.0, 0.5, 250.0])
+def test_a_guest_that_has_read_the_request_is_let_go_whatever_fails_then(
+    after: float, error: Exception
+) -> None:
+    bench = Bench.build()
+
+    class FailsWhileWaiting(FaultyHypervisor):
+        """Cannot tell whether the guest stands still."""
+
+        def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
+            del limits
+            bench.host.simulated(domid).suspends_at = bench.host.clock.monotonic() + after
+            raise error
+
+    mfns = _pages(bench)
+    report = bench.exchange(mfns, FailsWhileWaiting(bench.host))
+    assert report.may_suspend_late
+    assert {type(result) for result in report.results} == {Refusal}
+    bench.look_after([report])
+    bench.assert_guest_runs_unharmed()
+    assert bench.journal.kept == {}
+    assert bench.host.simulated(bench.domid).suspends_at is None
+
+
+def test_a_shortage_that_passes_costs_time_and_no_page() -> None:
+    bench = Bench.build()
+    xen = FaultyHypervisor(bench.host, Fault(method="write_frames", times=12))
+    report = bench.exchange(bench.mark(*bench.layout.plain[:3]), xen)
+    assert {type(result) for result in report.results} == {Exchanged}
+    bench.assert_guest_runs_unharmed()
+
+
+def test_a_guest_that_can_neither_be_put_right_nor_let_go_is_tried_again_by_the_same_process() -> (
+    None
+):
+    bench = Bench.build()
+    mfns = bench.mark(*bench.layout.plain[:2])
+    broken = Fault(method="write_frames", times=200), Fault(method="resume", times=10)
+    work = bench.work(FaultyHypervisor(bench.host, *broken))
+    report = work.run(bench.identity, tuple(mfns[:1]))
+    assert [type(result) for result in report.results] == [Damaged]
+    # No other job takes the place of its record.
+    [busy] = work.run(bench.identity, tuple(mfns[1:])).results
+    assert isinstance(busy, Refusal)
+    assert busy.reason is RefusalReason.DOMAIN_BUSY
+    reports: list[RecoveryReport] = []
+    while work.has_rest:
+        bench.host.clock.wait(RECOVERY_SECONDS)
+        reports += work.recover_rest()
+    assert [report.outcome for report in reports] == [Recovered.FINISHED]
+    bench.assert_guest_runs_unharmed()
+    assert [type(each) for each in work.run(bench.identity, tuple(mfns[1:])).results] == [Exchanged]
 
 
 def test_one_page_that_cannot_be_written_does_not_harm_its_batch() -> None:

@@ -12,21 +12,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
+from uuid import UUID
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.moves import Group, PteWrite, PteWrites
+from pgofflined.core.moves import Group, PteWrite, PteWrites, frames_of
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanger import exchange, recover
 from pgofflined.jobstore import JobStore
 from pgofflined.ports import JobRecord, Journal, OpenJob, SuspendLimits, UnfinishedJob
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.journal import MemoryJournal
-from pgofflined.sim.layout import PvLayout
+from pgofflined.sim.layout import DIRECT_MAP, PvLayout
 from tests.single import set_ptes
 from tests.unit.exchanger.conftest import Bench
 
@@ -66,6 +68,9 @@ class MortalJournal:
     def unfinished(self) -> Sequence[UnfinishedJob]:
         return self.inner.unfinished()
 
+    def done_with(self, domain: DomainIdentity) -> None:
+        self.inner.done_with(domain)
+
     def strike(self, act: Callable[[], T]) -> T:
         if self.xen.killed:
             raise Killed
@@ -90,11 +95,17 @@ class _MortalJob:
     def keep(self, group: Group) -> None:
         self.journal.strike(lambda: self.inner.keep(group))
 
+    def hold(self, cpu_time: int | None) -> None:
+        self.journal.strike(lambda: self.inner.hold(cpu_time))
+
     def begin(self) -> None:
         self.journal.strike(self.inner.begin)
 
     def settled(self) -> None:
         self.journal.strike(self.inner.settled)
+
+    def leave(self) -> None:
+        self.journal.strike(self.inner.leave)
 
     def close(self) -> None:
         self.journal.strike(self.inner.close)
@@ -121,6 +132,15 @@ def run(
         limits=SuspendLimits(),
         marked=marked,
     )
+
+
+def killed(dying: Fault) -> Bench:
+    """A job for one page, whose process was killed at a call."""
+    bench = Bench.build()
+    mfns = bench.mark(*PAGES["data"](bench.layout))
+    with pytest.raises(Killed):
+        run(bench, mfns, FaultyHypervisor(bench.host, dying))
+    return bench
 
 
 def mortal(unfinished: UnfinishedJob, xen: FaultyHypervisor) -> UnfinishedJob:
@@ -216,7 +236,7 @@ def test_processes_that_are_killed_one_after_the_other_are_followed_by_one_that_
         dying = FaultyHypervisor(bench.host, Fault(nth=nth, moment=moment, kills=True))
         try:
             for unfinished in bench.journal.unfinished():
-                recover(mortal(unfinished, dying), dying, now=bench.host.clock.now())
+                recover(mortal(unfinished, dying), dying, now=bench.host.clock.monotonic())
         except Killed:
             continue
     reports = bench.end_jobs()
@@ -350,7 +370,7 @@ def test_a_guest_that_somebody_else_let_go_and_stopped_again_is_left_as_it_is() 
     dying = Fault(method="update_ptes", moment=Moment.AFTER, kills=True)
     with pytest.raises(Killed):
         run(bench, bench.mark(*PAGES["data"](bench.layout)), FaultyHypervisor(bench.host, dying))
-    # `xl resume`, work, and `xl save`, which finds it suspended and not paused.
+    # Suspended and not paused, but with another entry.
     [kept] = bench.journal.kept.values()
     assert kept.group is not None
     table, index = int(kept.group.references.tables[0]), int(kept.group.references.indexes[0])
@@ -361,10 +381,141 @@ def test_a_guest_that_somebody_else_let_go_and_stopped_again_is_left_as_it_is() 
     xen = FaultyHypervisor(bench.host)
     reports = bench.end_jobs(xen)
     assert [report.outcome for report in reports] == [Recovered.LEFT_ALONE]
-    assert not {"pause", "resume", "update_ptes", "exchange"} & set(xen.trace.methods)
+    assert not {"resume", "update_ptes", "exchange"} & set(xen.trace.methods)
+    assert not bench.host.domain(bench.domid).paused
 
 
-def test_a_request_that_is_too_old_to_have_been_followed_is_nobodys_suspend() -> None:
+@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("method", ["update_ptes", "exchange", "write_frames"])
+def test_a_guest_that_has_run_in_the_middle_of_a_change_is_left_as_it_is(
+    method: str,
+    stops: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    bench = Bench.build()
+    dying = Fault(method=method, moment=Moment.AFTER, kills=True)
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*PAGES["data"](bench.layout)), FaultyHypervisor(bench.host, dying))
+    bench.host.unpause(bench.domid)
+    bench.host.resume(bench.domid)
+    if stops:
+        bench.host.suspend(bench.domid, SuspendLimits())
+    xen = FaultyHypervisor(bench.host)
+    [report] = bench.end_jobs(xen)
+    assert report.outcome is Recovered.LEFT_ALONE
+    assert "let go by somebody else" in report.detail
+    assert set(xen.trace.methods) == {"condition"}
+    [aside] = bench.journal.aside
+    assert aside.group is not None
+
+
+def test_what_a_guest_has_written_since_it_was_let_go_is_not_written_over() -> None:
+    bench = Bench.build()
+    [pfn] = PAGES["data"](bench.layout)
+    xen = FaultyHypervisor(bench.host)
+    mfns = bench.mark(pfn)
+    settled = records_of_a_good_run(PAGES["data"]) - 1
+    with pytest.raises(Killed):
+        run(bench, mfns, xen, MortalJournal(bench.journal, xen, settled))
+    assert next(iter(bench.journal.kept.values())).group is not None
+    bench.host.unpause(bench.domid)
+    bench.host.resume(bench.domid)
+    address = DIRECT_MAP + (pfn << 12)
+    bench.host.pv(bench.domid).write(address, 0xBEEF)
+    bench.host.suspend(bench.domid, SuspendLimits())
+    bench.end_jobs()
+    home = frames_of([bench.host.frame_of(bench.domid, pfn)])
+    assert int(bench.host.read_frames(bench.domid, home)[0, 0]) == 0xBEEF
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+@pytest.mark.parametrize("method", ["pause", "update_ptes", "exchange", "write_frames", "unpause"])
+def test_a_guest_that_somebody_has_resumed_and_that_only_our_pause_keeps_is_put_right(
+    name: str, method: str
+) -> None:
+    # What xl does when a save fails.
+    bench = Bench.build()
+    pfns = PAGES[name](bench.layout)
+    dying = Fault(method=method, moment=Moment.BEFORE, kills=True)
+    if method == "pause":
+        dying = replace(dying, moment=Moment.AFTER)
+    with pytest.raises(Killed):
+        run(bench, bench.mark(*pfns), FaultyHypervisor(bench.host, dying))
+    bench.host.resume(bench.domid)
+    reports = bench.end_jobs()
+    assert [report.outcome for report in reports] == [Recovered.FINISHED]
+    assert_ended_well(bench, pfns, reports)
+
+
+@pytest.mark.parametrize("seconds", [0, 3600, 10**6])
+@pytest.mark.parametrize("method", ["pause", "update_ptes", "exchange", "unpause", "resume"])
+def test_a_guest_that_was_held_is_let_go_however_long_ago_that_was(
+    method: str, seconds: int
+) -> None:
+    bench = killed(Fault(method=method, kills=True))
+    bench.host.clock.wait(seconds)
+    reports = bench.end_jobs()
+    assert [report.outcome for report in reports] == [Recovered.FINISHED]
+    assert_ended_well(bench, PAGES["data"](bench.layout), reports)
+
+
+def test_a_guest_that_could_not_be_let_go_is_by_the_next_process_however_late() -> None:
+    bench = Bench.build()
+    mfns = bench.mark(*PAGES["data"](bench.layout))
+    report = bench.exchange(mfns, FaultyHypervisor(bench.host, Fault(method="resume", times=10**6)))
+    assert report.stuck is not None
+    bench.host.clock.wait(10_000)
+    assert [each.outcome for each in bench.end_jobs()] == [Recovered.FINISHED]
+    bench.assert_guest_runs_unharmed()
+
+
+def test_a_guest_that_follows_late_is_resumed_by_whichever_process_is_there() -> None:
+    bench = killed(Fault(method="suspend", moment=Moment.BEFORE, kills=True))
+    bench.host.simulated(bench.domid).suspends_at = bench.host.clock.monotonic() + 20
+    # A process that finds it running, and is killed before it stands still.
+    [first] = bench.work().recover()
+    assert first.may_suspend_late
+    bench.host.clock.wait(30)
+    assert bench.host.domain(bench.domid).shutdown is not None
+    [second] = bench.end_jobs()
+    assert second.outcome is Recovered.FINISHED
+    assert_ended_well(bench, [], [second])
+
+
+@pytest.mark.parametrize("what", ["shared_info", "cpu_time", "uuid"])
+def test_a_record_of_another_domain_with_the_same_domid_is_not_followed(what: str) -> None:
+    bench = killed(Fault(method="exchange", kills=True))
+    [kept] = bench.journal.kept.values()
+    other = {
+        "shared_info": replace(kept.record, shared_info=Mfn(kept.record.shared_info + 1)),
+        "cpu_time": replace(kept.record, cpu_time=10**15),
+        "uuid": replace(kept.record, domain=replace(kept.record.domain, uuid=UUID(int=3))),
+    }[what]
+    kept.record = other
+    xen = FaultyHypervisor(bench.host)
+    [report] = bench.work(xen).recover()
+    assert report.outcome is Recovered.GONE
+    assert xen.trace.methods == ["condition"]
+
+
+def test_a_process_that_is_killed_while_it_gives_up_has_not_lost_the_record() -> None:
+    bench = killed(Fault(method="exchange", moment=Moment.AFTER, kills=True))
+    broken = Fault(method="write_frames", times=10**6)
+    with pytest.raises(Killed):
+        bench.end_jobs(FaultyHypervisor(bench.host, broken, Fault(method="unpause", kills=True)))
+    reports = bench.end_jobs()
+    assert [report.outcome for report in reports] == [Recovered.FINISHED]
+    assert_ended_well(bench, PAGES["data"](bench.layout), reports)
+
+
+def test_memory_is_put_right_before_it_is_asked_whether_somebody_else_is_at_it() -> None:
+    bench = killed(Fault(method="exchange", moment=Moment.AFTER, kills=True))
+    deaf = Fault(method="somebody_at", times=10**6)
+    [report] = bench.end_jobs(FaultyHypervisor(bench.host, deaf))
+    assert report.outcome is Recovered.LEFT_ALONE
+    bench.assert_guest_runs_unharmed()
+
+
+def test_a_guest_that_stands_still_long_after_our_request_is_left_to_the_operator() -> None:
     bench = Bench.build()
     dying = Fault(method="suspend", kills=True)
     with pytest.raises(Killed):
@@ -374,6 +525,7 @@ def test_a_request_that_is_too_old_to_have_been_followed_is_nobodys_suspend() ->
     bench.host.suspend(bench.domid, SuspendLimits())
     xen = FaultyHypervisor(bench.host)
     reports = bench.end_jobs(xen)
-    assert [report.outcome for report in reports] == [Recovered.NOTHING_TO_DO]
+    assert [report.outcome for report in reports] == [Recovered.STANDS_STILL]
+    assert f"xl resume {bench.domid}" in reports[0].detail
     assert "resume" not in xen.trace.methods
     assert bench.journal.kept == {}

@@ -5,6 +5,7 @@ import pytest
 from pgofflined.aftercare import Aftercare
 from pgofflined.ports import SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor
+from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import SmallHost, small_host
 
 
@@ -19,7 +20,7 @@ def held() -> SmallHost:
 
 def caring(small: SmallHost, *plan: Fault) -> Aftercare:
     xen = FaultyHypervisor(small.host, *plan)
-    aftercare = Aftercare(xen, small.host.clock, interval=5)
+    aftercare = Aftercare(xen, MemoryJournal(), small.host.clock, interval=5)
     domain = small.host.domain(small.pv).identity
     aftercare.note("x1", domain, stuck="could not unpause it", may_suspend_late=False)
     return aftercare
@@ -60,7 +61,7 @@ def test_a_guest_that_somebody_has_helped_is_left_alone(held: SmallHost) -> None
 
 def test_a_guest_that_suspends_late_is_resumed(held: SmallHost) -> None:
     held.host.unpause(held.pv)
-    aftercare = Aftercare(held.host, held.host.clock, interval=5)
+    aftercare = Aftercare(held.host, MemoryJournal(), held.host.clock, interval=5)
     domain = held.host.domain(held.pv).identity
     aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
     aftercare.look()
@@ -70,7 +71,7 @@ def test_a_guest_that_suspends_late_is_resumed(held: SmallHost) -> None:
 
 def test_a_guest_that_may_suspend_late_is_given_up_after_a_while() -> None:
     small = small_host()
-    aftercare = Aftercare(small.host, small.host.clock, interval=5)
+    aftercare = Aftercare(small.host, MemoryJournal(), small.host.clock, interval=5)
     domain = small.host.domain(small.pv).identity
     aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
     aftercare.look()
@@ -89,7 +90,7 @@ def test_a_guest_that_somebody_saves_is_let_go_only_when_he_has_ended(
     guest = held.host.simulated(held.pv)
     guest.somebody = "process 5 (xl save)"
     xen = FaultyHypervisor(held.host)
-    aftercare = Aftercare(xen, held.host.clock, interval=5)
+    aftercare = Aftercare(xen, MemoryJournal(), held.host.clock, interval=5)
     domain = held.host.domain(held.pv).identity
     aftercare.note("x1", domain, stuck=stuck, may_suspend_late=stuck is None)
     aftercare.look()

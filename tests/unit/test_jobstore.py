@@ -5,6 +5,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
@@ -18,7 +19,7 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group, References, frames_of
 from pgofflined.core.pages import PageKind
 from pgofflined.jobstore import JobStore
-from pgofflined.ports import JobRecord, OpenJob
+from pgofflined.ports import Hold, JobRecord, OpenJob
 
 RECORD = JobRecord(
     domain=DomainIdentity(Domid(7), UUID(int=5)), shared_info=Mfn(0xAB), cpu_time=9, began=1.5
@@ -67,9 +68,9 @@ def begun(folder: Path, of: Group | None = None) -> OpenJob:
     return job
 
 
-def left(folder: Path) -> Path:
+def left(folder: Path, name: str = "left") -> Path:
     """What another process finds: this one, which lives, still holds its locks."""
-    copy = folder.with_name("left")
+    copy = folder.with_name(name)
     shutil.copytree(folder, copy)
     return copy
 
@@ -197,26 +198,137 @@ def test_nothing_is_written_for_what_has_not_changed(folder: Path) -> None:
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_a_marker_that_cannot_be_made_or_removed_is_a_failure(folder: Path) -> None:
+def test_a_stage_that_cannot_be_written_is_a_failure(folder: Path) -> None:
     job = JobStore(folder).open(RECORD)
     job.keep(group())
-    [file] = folder.glob("*.job")
-    marker = file.with_name(file.name + "-moving")
-    marker.mkdir()
-    with pytest.raises(PortError, match="could not be made"):
+    [stage] = folder.glob("*-stage")
+    [number] = [each for each in os.listdir("/proc/self/fd") if _leads_to(each, stage)]
+    os.close(int(number))
+    with pytest.raises(PortError, match="-stage could not be written"):
+        job.hold(1)
+    with pytest.raises(PortError, match="-stage could not be written"):
         job.begin()
-    with pytest.raises(PortError, match="could not be removed"):
+    with pytest.raises(PortError, match="-stage could not be written"):
         job.settled()
 
 
-def test_a_marker_without_a_record_is_removed(folder: Path) -> None:
+def _leads_to(descriptor: str, file: Path) -> bool:
+    with suppress(OSError):
+        return os.readlink(f"/proc/self/fd/{descriptor}") == str(file)
+    return False
+
+
+@pytest.mark.parametrize("cpu_time", [None, 0, 5, 2**64 - 1])
+def test_what_a_guest_had_used_when_it_stood_still_comes_back(
+    folder: Path, cpu_time: int | None
+) -> None:
+    job = JobStore(folder).open(RECORD)
+    assert JobStore(left(folder)).unfinished()[0].hold is None
+    job.hold(None)
+    job.hold(cpu_time)
+    [found] = JobStore(left(folder, "held")).unfinished()
+    assert found.hold == Hold(cpu_time=cpu_time)
+    assert found.group is None
+
+
+def test_it_is_the_same_while_pages_are_moved_and_for_the_process_that_ends_that(
+    folder: Path,
+) -> None:
+    job = JobStore(folder).open(RECORD)
+    job.hold(77)
+    job.keep(group())
+    job.begin()
+    copy = left(folder)
+    [found] = JobStore(copy).unfinished()
+    assert found.hold == Hold(cpu_time=77)
+    assert found.group is not None
+    found.job.settled()
+    [again] = JobStore(left(copy, "settled")).unfinished()
+    assert again.hold == Hold(cpu_time=77)
+    assert again.group is None
+
+
+@pytest.mark.parametrize("stage", [b"M", b"X" + b"0" * 16, b"M" + b"g" * 16, b"M" + b"0" * 17])
+def test_a_stage_that_says_nothing_sensible_is_told_and_put_aside(
+    folder: Path, stage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun(folder)
+    copy = left(folder)
+    [file] = copy.glob("*-stage")
+    file.write_bytes(stage)
+    assert JobStore(copy).unfinished() == []
+    assert "cannot be read" in caplog.text
+
+
+def test_an_unknown_kind_does_not_keep_other_jobs_from_being_found(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun(folder)
+    copy = left(folder)
+    [file] = copy.glob("*.job")
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE moving SET kind = 'L9'")
+    connection.close()
+    other = replace(RECORD, domain=DomainIdentity(Domid(8), UUID(int=6)))
+    _open = JobStore(folder.with_name("other")).open(other)
+    for source in folder.with_name("other").iterdir():
+        shutil.copy(source, copy)
+    assert [found.record for found in JobStore(copy).unfinished()] == [other]
+    assert "L9" in caplog.text
+
+
+def test_a_job_that_is_left_keeps_nothing_that_the_guests_pages_held(folder: Path) -> None:
+    store = JobStore(folder)
+    job = store.open(RECORD)
+    job.hold(5)
+    job.keep(group())
+    files = list(folder.iterdir())
+    assert any(SECRET in file.read_bytes() for file in files)
+    job.leave()
+    assert not any(SECRET in file.read_bytes() for file in folder.iterdir())
+    [found] = JobStore(left(folder)).unfinished()
+    assert (found.record, found.hold, found.group) == (RECORD, Hold(cpu_time=5), None)
+
+
+def test_a_job_that_was_left_is_removed_when_its_guest_needs_it_no_more(folder: Path) -> None:
+    store = JobStore(folder)
+    store.open(RECORD).leave()
+    store.done_with(DomainIdentity(Domid(8), UUID(int=5)))
+    assert list(folder.glob("*.job"))
+    store.done_with(RECORD.domain)
+    assert list(folder.iterdir()) == []
+    store.done_with(RECORD.domain)
+
+
+def test_a_job_of_another_process_can_be_left_as_well(folder: Path) -> None:
+    JobStore(folder).open(RECORD).hold(5)
+    copy = left(folder)
+    store = JobStore(copy)
+    [found] = store.unfinished()
+    found.job.leave()
+    store.done_with(RECORD.domain)
+    assert list(copy.iterdir()) == []
+
+
+def test_a_job_under_way_is_not_removed_for_one_that_was_left_before_it(folder: Path) -> None:
+    store = JobStore(folder)
+    store.open(RECORD).leave()
+    job = store.open(RECORD)
+    job.keep(group())
+    store.done_with(RECORD.domain)
+    job.begin()
+    [found] = JobStore(left(folder)).unfinished()
+    assert found.group is not None
+
+
+def test_a_stage_without_a_record_is_removed(folder: Path) -> None:
     folder.mkdir()
-    (folder / "d7-x.job-moving").write_bytes(b"")
+    (folder / "d7-x.job-stage").write_bytes(b"")
     assert JobStore(folder).unfinished() == []
     assert list(folder.iterdir()) == []
 
 
-def test_a_marker_whose_record_lacks_a_page_is_told_and_put_aside(
+def test_a_change_under_way_whose_record_lacks_a_page_is_told_and_put_aside(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     begun(folder)
@@ -228,14 +340,14 @@ def test_a_marker_whose_record_lacks_a_page_is_told_and_put_aside(
     with caplog.at_level(logging.CRITICAL):
         assert JobStore(found).unfinished() == []
     assert "mfn 0x101 are missing" in caplog.text
-    assert sorted(file.suffix for file in found.iterdir()) == [".damaged", ".damaged-moving"]
+    assert sorted(file.suffix for file in found.iterdir()) == [".damaged", ".damaged-stage"]
 
 
-def test_a_job_that_is_put_aside_takes_its_marker_along(folder: Path) -> None:
+def test_a_job_that_is_put_aside_takes_its_stage_along(folder: Path) -> None:
     begun(folder).set_aside()
     assert JobStore(folder).unfinished() == []
     assert [file.name for file in folder.glob("*.job*")] == []
-    assert len(list(folder.glob("*.damaged-moving"))) == 1
+    assert len(list(folder.glob("*.damaged-stage"))) == 1
 
 
 def test_a_closed_job_leaves_no_file(folder: Path) -> None:
@@ -277,7 +389,7 @@ def test_a_job_that_cannot_be_kept_is_not_begun(tmp_path: Path) -> None:
     with pytest.raises(PortError, match="d7 cannot be kept"):
         JobStore(blocked / "jobs").open(RECORD)
     with pytest.raises(PortError, match="swap"):
-        JobStore(tmp_path, refusal="it may be swapped").open(RECORD)
+        JobStore(tmp_path, refusal=lambda: "it may be swapped").open(RECORD)
 
 
 def test_a_process_that_died_before_its_first_record_has_left_nothing(folder: Path) -> None:
@@ -303,7 +415,7 @@ def test_a_record_without_its_tables_is_told_and_put_aside(
 ) -> None:
     folder.mkdir()
     with sqlite3.connect(folder / "d7-x.job") as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     connection.close()
     with caplog.at_level(logging.CRITICAL):
         assert JobStore(folder).unfinished() == []

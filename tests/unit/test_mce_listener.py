@@ -54,6 +54,9 @@ class SetClock:
     def monotonic(self) -> float:
         return self.uptime
 
+    def wait(self, seconds: float) -> None:
+        self.uptime += seconds
+
 
 @dataclass
 class Intake:

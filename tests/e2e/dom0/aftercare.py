@@ -9,6 +9,7 @@ from pgofflined.aftercare import Aftercare
 from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.recovery import RecoveryReport
 from pgofflined.daemon import HostClock
+from pgofflined.ports import Journal
 from pgofflined.xen.hypervisor import XenHypervisor
 
 # A guest that has read the request follows it within so many seconds.
@@ -16,9 +17,11 @@ _LATE_SECONDS = 4.0
 _INTERVAL = 0.2
 
 
-def look_after(xen: XenHypervisor, reports: Iterable[ExchangeReport | RecoveryReport]) -> None:
+def look_after(
+    xen: XenHypervisor, journal: Journal, reports: Iterable[ExchangeReport | RecoveryReport]
+) -> None:
     """Look at the guests of some jobs until none needs it, or the time is over."""
-    aftercare = Aftercare(xen, HostClock(), interval=0)
+    aftercare = Aftercare(xen, journal, HostClock(), interval=0)
     for report in reports:
         aftercare.note(
             "tests", report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late

@@ -118,16 +118,17 @@ def _interfere(xen: XenHypervisor, domid: Domid, step: Step) -> dict[str, object
     admin = Admin(xen, domid, step["until"], step["command"])
     method, when = MOMENTS[step["moment"]]
     mfn = _mark(xen, domid)
+    journal = JobStore(JOBS)
     report = exchange(
         xen.domain(domid).identity,
         [mfn],
         xen=FaultyHypervisor(xen, Fault(method=method, moment=when, act=admin.act)),
-        journal=JobStore(JOBS),
+        journal=journal,
         clock=HostClock(),
         limits=_LIMITS,
     )
     status, said = admin.end()
-    look_after(xen, [report])
+    look_after(xen, journal, [report])
     if xen.query(mfn) & OfflineState.OFFLINE_PENDING:
         xen.online(mfn)
     return {

@@ -157,16 +157,17 @@ class Driver:
     def _end(self, where: dict[str, object], mfns: list[Mfn]) -> None:
         """What a daemon does when it starts; by a child, so that nothing of us is left in it."""
         began = time.monotonic()
+        journal = JobStore(JOBS)
         work = Exchanging(
             xen=self._xen,
-            journal=JobStore(JOBS),
+            journal=journal,
             clock=HostClock(),
             policy=ExchangePolicy,
             poisoned=frozenset,
         )
         reports = work.recover()
         took = time.monotonic() - began
-        look_after(self._xen, reports)
+        look_after(self._xen, journal, reports)
         states = [self._xen.query(mfn) for mfn in mfns]
         for mfn, state in zip(mfns, states, strict=True):
             if state is OfflineState.OFFLINE_PENDING:

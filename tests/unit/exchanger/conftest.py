@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pgofflined.aftercare import Aftercare
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import ExchangeReport
@@ -66,7 +67,10 @@ class Bench:
     def end_jobs(
         self, xen: Hypervisor | None = None, *, journal: Journal | None = None
     ) -> list[RecoveryReport]:
-        """What a daemon does that starts: end what was left, again and again if need be."""
+        """What a daemon does that starts: end what was left, again and again if need be.
+
+        Then look after the guests that may follow a request late.
+        """
         work = self.work(xen, journal=journal)
         reports = [*work.recover()]
         while work.has_rest:
@@ -74,7 +78,24 @@ class Bench:
             assert work.recover_rest() == ()
             self.host.clock.wait(RECOVERY_SECONDS)
             reports += work.recover_rest()
+        self.look_after(reports, journal=journal)
         return reports
+
+    def look_after(
+        self,
+        reports: Sequence[RecoveryReport | ExchangeReport],
+        *,
+        journal: Journal | None = None,
+    ) -> None:
+        """Until no guest needs it."""
+        care = Aftercare(self.host, journal or self.journal, self.host.clock, interval=5)
+        for report in reports:
+            care.note(
+                "test", report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late
+            )
+        while care:
+            care.look()
+            self.host.clock.wait(care.interval)
 
     def exchange(self, mfns: Sequence[Mfn], xen: Hypervisor | None = None) -> ExchangeReport:
         return exchange(

@@ -209,7 +209,7 @@ def test_a_guest_with_devices_of_the_host_is_refused(bench: Bench) -> None:
 
 
 def test_nothing_is_suspended_for_a_job_that_cannot_be_kept(bench: Bench) -> None:
-    store = JobStore(Path("/nowhere"), refusal="there is no room")
+    store = JobStore(Path("/nowhere"), refusal=lambda: "there is no room")
     mfns = bench.mark(bench.layout.plain[0])
     xen = FaultyHypervisor(bench.host)
     report = exchange(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn
 from pgofflined.core.moves import Group, frames_of
@@ -106,6 +107,9 @@ class _Mortal:
     def unfinished(self) -> list[UnfinishedJob]:
         return []
 
+    def done_with(self, domain: DomainIdentity) -> None:
+        self._inner.done_with(domain)
+
 
 class _MortalJob:
     def __init__(self, inner: OpenJob, xen: FaultyHypervisor, kept: list[Group]) -> None:
@@ -117,11 +121,19 @@ class _MortalJob:
         self._kept.append(group)
         self._inner.keep(group)
 
+    def hold(self, cpu_time: int | None) -> None:
+        self._inner.hold(cpu_time)
+
     def begin(self) -> None:
         self._inner.begin()
 
     def settled(self) -> None:
         self._inner.settled()
+
+    def leave(self) -> None:
+        if self._xen.killed:
+            raise Killed
+        self._inner.leave()
 
     def close(self) -> None:
         if self._xen.killed:
@@ -148,6 +160,19 @@ def test_no_garbage_is_looked_for_while_the_guest_stands_still(
     xen = FaultyHypervisor(bench.host, Fault(method="exchange", act=look))
     bench.exchange(bench.mark(bench.layout.plain[0]), xen)
     assert seen == [False]
+    assert gc.isenabled()
+
+
+def test_garbage_is_looked_for_again_when_the_last_of_several_guests_runs() -> None:
+    first, second, outer = Bench.build(), Bench.build(), []
+
+    def whole_other_job() -> None:
+        second.exchange(second.mark(second.layout.plain[0]))
+        outer.append(gc.isenabled())
+
+    xen = FaultyHypervisor(first.host, Fault(method="exchange", act=whole_other_job))
+    first.exchange(first.mark(first.layout.plain[0]), xen)
+    assert outer == [False]
     assert gc.isenabled()
 
 

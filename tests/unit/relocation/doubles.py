@@ -47,6 +47,9 @@ class VirtualTime:
     def monotonic(self) -> float:
         return self._now
 
+    def wait(self, seconds: float) -> None:
+        self._now += seconds
+
     async def sleep(self, seconds: float) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sleepers.append((self._now + seconds, future))

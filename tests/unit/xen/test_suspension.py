@@ -158,7 +158,11 @@ class CountingMonitors(Monitors):
             self.holders -= 1
 
 
-def suspension(guest: Guest, monitors: Monitors | None = None) -> Suspension:
+def suspension(
+    guest: Guest,
+    monitors: Monitors | None = None,
+    newcomer: Callable[[Domid], str | None] = lambda _: None,
+) -> Suspension:
     @contextmanager
     def stores() -> Iterator[StorePort]:
         yield guest
@@ -171,6 +175,7 @@ def suspension(guest: Guest, monitors: Monitors | None = None) -> Suspension:
         domains=Domains(call, control),
         stores=stores,
         monitors=monitors,
+        newcomer=newcomer,
         monotonic=lambda: guest.now,
     )
 
@@ -284,6 +289,29 @@ def test_guest_that_suspends_without_having_read_our_request_does_so_for_somebod
     with pytest.raises(SuspendNotAsked) as caught:
         suspension(guest).suspend(GUEST, LIMITS)
     assert (caught.value.errno, guest.node, guest.flags) == (errno.EBUSY, b"", SUSPENDED)
+
+
+def test_a_request_that_somebody_wrote_over_ours_makes_the_suspend_his() -> None:
+    guest = Guest({0.5: acknowledges, 2.0: suspends})
+    with pytest.raises(SuspendNotAsked) as caught:
+        suspension(guest, newcomer=lambda domid: f"process 5 (xl save {domid})").suspend(
+            GUEST, LIMITS
+        )
+    # It is not waited for: for whom it does so is known by now.
+    assert (caught.value.errno, guest.now) == (errno.EBUSY, 0.5)
+
+
+def test_who_writes_his_request_after_ours_was_read_waits_for_his_turn() -> None:
+    def looks(domid: Domid) -> str:
+        guest.node = b"suspend"
+        return f"process 5 (xl save {domid})"
+
+    def suspends_for_us(guest: Guest) -> None:
+        guest.flags = SUSPENDED
+
+    guest = Guest({0.5: acknowledges, 2.0: suspends_for_us})
+    suspension(guest, newcomer=looks).suspend(GUEST, LIMITS)
+    assert (guest.flags, guest.node) == (SUSPENDED, b"suspend")
 
 
 def test_failure_while_waiting_leaves_no_request_behind() -> None:

@@ -1,0 +1,130 @@
+"""Holding a guest suspended and paused, and letting it go on every way out."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError, SuspendNotAsked
+from pgofflined.core.frames import Domid
+from pgofflined.exchanger.moving import NotKept
+from pgofflined.letgo import let_go, resume_only, told
+from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
+
+
+class Holding:
+    """When the guest was asked, held and let go, and whether it could be.
+
+    ``owes_nothing`` is true as long as the guest cannot stand still because of us.  ``cpu_time`` is
+    what it had used when it was held, in ns.
+    """
+
+    def __init__(
+        self, xen: Hypervisor, domid: Domid, *, clock: Clock, limits: SuspendLimits
+    ) -> None:
+        self.owes_nothing = True
+        self.asked = 0.0
+        self.held = 0.0
+        self.released = 0.0
+        self.stuck: str | None = None
+        self.may_suspend_late = False
+        self.cpu_time: int | None = None
+        self._xen = xen
+        self._domid = domid
+        self._clock = clock
+        self._limits = limits
+
+    @contextmanager
+    def suspended(self, job: OpenJob) -> Iterator[None]:
+        """Hold the guest suspended and paused; let it go on every way out."""
+        domid = self._domid
+        self.asked = self._clock.monotonic()
+        self.owes_nothing = False
+        try:
+            self._xen.suspend(domid, self._limits)
+        except GuestDidNotSuspend as error:
+            self.may_suspend_late = error.stage == "suspend"
+            self.owes_nothing = not self.may_suspend_late
+            raise
+        except (DomainGone, SuspendNotAsked):
+            # One that somebody else has suspended is his to resume.
+            self.owes_nothing = True
+            raise
+        except Exception:
+            # We cannot tell how far the request got.  Unless nobody has read it, the guest may
+            # stand still for us now, or a little later.
+            self.may_suspend_late = not self._was_unread()
+            if self.may_suspend_late:
+                self._resume_unless_used()
+            self.owes_nothing = not self.may_suspend_late
+            raise
+        self.held = self._clock.monotonic()
+        paused = False
+        try:
+            with kept():
+                job.hold(None)
+            # The guest has stopped itself, but its vCPUs' state may still be loaded on a pCPU:
+            # only a pause waits for that, and only then are changes to its page tables safe.
+            self._xen.pause(domid)
+            paused = True
+            yield
+        finally:
+            self.stuck = let_go(self._xen, domid, paused=paused)
+            self.owes_nothing = self.stuck is None
+            self.released = self._clock.monotonic()
+            told(self._xen, domid)
+
+    def _was_unread(self) -> bool:
+        """Take our request back; if the guest stands still all the same, it is for another."""
+        try:
+            return self._xen.withdraw_suspend(self._domid)
+        except PortError:
+            return False
+
+    def _resume_unless_used(self) -> None:
+        """At once, if it is sure that nobody else has it suspended; a guest that runs goes on."""
+        domid = self._domid
+        with contextlib.suppress(PortError):
+            if self._xen.somebody_at(domid) is None:
+                self.stuck = resume_only(self._xen, domid)
+                told(self._xen, domid)
+
+
+class _Uncollected:
+    """Keeps Python from looking for garbage while a guest stands still.
+
+    That may take as long as all the rest.  Jobs may overlap: the last one turns it on again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._was_enabled = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._was_enabled:
+                gc.enable()
+
+
+UNCOLLECTED = _Uncollected()
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """A record that cannot be written is a reason of its own."""
+    try:
+        yield
+    except PortError as error:
+        raise NotKept(str(error)) from error

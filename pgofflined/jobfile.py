@@ -1,0 +1,382 @@
+"""One exchange job in a SQLite file, and in a file beside it how far the job has come.
+
+``jobstore`` says why that is enough to end the job after any death of the process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.errors import PortError
+from pgofflined.core.frames import WORDS_PER_PAGE, Domid, Mfn
+from pgofflined.core.pages import PageKind
+from pgofflined.ports import Hold, JobRecord, UnfinishedJob
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pgofflined.core.moves import Chosen, Group
+
+_log = logging.getLogger(__name__)
+
+_VERSION: Final = 3
+_SCHEMA: Final = """
+CREATE TABLE job (
+    domid INTEGER NOT NULL, uuid TEXT NOT NULL, shared_info INTEGER NOT NULL,
+    cpu_time INTEGER NOT NULL, began REAL NOT NULL
+) STRICT;
+CREATE TABLE moving (
+    number INTEGER PRIMARY KEY, kind TEXT NOT NULL, pinned INTEGER NOT NULL, mfns BLOB NOT NULL,
+    pfns BLOB NOT NULL, slot_frames BLOB NOT NULL, slot_indexes BLOB NOT NULL,
+    pages BLOB NOT NULL, levels BLOB NOT NULL, tables BLOB NOT NULL, indexes BLOB NOT NULL,
+    entries BLOB NOT NULL, props BLOB NOT NULL
+) STRICT;
+CREATE TABLE page (mfn INTEGER PRIMARY KEY, contents BLOB NOT NULL) STRICT;
+"""
+_PUT: Final = "INSERT OR REPLACE INTO moving VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_PUT_PAGE: Final = "INSERT OR REPLACE INTO page VALUES (?, ?)"
+ASIDE: Final = ".damaged"
+_STAGE: Final = "-stage"
+_WAL: Final = "-wal"
+_ALL_SUFFIXES: Final = (_STAGE, _WAL, "-shm", "-journal", "")
+# A letter and the processor time in hex: so short that the kernel takes it whole or not at all.
+_PAUSING: Final = b"P"
+_HELD: Final = b"H"
+_MOVING: Final = b"M"
+_STAGE_BYTES: Final = 17
+
+
+class NeverBegun(Exception):
+    """The process died before the job's first record, hence before it did anything."""
+
+
+class StoredJob:
+    """``ports.OpenJob`` in files.  ``on_left`` is told of a job that is left open."""
+
+    def __init__(
+        self,
+        path: Path,
+        connection: sqlite3.Connection,
+        domain: DomainIdentity,
+        *,
+        hold: Hold | None = None,
+        on_left: Callable[[StoredJob], None],
+    ) -> None:
+        self.domain = domain
+        self._path = path
+        self._connection = connection
+        self._stage_path = _beside(path, _STAGE)
+        self._stage = os.open(self._stage_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._hold = hold
+        self._on_left = on_left
+        self._kept: Group | None = None
+
+    def keep(self, group: Group) -> None:
+        """Keep a group in place of the one before; what is the same is not written again."""
+        import numpy as np
+
+        kept = self._kept
+        changed = np.ones(len(group), dtype=np.bool_) if kept is None else _changed(kept, group)
+        is_same = kept is not None and _is_same_plan(kept, group)
+        if is_same and not changed.any():
+            return
+        rows = np.flatnonzero(changed).tolist()
+        pages = [(int(group.mfns[row]), _blob(group.contents[row])) for row in rows]
+        # Should it fail, nothing is taken for kept.
+        self._kept = None
+        try:
+            with self._connection:
+                if not is_same:
+                    blobs = [_blob(array) for array in _arrays(group)]
+                    self._connection.execute(_PUT, (group.kind.name, int(group.pinned), *blobs))
+                self._connection.executemany(_PUT_PAGE, pages)
+        except sqlite3.Error as error:
+            raise PortError(f"{self._path} could not be written: {error}") from error
+        self._kept = group
+
+    def hold(self, cpu_time: int | None) -> None:
+        """Note that the guest stands still."""
+        self._hold = Hold(cpu_time=cpu_time)
+        self._note(_HELD if cpu_time is not None else _PAUSING)
+
+    def begin(self) -> None:
+        """Note that the kept group counts."""
+        self._note(_MOVING)
+
+    def settled(self) -> None:
+        """Note that it does not; the contents go with the job, and nobody waits for that."""
+        self._note(_HELD if self._hold and self._hold.cpu_time is not None else _PAUSING)
+
+    def _note(self, stage: bytes) -> None:
+        cpu_time = (self._hold.cpu_time if self._hold else None) or 0
+        try:
+            os.pwrite(self._stage, b"%b%016x" % (stage, cpu_time), 0)
+        except OSError as error:
+            raise PortError(f"{self._stage_path} could not be written: {error}") from error
+
+    def leave(self) -> None:
+        """Keep the record of the job, without anything that its guest's pages held."""
+        try:
+            self._connection.execute("PRAGMA secure_delete = ON")
+            with self._connection:
+                self._connection.execute("DELETE FROM page")
+                self._connection.execute("DELETE FROM moving")
+            # With all of it in the file, nothing in the log is looked at any more.
+            self._connection.execute("PRAGMA wal_checkpoint(FULL)")
+            _overwrite(_beside(self._path, _WAL))
+        except (OSError, sqlite3.Error) as error:
+            _log.error("%s holds pages of a guest still: %s", self._path, error)
+        self._kept = None
+        self._on_left(self)
+
+    def close(self) -> None:
+        """Remove the files.  What cannot be removed is told, and looked at by the next process."""
+        try:
+            # Before the connection is closed, which would remove the log as it is.
+            remove(self._path)
+        except OSError as error:
+            _log.error("%s holds pages of a guest and could not be removed: %s", self._path, error)
+        self._shut()
+
+    def set_aside(self) -> None:
+        """Leave the files under another name, which no process takes for a job."""
+        aside = self._path.with_suffix(ASIDE)
+        try:
+            move(self._path, aside)
+        except OSError as error:
+            _log.error("%s could not be put aside: %s", self._path, error)
+        else:
+            _log.error("what was to be put right is kept in %s; remove it some time", aside)
+        self._shut()
+
+    def _shut(self) -> None:
+        with suppress(sqlite3.Error):
+            self._connection.close()
+        if self._stage >= 0:
+            os.close(self._stage)
+            self._stage = -1
+
+
+def _arrays(group: Group) -> tuple[NDArray[Any], ...]:
+    """All but the contents, in the order of their columns."""
+    references = group.references
+    return (
+        *(group.mfns, group.pfns, group.slot_frames, group.slot_indexes),
+        *(references.pages, references.levels, references.tables, references.indexes),
+        *(references.values, group.props),
+    )
+
+
+def _blob(array: NDArray[Any]) -> bytes:
+    return array.astype("<u8", copy=False).tobytes()
+
+
+def _is_same_plan(kept: Group, group: Group) -> bool:
+    """Whether two groups differ in nothing but their contents."""
+    return (kept.kind, kept.pinned) == (group.kind, group.pinned) and all(
+        _equal(one, other) for one, other in zip(_arrays(kept), _arrays(group), strict=True)
+    )
+
+
+def _equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    return one is other or (one.shape == other.shape and bool((one == other).all()))
+
+
+def _changed(kept: Group, group: Group) -> Chosen:
+    """Pages of a group whose contents are not those that were kept for their frames."""
+    import numpy as np
+
+    from pgofflined.core.moves import differing
+
+    if _equal(kept.mfns, group.mfns):
+        same = kept.contents is group.contents
+        return np.zeros(len(group), np.bool_) if same else differing(kept.contents, group.contents)
+    places = {mfn: place for place, mfn in enumerate(kept.mfns.tolist())}
+    rows = np.array([places.get(mfn, -1) for mfn in group.mfns.tolist()], dtype=np.intp)
+    changed: Chosen = rows < 0
+    known = ~changed
+    changed[known] = differing(kept.contents[rows[known]], group.contents[known])
+    return changed
+
+
+def create(path: Path, record: JobRecord) -> sqlite3.Connection:
+    """Make the file of a new job.  Raises OSError, sqlite3.Error."""
+    # SQLite would create it with the umask's mode.
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    connection = _connect(path)
+    try:
+        # One transaction, so that a daemon killed in here leaves nothing half made.
+        connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        with connection:
+            connection.execute(
+                "INSERT INTO job VALUES (?, ?, ?, ?, ?)",
+                (
+                    record.domain.domid,
+                    str(record.domain.uuid),
+                    record.shared_info,
+                    record.cpu_time,
+                    record.began,
+                ),
+            )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # One thread at a time, not always the same: a job that could not be ended is tried again.
+    connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
+    try:
+        # A record has pages of 4 KiB whole in it: with pages of its own that are larger there are
+        # fewer pieces to write and to check.
+        connection.execute("PRAGMA page_size = 16384")
+        # Without other readers, the write-ahead log needs no shared memory.
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = OFF")
+        # The log is folded into the file by nobody: the guest would wait for it.
+        connection.execute("PRAGMA wal_autocheckpoint = 0")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def load(path: Path, *, on_left: Callable[[StoredJob], None]) -> UnfinishedJob:
+    """Read a record.  Raises sqlite3.Error, OSError, NeverBegun; else LookupError, ValueError,
+    TypeError, OverflowError where it makes no sense.
+    """
+    connection = _connect(path)
+    try:
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            raise NeverBegun
+        if version != _VERSION:
+            raise ValueError(f"it is of version {version}, this is {_VERSION}")
+        job = connection.execute("SELECT * FROM job").fetchone()
+        if job is None:
+            raise NeverBegun
+        record = _record(job)
+        hold, is_moving = _stage_of(path)
+        return UnfinishedJob(
+            record=record,
+            hold=hold,
+            group=_group(connection) if is_moving else None,
+            job=StoredJob(path, connection, record.domain, hold=hold, on_left=on_left),
+        )
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _stage_of(path: Path) -> tuple[Hold | None, bool]:
+    """Whether the guest stands still, and whether it is being changed."""
+    file = _beside(path, _STAGE)
+    raw = file.read_bytes() if file.exists() else b""
+    if not raw:
+        return None, False
+    stage, digits = raw[:1], raw[1:]
+    if len(raw) != _STAGE_BYTES or stage not in (_PAUSING, _HELD, _MOVING):
+        raise ValueError(f"{file} says {raw[:_STAGE_BYTES]!r}")
+    cpu_time = int(digits, 16)
+    return Hold(cpu_time=None if stage == _PAUSING else cpu_time), stage == _MOVING
+
+
+def _record(row: Sequence[object]) -> JobRecord:
+    domid, uuid, shared_info, cpu_time, began = row
+    return JobRecord(
+        domain=DomainIdentity(Domid(int(str(domid))), UUID(str(uuid))),
+        shared_info=Mfn(int(str(shared_info))),
+        cpu_time=int(str(cpu_time)),
+        began=float(str(began)),
+    )
+
+
+def _group(connection: sqlite3.Connection) -> Group:
+    import numpy as np
+
+    from pgofflined.core.moves import Group, References
+
+    row = connection.execute("SELECT * FROM moving").fetchone()
+    if row is None:
+        raise ValueError("it was begun without what is changed")
+    _, kind, pinned, *blobs = row
+    (mfns, pfns, frames, indexes, pages, levels, tables, rows, values, props) = (
+        _array(blob) for blob in blobs
+    )
+    count, entries = len(mfns), len(pages)
+    contents = [_contents(connection, mfn) for mfn in mfns.tolist()]
+    if (
+        {len(pfns), len(frames), len(indexes)} != {count}
+        or {len(levels), len(tables), len(rows), len(values)} != {entries}
+        or {len(words) for words in contents} != {WORDS_PER_PAGE}
+        or (entries and (int(pages.max()) >= count or int(levels.max()) > PageKind.L4.value))
+    ):
+        raise ValueError("its arrays do not belong together")
+    return Group(
+        kind=PageKind[str(kind)],
+        pinned=bool(pinned),
+        mfns=mfns,
+        pfns=pfns,
+        slot_frames=frames,
+        slot_indexes=indexes,
+        references=References(
+            pages=pages.astype(np.intp),
+            levels=levels.astype(np.uint8),
+            tables=tables,
+            indexes=rows,
+            values=values,
+        ),
+        contents=np.stack(contents),
+        props=props,
+    )
+
+
+def _contents(connection: sqlite3.Connection, mfn: int) -> NDArray[np.uint64]:
+    row = connection.execute("SELECT contents FROM page WHERE mfn = ?", (mfn,)).fetchone()
+    if row is None:
+        raise ValueError(f"the contents of mfn {mfn:#x} are missing")
+    return _array(row[0])
+
+
+def _array(blob: object) -> NDArray[np.uint64]:
+    import numpy as np
+
+    if not isinstance(blob, bytes):
+        raise ValueError("an array is no blob")
+    return np.frombuffer(blob, dtype=np.uint64).copy()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
+def _overwrite(file: Path) -> None:
+    with file.open("r+b", buffering=0) as opened:
+        opened.write(bytes(file.stat().st_size))
+
+
+def remove(path: Path) -> None:
+    """Overwrite and remove a job's files.  Raises OSError."""
+    for suffix in _ALL_SUFFIXES:
+        file = _beside(path, suffix)
+        if file.exists():
+            _overwrite(file)
+            file.unlink()
+
+
+def move(path: Path, aside: Path) -> None:
+    """Give a job's files another name.  Raises OSError."""
+    for suffix in _ALL_SUFFIXES:
+        if (file := _beside(path, suffix)).exists():
+            file.rename(_beside(aside, suffix))
