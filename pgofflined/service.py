@@ -146,6 +146,7 @@ class Service:
             zone=world.zone,
             saves=world.saves,
             finished=self._relocation_finished,
+            poison=self.retirer.poison_in_use,
         )
         self._saves: tuple[str, ...] = ()
         self._look_for_saves = asyncio.Event()

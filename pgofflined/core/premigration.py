@@ -65,8 +65,9 @@ class MigrationFacts:
 
     ``domain`` is None when it is gone.  ``twins`` are other domains with its uuid: the receiving
     half of a migration that is under way, or what a failed one left.  ``somebody`` is a process
-    that saves or migrates it.  ``way`` is None for a migration to this host.  ``save`` is there for
-    a PV domain that is to be saved and restored instead.
+    that saves or migrates it.  ``poison`` is a frame of the host that has had an uncorrected error
+    and may still be somebody's.  ``way`` is None for a migration to this host.  ``save`` is there
+    for a PV domain that is to be saved and restored instead.
     """
 
     domain: DomainInfo | None
@@ -76,6 +77,7 @@ class MigrationFacts:
     free_frames: int
     way: Way | None
     somebody: str | None = None
+    poison: Mfn | None = None
     save: SaveFacts | None = None
 
 
@@ -188,6 +190,15 @@ def _look_at_domain(
         return Never(
             reason=RelocationReason.NOT_HVM,
             detail=f"d{job.domid} is no HVM or PVH guest, and only those are migrated",
+        )
+    if facts.poison is not None:
+        # Xen marks it as broken only where it has acted itself, and does not say whose the page of
+        # an HVM or PVH guest is.
+        return Never(
+            reason=RelocationReason.UNCORRECTED,
+            detail=f"mfn {facts.poison:#x} of this host has had an uncorrected error and may be "
+            f"d{job.domid}'s, which would be read whole; its page goes when d{job.domid} ends, "
+            "restart that guest",
         )
     if facts.somebody is not None:
         # Perhaps a migration that an earlier process of ours has begun.

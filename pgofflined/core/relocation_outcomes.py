@@ -20,6 +20,7 @@ class RelocationReason(StrEnum):
     NOT_HVM = "not_hvm"
     NOT_SAVABLE = "not_savable"
     BROKEN = "broken"
+    UNCORRECTED = "uncorrected"
     NOT_PENDING = "not_pending"
     GAVE_UP = "gave_up"
     GUEST_STUCK = "guest_stuck"

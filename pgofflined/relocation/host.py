@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, assert_never
@@ -88,10 +88,16 @@ class Care:
 
 
 class MigrationHost:
-    """Questions to a host, each answered at one go."""
+    """Questions to a host, each answered at one go.
 
-    def __init__(self, xen: Host, saves: Saves | None = None) -> None:
+    ``poison`` gives a frame whose contents must not be read and that may be somebody's, if any.
+    """
+
+    def __init__(
+        self, xen: Host, poison: Callable[[], Mfn | None], saves: Saves | None = None
+    ) -> None:
         self._xen = xen
+        self._poison = poison
         self._saves = saves if saves is not None else Saves()
 
     def facts(
@@ -122,6 +128,7 @@ class MigrationHost:
             way=way,
             somebody=None if info is None else self._xen.somebody_at(info.domid),
             save=save,
+            poison=self._poison(),
         )
 
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:

@@ -76,6 +76,8 @@ class RelocationService:
     """Takes guests off bad pages that are not moved in place, as the policy allows.
 
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
+    ``poison`` is asked in a thread just before anything is begun, for a frame that must not be read
+    and may be somebody's, if any.
     """
 
     def __init__(
@@ -88,13 +90,14 @@ class RelocationService:
         clock: Clock,
         zone: tzinfo,
         finished: Finished,
+        poison: Callable[[], Mfn | None],
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
         saves: Saves | None = None,
         stop_grace: float = 20.0,
     ) -> None:
         self._queue = RelocationQueue(policy, zone)
-        self._host = MigrationHost(xen, saves)
+        self._host = MigrationHost(xen, poison, saves)
         self._relocator = relocator
         self._links = links
         self._clock = clock

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import numpy as np
+
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
@@ -20,6 +22,7 @@ from pgofflined.ports import Clock
 from pgofflined.retiring import Retirer
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
+from pgofflined.sim.frames import FrameState
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.host import HostSpec
 from pgofflined.sim.journal import MemoryJournal
@@ -383,13 +386,13 @@ async def test_a_page_waits_where_no_more_guests_can_be_queued_to_be_saved() -> 
                 await scene.pages.changed()
 
 
-async def test_no_guest_is_saved_while_a_page_is_poisoned_that_a_save_might_read() -> None:
-    async with at_work(SAVING) as scene:
-        moves = Moves()
-        scene.retirer.connect(scene.pool, moves)
-        mfn = granted_frame(scene)
-        scene.retirer.poisoned.add(scene.pv_frame(1))
-        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
-        entry = await scene.pages.until(mfn, Phase.LEFT)
-        assert "uncorrected error" in entry.detail
-        assert moves.taken == []
+def test_poison_is_in_use_until_nobody_can_own_it() -> None:
+    scene = Scene(small_host(), QUICK)
+    mfn = scene.pv_frame()
+    free = Mfn(int(np.flatnonzero(scene.small.host.frames.state == FrameState.FREE)[0]))
+    assert scene.retirer.poison_in_use() is None
+    scene.small.host.offline(free)
+    scene.retirer.poisoned.add(free)
+    assert scene.retirer.poison_in_use() is None
+    scene.retirer.poisoned.add(mfn)
+    assert scene.retirer.poison_in_use() == mfn

@@ -103,6 +103,7 @@ class FakeHost:
         self.resume_works = True
         self.somebody: str | None = None
         self.serving: str | None = None
+        self.poison: Mfn | None = None
 
     def add(self, info: DomainInfo, *mfns: int) -> DomainInfo:
         self.guests[info.domid] = info

@@ -87,6 +87,7 @@ async def running(
         clock=time,
         zone=UTC,
         finished=lambda _, outcome: outcomes.append(outcome),
+        poison=lambda: host.poison,
         sleep=time.sleep,
         in_thread=inline,
         saves=saves,
@@ -311,6 +312,46 @@ async def test_a_broken_page_is_never_migrated(kind: GuestKind) -> None:
         [outcome] = world.outcomes
         assert isinstance(outcome, NotRelocated)
         assert outcome.reason is RelocationReason.BROKEN
+
+
+@pytest.mark.parametrize("how", ["save", "migration"])
+async def test_nothing_is_begun_when_an_uncorrected_error_is_reported_while_it_waits(
+    saves: Saves, tmp_path: Path, how: str
+) -> None:
+    night = (parse_window("22:00-06:00"),)
+    async with saving(saves, tmp_path, target="localhost", maintenance_windows=night) as world:
+        if how == "save":
+            by_saving(world, 7, 0x10)
+        else:
+            await world.submit(9, 0x10)
+        await quiet()
+        assert [state for _, state in world.state()] == ["deferred"]
+        world.host.poison = Mfn(0x77)
+        await world.time.advance(10 * 3600)
+        assert world.relocator.calls == []
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        assert outcome.reason is RelocationReason.UNCORRECTED
+        assert "0x77" in outcome.detail
+
+
+@pytest.mark.parametrize("how", ["save", "migration"])
+async def test_nothing_is_tried_again_when_an_uncorrected_error_is_reported_meanwhile(
+    saves: Saves, tmp_path: Path, how: str
+) -> None:
+    async with saving(saves, tmp_path, target="localhost") as world:
+        if how == "save":
+            by_saving(world, 7, 0x10)
+        else:
+            await world.submit(9, 0x10)
+        await quiet()
+        world.host.poison = Mfn(0x77)
+        await world.relocator.calls[0].end(BROKEN_OFF)
+        await world.time.advance(3600)
+        assert len(world.relocator.calls) == 1
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        assert outcome.reason is RelocationReason.UNCORRECTED
 
 
 async def test_a_xen_that_corrupts_its_free_lists_is_refused() -> None:
