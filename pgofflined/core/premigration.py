@@ -66,7 +66,8 @@ class MigrationFacts:
     ``domain`` is None when it is gone.  ``twins`` are other domains with its uuid: the receiving
     half of a migration that is under way, or what a failed one left.  ``somebody`` is a process
     that saves or migrates it.  ``poison`` is a frame of the host that has had an uncorrected error
-    and may still be somebody's.  ``way`` is None for a migration to this host.  ``save`` is there
+    and may still be somebody's.  ``saved_guest`` says what is with a guest that may be in a file,
+    and needs its memory again.  ``way`` is None for a migration to this host.  ``save`` is there
     for a PV domain that is to be saved and restored instead.
     """
 
@@ -78,6 +79,7 @@ class MigrationFacts:
     way: Way | None
     somebody: str | None = None
     poison: Mfn | None = None
+    saved_guest: str | None = None
     save: SaveFacts | None = None
 
 
@@ -262,6 +264,8 @@ def _look_at_save(
         return Never(reason=RelocationReason.NOT_SAVABLE, detail=problem)
     if save.unfinished is not None:
         return _busy(f"an earlier save of d{domid} is not ended, see {save.unfinished}")
+    if facts.saved_guest is not None:
+        return _memory_is_kept(facts.saved_guest)
     if save.trouble is not None:
         return NotNow(hindrance=Hindrance.NO_DISK_SPACE, detail=save.trouble)
     needed = (facts.domain.max_pages << PAGE_SHIFT) + _SAVE_MARGIN
@@ -288,6 +292,8 @@ def _look_at_memory(
 ) -> NotNow | None:
     if facts.domain is None:
         return None
+    if facts.saved_guest is not None:
+        return _memory_is_kept(facts.saved_guest)
     reserve = -(-policy.free_memory_reserve >> PAGE_SHIFT)
     needed = facts.domain.max_pages + reserve
     if facts.free_frames >= needed:
@@ -296,6 +302,13 @@ def _look_at_memory(
         hindrance=Hindrance.NO_FREE_MEMORY,
         detail=f"a second copy of d{job.domid} needs {_mebibytes(facts.domain.max_pages)} and "
         f"{_mebibytes(reserve)} are to stay free, but only {_mebibytes(facts.free_frames)} are",
+    )
+
+
+def _memory_is_kept(saved_guest: str) -> NotNow:
+    return NotNow(
+        hindrance=Hindrance.NO_FREE_MEMORY,
+        detail=f"free memory is kept for a guest that may be in a file: {saved_guest}",
     )
 
 

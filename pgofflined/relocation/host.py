@@ -119,6 +119,8 @@ class MigrationHost:
         if save_directory is not None:
             serves = None if info is None else self._xen.serves(info.domid)
             save = self._saves.facts(domain, save_directory, serves)
+        # Also one that a process works on which an earlier daemon has started.
+        saves = self._saves.left_over(self._xen.domains())
         return MigrationFacts(
             domain=info,
             twins=twins,
@@ -129,6 +131,7 @@ class MigrationHost:
             somebody=None if info is None else self._xen.somebody_at(info.domid),
             save=save,
             poison=self._poison(),
+            saved_guest=saves[0] if saves else None,
         )
 
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC
 from pathlib import Path
@@ -31,7 +31,7 @@ from pgofflined.core.saves import SaveNote, SavePhase
 from pgofflined.core.schedule import parse_window
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.relocation import RelocationService
-from pgofflined.saving import Saves, write_note
+from pgofflined.saving import Saves, only_one, write_note
 from tests.unit.relocation.doubles import (
     PENDING,
     FakeHost,
@@ -598,6 +598,46 @@ async def test_nothing_else_moves_while_a_saved_guests_memory_is_free(
         assert world.relocator.calls[2].domain.domid == 11
 
 
+def note_of(domid: int, notes: Path) -> Path:
+    """The note of a save that an earlier daemon began."""
+    notes.mkdir(exist_ok=True)
+    domain = guest(domid).identity
+    note = SaveNote(domain=domain, phase=SavePhase.SAVING, file="/x", boot="b")
+    return write_note(note, notes, new=True)
+
+
+@pytest.mark.parametrize("at_work", [True, False])
+@pytest.mark.parametrize("how", ["save", "migration"])
+async def test_nobody_takes_the_memory_of_a_guest_that_an_earlier_daemon_has_saved(
+    saves: Saves, tmp_path: Path, how: str, *, at_work: bool
+) -> None:
+    notes = tmp_path / "notes"
+    async with saving(saves, tmp_path, target="localhost") as world:
+        note = note_of(8, notes)
+        with only_one(notes) if at_work else nullcontext():
+            if how == "save":
+                by_saving(world, 7, 0x10)
+            else:
+                await world.submit(9, 0x10)
+            await world.time.advance(3600)
+        assert world.relocator.calls == []
+        [job] = world.service.snapshot()
+        assert job.state == "deferred"
+        assert "d8" in job.detail
+        note.unlink()
+        await world.time.advance(3600)
+        assert len(world.relocator.calls) == 1
+
+
+async def test_a_guest_goes_to_another_host_whoever_is_saved_here(
+    saves: Saves, tmp_path: Path
+) -> None:
+    async with saving(saves, tmp_path, target="spare") as world:
+        note_of(8, tmp_path / "notes")
+        await world.submit(9, 0x10)
+        assert world.relocator.running == [9]
+
+
 @pytest.mark.parametrize("what", ["off", "serves", "no config", "hvm"])
 async def test_a_guest_that_must_not_be_saved_is_not(
     saves: Saves, tmp_path: Path, what: str
@@ -627,10 +667,7 @@ async def test_a_save_waits_for_what_may_pass(saves: Saves, tmp_path: Path, what
         if what == "open directory":
             os.chmod(tmp_path, 0o755)  # noqa: S103 - that is the mistake
         if what == "noted":
-            domain = world.host.guests[7].identity
-            note = SaveNote(domain=domain, phase=SavePhase.SAVING, file="/x", boot="b")
-            (tmp_path / "notes").mkdir()
-            write_note(note, tmp_path / "notes", new=True)
+            note_of(7, tmp_path / "notes")
         if what == "somebody":
             world.host.somebody = "process 5 (xl save)"
         by_saving(world, 7, 0x10)
