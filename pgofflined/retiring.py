@@ -358,7 +358,7 @@ class Retirer:
                 self.ledger.wait(mfn, _SOON, reason.value, detail, marked=marked)
             case TryAgain():
                 retry = self.policy.exchange.retry
-                self.ledger.wait(mfn, retry, reason.value, detail, marked=marked)
+                self.ledger.refused(mfn, retry, reason.value, detail, marked=marked)
             case SaveRestore():
                 self._to_save(mfn, domain, refusal)
             case HandOver():

@@ -13,7 +13,14 @@ from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import ExchangeReport
-from pgofflined.core.policy import DomainPolicy, ExchangePolicy, Marking, Policy, RelocationPolicy
+from pgofflined.core.policy import (
+    Backoff,
+    DomainPolicy,
+    ExchangePolicy,
+    Marking,
+    Policy,
+    RelocationPolicy,
+)
 from pgofflined.core.relocation_outcomes import NotRelocated, RelocationReason
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.jobs import ExchangePool
@@ -349,6 +356,22 @@ async def test_a_page_that_cannot_be_exchanged_has_its_guest_saved_after_the_las
         assert (await scene.pages.until(mfn, Phase.LEFT)).reason == "guest_stuck"
         assert scene.retirer.aftercare.stuck == {outcome.domain: "look"}
         assert not scene.retirer.aftercare, "it would be resumed"
+
+
+async def test_a_guest_is_not_saved_earlier_because_its_page_had_to_wait_for_xen() -> None:
+    policy = replace(SAVING, exchange=replace(SAVING.exchange, attempts=10, retry_first=60.0))
+    async with at_work(policy) as scene:
+        moves = Moves()
+        scene.retirer.connect(scene.pool, moves)
+        mfn = granted_frame(scene)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.EXCHANGE)
+        for _ in range(20):
+            scene.retirer.ledger.wait(mfn, Backoff(first=60, last=60), "cannot_ask_xen", "no")
+        while not scene.reports:
+            await scene.pages.changed()
+        entry = await scene.pages.until(mfn, Phase.WAITING)
+        assert (entry.reason, entry.attempts, moves.taken) == ("granted", 1, [])
 
 
 async def test_a_guest_is_not_saved_where_the_policy_has_no_such_step() -> None:
