@@ -253,6 +253,15 @@ class Retirer:
         except PortError:
             return True
 
+    def denial(self, domain: DomainInfo) -> str | None:
+        """Why a domain may not be saved or migrated now; None where it may."""
+        if not self.policy.retire.enabled:
+            return "retiring is switched off (retire.enabled = false)"
+        if self.policy.retire.dry_run:
+            return "this is a dry run (retire.dry_run = true)"
+        answer = domain_allowed(self.policy.domains, domain.name, domain.uuid)
+        return answer.reason if isinstance(answer, Denied) else None
+
     def _denial(self, domain: DomainInfo) -> str | None:
         answer = domain_allowed(self.policy.domains, domain.name, domain.uuid)
         if isinstance(answer, Denied):

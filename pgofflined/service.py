@@ -147,6 +147,7 @@ class Service:
             saves=world.saves,
             finished=self._relocation_finished,
             poison=self.retirer.poison_in_use,
+            denial=self.retirer.denial,
         )
         self._saves: tuple[str, ...] = ()
         self._look_for_saves = asyncio.Event()

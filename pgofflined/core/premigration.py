@@ -67,8 +67,9 @@ class MigrationFacts:
     half of a migration that is under way, or what a failed one left.  ``somebody`` is a process
     that saves or migrates it.  ``poison`` is a frame of the host that has had an uncorrected error
     and may still be somebody's.  ``saved_guest`` says what is with a guest that may be in a file,
-    and needs its memory again.  ``way`` is None for a migration to this host.  ``save`` is there
-    for a PV domain that is to be saved and restored instead.
+    and needs its memory again.  ``denial`` says why the policy has the domain left alone,
+    ``has_devices`` whether devices of the host are assigned to it.  ``way`` is None for a migration
+    to this host.  ``save`` is there for a PV domain that is to be saved and restored instead.
     """
 
     domain: DomainInfo | None
@@ -80,6 +81,8 @@ class MigrationFacts:
     somebody: str | None = None
     poison: Mfn | None = None
     saved_guest: str | None = None
+    denial: str | None = None
+    has_devices: bool = False
     save: SaveFacts | None = None
 
 
@@ -192,6 +195,17 @@ def _look_at_domain(
         return Never(
             reason=RelocationReason.NOT_HVM,
             detail=f"d{job.domid} is no HVM or PVH guest, and only those are migrated",
+        )
+    if facts.denial is not None:
+        return Never(
+            reason=RelocationReason.DENIED,
+            detail=f"d{job.domid} is not to be touched: {facts.denial}",
+        )
+    if facts.has_devices:
+        return Never(
+            reason=RelocationReason.HAS_DEVICES,
+            detail=f"devices of the host are assigned to d{job.domid}, which know its memory by "
+            f"number; its pages go when d{job.domid} ends, restart that guest",
         )
     if facts.poison is not None:
         # Xen marks it as broken only where it has acted itself, and does not say whose the page of

@@ -57,6 +57,10 @@ class Host(Protocol):
         """What other domains need the domain for ("serves ..."); None for nothing known."""
         ...
 
+    def has_devices(self, domid: Domid) -> bool:
+        """Whether devices of the host are assigned to the domain."""
+        ...
+
     def resume(self, domid: Domid) -> None:
         """Let a suspended guest run on."""
         ...
@@ -130,6 +134,7 @@ class MigrationHost:
             way=way,
             somebody=None if info is None else self._xen.somebody_at(info.domid),
             save=save,
+            has_devices=info is not None and self._xen.has_devices(info.domid),
             poison=self._poison(),
             saved_guest=saves[0] if saves else None,
         )

@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from datetime import tzinfo
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar, assert_never
 
-from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
@@ -77,7 +78,7 @@ class RelocationService:
 
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
     ``poison`` is asked in a thread just before anything is begun, for a frame that must not be read
-    and may be somebody's, if any.
+    and may be somebody's, if any; ``denial`` then, for why a domain is to be left alone, if it is.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class RelocationService:
         zone: tzinfo,
         finished: Finished,
         poison: Callable[[], Mfn | None],
+        denial: Callable[[DomainInfo], str | None],
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
         saves: Saves | None = None,
@@ -102,6 +104,7 @@ class RelocationService:
         self._links = links
         self._clock = clock
         self._finished = finished
+        self._denial = denial
         self._sleep = sleep
         self._in_thread = in_thread
         self._stop_grace = stop_grace
@@ -156,13 +159,13 @@ class RelocationService:
     async def _work(self, domain: DomainIdentity) -> None:
         """Do what can be done for a job now; it has a slot until then."""
         changes = self._link_changes
-        verdict = await self._examine(domain)
+        verdict, policy = await self._examine(domain)
         match verdict:
             case Go():
                 if self._queue.job(domain).by_saving:
-                    await self._save_and_restore(domain)
+                    await self._save_and_restore(domain, policy)
                 else:
-                    await self._migrate(domain)
+                    await self._migrate(domain, policy)
             case NothingLeft():
                 await self._settle(domain, Migrated(), 0.0)
             case NotNow(hindrance=hindrance, detail=detail):
@@ -177,8 +180,15 @@ class RelocationService:
                 assert_never(verdict)
         self._wake.set()
 
-    async def _examine(self, domain: DomainIdentity) -> PreMigration:
-        policy = self._queue.policy
+    async def _examine(self, domain: DomainIdentity) -> tuple[PreMigration, RelocationPolicy]:
+        """What may be done now, and under which policy: no other came into force meanwhile."""
+        while True:
+            policy = self._queue.policy
+            verdict = await self._judge(domain, policy)
+            if policy is self._queue.policy:
+                return verdict, policy
+
+    async def _judge(self, domain: DomainIdentity, policy: RelocationPolicy) -> PreMigration:
         job = self._queue.job(domain)
         way: Way | None = None
         self._examining += 1
@@ -195,10 +205,12 @@ class RelocationService:
         finally:
             self._examining -= 1
             self._wake.set()
+        if facts.domain is not None:
+            # Asked when everything else is known, for the lists may have changed meanwhile.
+            facts = replace(facts, denial=self._denial(facts.domain))
         return judge(domain, facts, policy)
 
-    async def _migrate(self, domain: DomainIdentity) -> None:
-        policy = self._queue.policy
+    async def _migrate(self, domain: DomainIdentity, policy: RelocationPolicy) -> None:
         job = self._queue.started(domain)
         self._queue.note(domain, f"is being migrated to {policy.target}")
         log.info(
@@ -222,8 +234,7 @@ class RelocationService:
             case _:
                 assert_never(outcome)
 
-    async def _save_and_restore(self, domain: DomainIdentity) -> None:
-        policy = self._queue.policy
+    async def _save_and_restore(self, domain: DomainIdentity, policy: RelocationPolicy) -> None:
         job = self._queue.started(domain)
         self._queue.note(domain, f"is being saved into {policy.save_directory} and restored")
         event(

@@ -20,6 +20,7 @@ from pgofflined.core.policy import (
     Marking,
     Policy,
     RelocationPolicy,
+    RetirePolicy,
 )
 from pgofflined.core.relocation_outcomes import NotRelocated, RelocationReason
 from pgofflined.core.xenversion import XenVersion
@@ -407,6 +408,19 @@ async def test_a_page_waits_where_no_more_guests_can_be_queued_to_be_saved() -> 
         async with asyncio.timeout(30):
             while (await scene.pages.until(mfn, Phase.WAITING)).reason != "queue_full":
                 await scene.pages.changed()
+
+
+def test_a_guest_is_saved_or_migrated_as_the_policy_says_at_that_moment() -> None:
+    scene = Scene(small_host(), QUICK)
+    domain = scene.small.host.domain(scene.small.pvh)
+    assert scene.retirer.denial(domain) is None
+    for changed, told in (
+        (replace(QUICK, domains=DomainPolicy(deny=(domain.name,))), "domains.deny"),
+        (replace(QUICK, retire=RetirePolicy(dry_run=True)), "retire.dry_run"),
+        (replace(QUICK, retire=RetirePolicy(enabled=False)), "retire.enabled"),
+    ):
+        scene.retirer.policy = changed
+        assert told in str(scene.retirer.denial(domain))
 
 
 def test_poison_is_in_use_until_nobody_can_own_it() -> None:

@@ -104,6 +104,8 @@ class FakeHost:
         self.somebody: str | None = None
         self.serving: str | None = None
         self.poison: Mfn | None = None
+        self.devices: set[int] = set()
+        self.looked_at: Callable[[], None] = lambda: None
 
     def add(self, info: DomainInfo, *mfns: int) -> DomainInfo:
         self.guests[info.domid] = info
@@ -138,6 +140,7 @@ class FakeHost:
         return self.xen
 
     def free_frames(self) -> int:
+        self.looked_at()
         return self.free
 
     def query(self, mfn: Mfn) -> OfflineState:
@@ -158,6 +161,10 @@ class FakeHost:
     def serves(self, domid: Domid) -> str | None:
         assert domid in self.guests
         return self.serving
+
+    def has_devices(self, domid: Domid) -> bool:
+        assert domid in self.guests
+        return domid in self.devices
 
     def resume(self, domid: Domid) -> None:
         assert self.domain(domid).shutdown is ShutdownReason.SUSPEND

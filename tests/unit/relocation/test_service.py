@@ -58,6 +58,7 @@ class World:
     host: FakeHost
     relocator: FakeRelocator
     links: FakeLinks
+    denied: dict[int, str]
     outcomes: list[RelocationOutcome] = field(default_factory=list)
 
     async def submit(self, domid: int, *mfns: int, uuid: int | None = None) -> DomainIdentity:
@@ -79,6 +80,7 @@ async def running(
 ) -> AsyncIterator[World]:
     time, host, relocator, links = VirtualTime(), FakeHost(), FakeRelocator(), FakeLinks()
     outcomes: list[RelocationOutcome] = []
+    denied: dict[int, str] = {}
     service = RelocationService(
         policy=policy,
         xen=host,
@@ -88,13 +90,14 @@ async def running(
         zone=UTC,
         finished=lambda _, outcome: outcomes.append(outcome),
         poison=lambda: host.poison,
+        denial=lambda info: denied.get(info.domid),
         sleep=time.sleep,
         in_thread=inline,
         saves=saves,
         stop_grace=20.0,
     )
     task = asyncio.create_task(service.run())
-    world = World(service, task, time, host, relocator, links, outcomes)
+    world = World(service, task, time, host, relocator, links, denied, outcomes)
     try:
         await quiet()
         yield world
@@ -352,6 +355,47 @@ async def test_nothing_is_tried_again_when_an_uncorrected_error_is_reported_mean
         [outcome] = world.outcomes
         assert isinstance(outcome, NotRelocated)
         assert outcome.reason is RelocationReason.UNCORRECTED
+
+
+@pytest.mark.parametrize("what", ["denied", "devices"])
+@pytest.mark.parametrize("how", ["save", "migration"])
+async def test_what_forbids_it_while_it_waits_is_seen(
+    saves: Saves, tmp_path: Path, how: str, what: str
+) -> None:
+    night = (parse_window("22:00-06:00"),)
+    async with saving(saves, tmp_path, target="spare", maintenance_windows=night) as world:
+        if how == "save":
+            by_saving(world, 7, 0x10)
+        else:
+            await world.submit(7 + 2, 0x10)
+        await quiet()
+        assert [state for _, state in world.state()] == ["deferred"]
+        for domid in (7, 9):
+            if what == "devices":
+                world.host.devices.add(domid)
+            else:
+                world.denied[domid] = "domains.deny has it"
+        await world.time.advance(10 * 3600)
+        assert world.relocator.calls == []
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        expected = {"denied": RelocationReason.DENIED, "devices": RelocationReason.HAS_DEVICES}
+        assert outcome.reason is expected[what]
+        assert f"d{outcome.domain.domid}" in outcome.detail
+
+
+async def test_another_policy_that_comes_while_a_guest_is_looked_at_is_the_one_that_counts(
+    saves: Saves, tmp_path: Path
+) -> None:
+    async with saving(saves, tmp_path) as world:
+        off = replace(SAVING, save_restore=False)
+        world.host.looked_at = lambda: world.service.set_policy(off)
+        by_saving(world, 7, 0x10)
+        await quiet()
+        assert world.relocator.calls == []
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        assert outcome.reason is RelocationReason.DISABLED
 
 
 async def test_a_xen_that_corrupts_its_free_lists_is_refused() -> None:
