@@ -41,7 +41,6 @@ class Relocated:
 
     domain: DomainIdentity
     mfns: frozenset[Mfn]
-    target: str
     new_domid: Domid | None
     attempts: int
     seconds: float

@@ -21,7 +21,6 @@ from typing import Protocol, TypeVar, assert_never
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
-from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.policy import RelocationPolicy
 from pgofflined.core.premigration import (
@@ -34,7 +33,7 @@ from pgofflined.core.premigration import (
     Way,
     judge,
 )
-from pgofflined.core.relocating import RelocationJob, RelocationQueue
+from pgofflined.core.relocating import RelocationQueue
 from pgofflined.core.relocation_outcomes import (
     InDoubt,
     Migrated,
@@ -46,8 +45,8 @@ from pgofflined.core.relocation_outcomes import (
     RelocationReason,
 )
 from pgofflined.core.status import JobStatus
-from pgofflined.journal_log import event
 from pgofflined.ports import Clock
+from pgofflined.relocation import telling
 from pgofflined.relocation.host import Host, MigrationHost, Settled
 from pgofflined.relocation.links import Links
 from pgofflined.relocation.relocator import Relocator
@@ -213,14 +212,7 @@ class RelocationService:
     async def _migrate(self, domain: DomainIdentity, policy: RelocationPolicy) -> None:
         job = self._queue.started(domain)
         self._queue.note(domain, f"is being migrated to {policy.target}")
-        log.info(
-            "d%d (%r) is being migrated to %s off %d bad pages, try %d",
-            domain.domid,
-            job.name,
-            policy.target,
-            len(job.mfns),
-            job.attempts,
-        )
+        telling.begun(job, policy)
         start = self._clock.monotonic()
         outcome = await self._let_finish(
             self._relocator.migrate(domain, job.name, policy.target, policy.time_limit)
@@ -237,15 +229,7 @@ class RelocationService:
     async def _save_and_restore(self, domain: DomainIdentity, policy: RelocationPolicy) -> None:
         job = self._queue.started(domain)
         self._queue.note(domain, f"is being saved into {policy.save_directory} and restored")
-        event(
-            log,
-            logging.WARNING,
-            Event.SAVE_BEGUN,
-            f"d{domain.domid} is being saved into {policy.save_directory} and restored, off "
-            f"{len(job.mfns)} bad pages that cannot be exchanged, try {job.attempts}",
-            domid=domain.domid,
-            job=job.label,
-        )
+        telling.begun(job, policy)
         start = self._clock.monotonic()
         outcome = await self._let_finish(
             self._relocator.save_and_restore(domain, policy.save_directory)
@@ -257,7 +241,7 @@ class RelocationService:
                 self._retry(domain, detail)
             case InDoubt(detail=detail):
                 # Not ``stuck``: what is left is told for as long as its note is there.
-                self._tell_stuck(job, detail)
+                telling.stuck(job, detail)
                 self._give_up(domain, RelocationReason.GUEST_STUCK, detail)
             case _:
                 assert_never(outcome)
@@ -272,7 +256,7 @@ class RelocationService:
             await asyncio.wait({task, grace}, return_when=asyncio.FIRST_COMPLETED)
             grace.cancel()
             if task.done():
-                log.info("a migration ended while we stop: %s", task.result())
+                log.info("what was under way ended while we stop: %s", task.result())
             task.cancel()
             await asyncio.wait({task})
             raise
@@ -304,24 +288,16 @@ class RelocationService:
         elif care.stuck is not None:
             self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=care.stuck)
         else:
-            self._retry(domain, detail)
+            self._retry(domain, f"{detail}; d{domain.domid} runs on")
 
     def _retry(self, domain: DomainIdentity, detail: str) -> None:
         now = self._clock.now()
         job = self._queue.failed(domain, detail, now)
         if job is None:
             tries = self._queue.job(domain).attempts
-            self._give_up(domain, RelocationReason.GAVE_UP, f"{tries} migrations failed: {detail}")
+            self._give_up(domain, RelocationReason.GAVE_UP, f"{tries} tries failed: {detail}")
             return
-        event(
-            log,
-            logging.WARNING,
-            Event.MIGRATION_FAILED,
-            f"the migration of d{domain.domid} failed and it runs on: {detail}; the next try is "
-            f"in {job.due - now:.0f} s",
-            domid=domain.domid,
-            job=job.label,
-        )
+        telling.failed(job, detail, job.due - now)
 
     async def _settle(
         self,
@@ -340,22 +316,13 @@ class RelocationService:
             self._give_up(domain, otherwise, detail, stuck=settled.stuck, offlined=settled.offlined)
             return
         job = self._queue.finish(domain)
-        where = f" and is d{settled.new_domid} now" if settled.new_domid is not None else ""
-        event(
-            log,
-            logging.INFO,
-            Event.MIGRATION_DONE,
-            f"d{domain.domid} is off its {len(job.mfns)} bad pages, which are offline{where}",
-            domid=domain.domid,
-            job=job.label,
-        )
-        self._tell_stuck(job, settled.stuck)
+        telling.done(job, settled.new_domid)
+        telling.stuck(job, settled.stuck)
         self._finished(
             domain,
             Relocated(
                 domain=domain,
                 mfns=job.mfns,
-                target=self._queue.policy.target,
                 new_domid=settled.new_domid,
                 attempts=job.attempts,
                 seconds=seconds,
@@ -380,14 +347,7 @@ class RelocationService:
 
     def _defer(self, domain: DomainIdentity, hindrance: Hindrance, detail: str) -> None:
         job = self._queue.defer(domain, hindrance, detail, self._clock.now())
-        event(
-            log,
-            logging.INFO if job.deferrals == 1 else logging.DEBUG,
-            Event.MIGRATION_DEFERRED,
-            f"the migration of d{domain.domid} is put off: {detail}",
-            domid=domain.domid,
-            job=job.label,
-        )
+        telling.put_off(job, detail)
 
     def _give_up(
         self,
@@ -399,15 +359,8 @@ class RelocationService:
         offlined: frozenset[Mfn] = frozenset(),
     ) -> None:
         job = self._queue.finish(domain)
-        event(
-            log,
-            logging.ERROR,
-            Event.MIGRATION_FAILED,
-            f"d{domain.domid} is not migrated off its bad pages: {detail}",
-            domid=domain.domid,
-            job=job.label,
-        )
-        self._tell_stuck(job, stuck)
+        telling.given_up(job, detail)
+        telling.stuck(job, stuck)
         self._finished(
             domain,
             NotRelocated(
@@ -420,11 +373,6 @@ class RelocationService:
                 stuck=stuck,
             ),
         )
-
-    def _tell_stuck(self, job: RelocationJob, stuck: str | None) -> None:
-        if stuck is not None:
-            domid = job.domain.domid
-            event(log, logging.CRITICAL, Event.GUEST_STUCK, stuck, domid=domid, job=job.label)
 
     def _link_changed(self) -> None:
         self._link_changes += 1

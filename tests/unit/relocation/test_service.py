@@ -122,7 +122,6 @@ async def test_a_guest_is_migrated_and_its_page_is_offline() -> None:
             Relocated(
                 domain=identity,
                 mfns=frozenset({Mfn(0x10)}),
-                target="localhost",
                 new_domid=Domid(8),
                 attempts=1,
                 seconds=4.0,
@@ -607,6 +606,21 @@ async def test_a_guest_that_was_not_saved_is_tried_again_and_never_resumed(
         await world.time.advance(3600)
         assert len(world.relocator.calls) == 2
         assert world.host.resumed == []
+
+
+async def test_of_a_save_it_is_not_told_that_a_migration_failed_or_the_guest_runs_on(
+    saves: Saves, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with saving(saves, tmp_path, attempts=2) as world:
+        by_saving(world, 7, 0x10)
+        await quiet()
+        await world.relocator.calls[0].end(NotMigrated(detail="it is not there"))
+        await world.time.advance(60)
+        await world.relocator.calls[1].end(NotMigrated(detail="it is not there"))
+        assert len(world.outcomes) == 1
+    told = [record.getMessage() for record in caplog.records if "d7" in record.getMessage()]
+    assert any("the save of d7 failed" in line for line in told), told
+    assert not [line for line in told if "migrat" in line or "runs on" in line]
 
 
 async def test_a_save_in_doubt_is_left_to_a_person(saves: Saves, tmp_path: Path) -> None:
