@@ -17,7 +17,7 @@ from dataclasses import replace
 from datetime import tzinfo
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar, assert_never
+from typing import NoReturn, Protocol, TypeVar, assert_never
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
@@ -33,7 +33,7 @@ from pgofflined.core.premigration import (
     Way,
     judge,
 )
-from pgofflined.core.relocating import RelocationQueue
+from pgofflined.core.relocating import RelocationJob, RelocationQueue
 from pgofflined.core.relocation_outcomes import (
     InDoubt,
     Migrated,
@@ -62,6 +62,8 @@ Finished = Callable[[DomainIdentity, RelocationOutcome], None]
 _SETTLE_FIRST = 0.25
 _SETTLE_LAST = 8.0
 _SETTLE_LIMIT = 120.0
+# Seconds after which it is told anew that a guest stands still for too long.
+_ALARM_AGAIN = 3600.0
 
 
 class InThread(Protocol):
@@ -110,6 +112,7 @@ class RelocationService:
         self._wake = asyncio.Event()
         self._link_changes = 0
         self._examining = 0
+        self._overdue: dict[DomainIdentity, str] = {}
 
     def submit(
         self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn], *, by_saving: bool = False
@@ -128,6 +131,10 @@ class RelocationService:
     def snapshot(self) -> tuple[JobStatus, ...]:
         """Every job that waits or runs."""
         return self._queue.statuses(self._clock.now())
+
+    def overdue(self) -> tuple[str, ...]:
+        """What a person has to know of saves that take too long."""
+        return tuple(self._overdue.values())
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -231,9 +238,14 @@ class RelocationService:
         self._queue.note(domain, f"is being saved into {policy.save_directory} and restored")
         telling.begun(job, policy)
         start = self._clock.monotonic()
-        outcome = await self._let_finish(
-            self._relocator.save_and_restore(domain, policy.save_directory)
-        )
+        alarm = asyncio.ensure_future(self._alarm(job, policy))
+        try:
+            outcome = await self._let_finish(
+                self._relocator.save_and_restore(domain, policy.save_directory)
+            )
+        finally:
+            alarm.cancel()
+            self._overdue.pop(domain, None)
         match outcome:
             case Migrated():
                 await self._settle(domain, outcome, self._clock.monotonic() - start)
@@ -241,10 +253,20 @@ class RelocationService:
                 self._retry(domain, detail)
             case InDoubt(detail=detail):
                 # Not ``stuck``: what is left is told for as long as its note is there.
-                telling.stuck(job, detail)
+                telling.save_unfinished(job, detail)
                 self._give_up(domain, RelocationReason.GUEST_STUCK, detail)
             case _:
                 assert_never(outcome)
+
+    async def _alarm(self, job: RelocationJob, policy: RelocationPolicy) -> NoReturn:
+        """Tell of a guest that stands still for too long, again and again.  Nothing is ended."""
+        start = self._clock.monotonic()
+        wait = policy.time_limit
+        while True:
+            await self._sleep(wait)
+            seconds = self._clock.monotonic() - start
+            self._overdue[job.domain] = telling.save_takes_long(job, policy, seconds)
+            wait = _ALARM_AGAIN
 
     async def _let_finish(self, migration: Awaitable[MigrationOutcome]) -> MigrationOutcome:
         """The outcome; when we are cancelled, wait a while for the migration to end first."""

@@ -69,6 +69,24 @@ def stuck(job: RelocationJob, what: str | None) -> None:
         _tell(job, logging.CRITICAL, Event.GUEST_STUCK, what)
 
 
+def save_unfinished(job: RelocationJob, what: str) -> None:
+    """The guest may be in a file; ``what`` says what a person has to do."""
+    _tell(job, logging.CRITICAL, Event.SAVE_UNFINISHED, what)
+
+
+def save_takes_long(job: RelocationJob, policy: RelocationPolicy, seconds: float) -> str:
+    """A save goes on beyond the policy's limit; gives what was told."""
+    domid = job.domain.domid
+    what = (
+        f"d{domid} has been saved and restored for {seconds / 60:.0f} min, longer than "
+        f"relocation.time_limit, and stands still; look whether {policy.save_directory} or its "
+        f"server hangs (`dmesg`, `systemctl status 'pgofflined-save-{domid}-*'`, `xl list`); "
+        "end nothing, for it goes on by itself then, and run no `xl resume` or `xl unpause`"
+    )
+    _tell(job, logging.ERROR, Event.SAVE_UNFINISHED, what)
+    return what
+
+
 def _noun(job: RelocationJob) -> str:
     return "save" if job.by_saving else "migration"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -14,6 +15,7 @@ from uuid import UUID
 import pytest
 
 from pgofflined.core.domains import DomainIdentity, GuestKind, ShutdownReason
+from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import RelocationPolicy
@@ -606,6 +608,51 @@ async def test_a_guest_that_was_not_saved_is_tried_again_and_never_resumed(
         await world.time.advance(3600)
         assert len(world.relocator.calls) == 2
         assert world.host.resumed == []
+
+
+async def test_a_guest_that_is_down_for_long_raises_an_alarm_again_and_again(
+    saves: Saves, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with saving(saves, tmp_path, time_limit=1800.0) as world:
+        by_saving(world, 7, 0x10)
+        await world.time.advance(1799)
+        assert world.service.overdue() == ()
+        await world.time.advance(1)
+        [line] = world.service.overdue()
+        assert "d7" in line
+        assert str(tmp_path) in line
+        await world.time.advance(2 * 3600)
+        errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+        assert len(errors) == 3
+        assert fields_of(errors[0]) == {
+            "MESSAGE_ID": Event.SAVE_UNFINISHED.message_id,
+            "DOMID": "7",
+            "JOB": "relocation-1",
+        }
+        [call] = world.relocator.calls
+        assert not call.outcome.done()
+        world.host.move(7, 8)
+        await call.end()
+        assert world.service.overdue() == ()
+        await world.time.advance(2 * 3600)
+        assert world.time.sleepers == []
+
+
+async def test_what_is_told_of_a_save_in_doubt_does_not_ask_for_the_guest_to_be_resumed(
+    saves: Saves, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with saving(saves, tmp_path) as world:
+        by_saving(world, 7, 0x10)
+        await quiet()
+        await world.relocator.calls[0].end(InDoubt(detail="look"))
+    kinds = {fields_of(record).get("MESSAGE_ID") for record in caplog.records}
+    assert Event.SAVE_UNFINISHED.message_id in kinds
+    assert Event.GUEST_STUCK.message_id not in kinds
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, str]:
+    fields: dict[str, str] = getattr(record, "pgofflined_fields", {})
+    return fields
 
 
 async def test_of_a_save_it_is_not_told_that_a_migration_failed_or_the_guest_runs_on(
