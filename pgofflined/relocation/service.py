@@ -65,6 +65,14 @@ _SETTLE_LIMIT = 120.0
 # Seconds after which it is told anew that a guest stands still for too long.
 _ALARM_AGAIN = 3600.0
 
+# The mover's words where `xl save` was run and has failed, after which it has seen the guest run.
+_XL_FAILED = "xl could not save"
+_NO_MORE_SAVES = (
+    "saves of it have failed before, each after it had stood still; see to the cause (disk and "
+    "space of relocation.save_directory, /var/log/xen), then `systemctl reload pgofflined` and "
+    "`pgofflined offline MFN`"
+)
+
 
 class InThread(Protocol):
     """Runs a blocking call off the event loop, as ``asyncio.to_thread`` does."""
@@ -196,6 +204,8 @@ class RelocationService:
 
     async def _judge(self, domain: DomainIdentity, policy: RelocationPolicy) -> PreMigration:
         job = self._queue.job(domain)
+        if job.by_saving and self._queue.may_not_be_saved(domain):
+            return Never(reason=RelocationReason.GAVE_UP, detail=_NO_MORE_SAVES)
         way: Way | None = None
         self._examining += 1
         try:
@@ -250,7 +260,7 @@ class RelocationService:
             case Migrated():
                 await self._settle(domain, outcome, self._clock.monotonic() - start)
             case NotMigrated(detail=detail):
-                self._retry(domain, detail)
+                self._retry(domain, detail, stood_still=_XL_FAILED in detail)
             case InDoubt(detail=detail):
                 # Not ``stuck``: what is left is told for as long as its note is there.
                 telling.save_unfinished(job, detail)
@@ -312,12 +322,15 @@ class RelocationService:
         else:
             self._retry(domain, f"{detail}; d{domain.domid} runs on")
 
-    def _retry(self, domain: DomainIdentity, detail: str) -> None:
+    def _retry(self, domain: DomainIdentity, detail: str, *, stood_still: bool = False) -> None:
         now = self._clock.now()
-        job = self._queue.failed(domain, detail, now)
+        job = self._queue.failed(domain, detail, now, stood_still=stood_still)
         if job is None:
             tries = self._queue.job(domain).attempts
-            self._give_up(domain, RelocationReason.GAVE_UP, f"{tries} tries failed: {detail}")
+            detail = f"{tries} tries failed: {detail}"
+            if self._queue.may_not_be_saved(domain):
+                detail = f"{detail}; {_NO_MORE_SAVES}"
+            self._give_up(domain, RelocationReason.GAVE_UP, detail)
             return
         telling.failed(job, detail, job.due - now)
 

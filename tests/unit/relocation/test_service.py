@@ -32,6 +32,7 @@ from pgofflined.core.relocation_outcomes import (
 from pgofflined.core.saves import SaveNote, SavePhase
 from pgofflined.core.schedule import parse_window
 from pgofflined.core.xenversion import XenVersion
+from pgofflined.mover import StaysError
 from pgofflined.relocation import RelocationService
 from pgofflined.saving import Saves, only_one, write_note
 from tests.unit.relocation.doubles import (
@@ -44,6 +45,7 @@ from tests.unit.relocation.doubles import (
     inline,
     quiet,
 )
+from tests.unit.test_mover import World as MoverWorld
 
 HERE = RelocationPolicy(target="localhost", retry_first=60, retry_last=600, attempts=3)
 AWAY = replace(HERE, target="spare")
@@ -668,6 +670,53 @@ async def test_of_a_save_it_is_not_told_that_a_migration_failed_or_the_guest_run
     told = [record.getMessage() for record in caplog.records if "d7" in record.getMessage()]
     assert any("the save of d7 failed" in line for line in told), told
     assert not [line for line in told if "migrat" in line or "runs on" in line]
+
+
+def save_that_failed(root: Path) -> NotMigrated:
+    """What a process says whose `xl save` was run and has failed."""
+    root.mkdir()
+    world = MoverWorld(root)
+    world.save = "fails"
+    with pytest.raises(StaysError) as error:
+        world.mover().run()
+    return NotMigrated(detail=f"saving and restoring failed: {error.value}")
+
+
+async def test_a_guest_stands_still_for_saves_that_fail_twice_and_no_more(
+    saves: Saves, tmp_path: Path
+) -> None:
+    failed = save_that_failed(tmp_path / "mover")
+    async with saving(saves, tmp_path, attempts=10) as world:
+        identity = by_saving(world, 7, 0x10)
+        await quiet()
+        await world.relocator.calls[0].end(failed)
+        await world.time.advance(3600)
+        await world.relocator.calls[1].end(failed)
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        assert (outcome.domain, outcome.reason) == (identity, RelocationReason.GAVE_UP)
+        assert "status 1" in outcome.detail
+        assert "systemctl reload" in outcome.detail
+        # Nor for another page, until the operator has seen to the cause.
+        by_saving(world, 7, 0x11)
+        await quiet()
+        assert len(world.outcomes) == 2
+        assert len(world.relocator.calls) == 2
+        world.service.set_policy(replace(SAVING, save_directory=str(tmp_path)))
+        by_saving(world, 7, 0x11)
+        await quiet()
+        assert len(world.relocator.calls) == 3
+
+
+async def test_what_was_refused_before_xl_was_run_is_tried_as_often_as_the_policy_says(
+    saves: Saves, tmp_path: Path
+) -> None:
+    async with saving(saves, tmp_path, attempts=5) as world:
+        by_saving(world, 7, 0x10)
+        for tries in range(5):
+            await world.time.advance(600)
+            await world.relocator.calls[tries].end(NotMigrated(detail="another guest is saved"))
+        assert len(world.outcomes) == 1
 
 
 async def test_a_save_in_doubt_is_left_to_a_person(saves: Saves, tmp_path: Path) -> None:
