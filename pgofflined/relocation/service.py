@@ -11,13 +11,12 @@ and the next start finds the pages' state by asking Xen.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from datetime import tzinfo
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Protocol, TypeVar, assert_never
+from typing import Protocol, TypeVar, assert_never
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
@@ -33,7 +32,7 @@ from pgofflined.core.premigration import (
     Way,
     judge,
 )
-from pgofflined.core.relocating import RelocationJob, RelocationQueue
+from pgofflined.core.relocating import RelocationQueue
 from pgofflined.core.relocation_outcomes import (
     InDoubt,
     Migrated,
@@ -47,23 +46,19 @@ from pgofflined.core.relocation_outcomes import (
 from pgofflined.core.status import JobStatus
 from pgofflined.ports import Clock
 from pgofflined.relocation import telling
+from pgofflined.relocation.following import Following, Sleep
 from pgofflined.relocation.host import Host, MigrationHost, Settled
 from pgofflined.relocation.links import Links
 from pgofflined.relocation.relocator import Relocator
 from pgofflined.saving import Saves
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
-Sleep = Callable[[float], Awaitable[None]]
 Finished = Callable[[DomainIdentity, RelocationOutcome], None]
 
 # A destroyed domain's pages are freed in the background; backends may hold some a while longer.
 _SETTLE_FIRST = 0.25
 _SETTLE_LAST = 8.0
 _SETTLE_LIMIT = 120.0
-# Seconds after which it is told anew that a guest stands still for too long.
-_ALARM_AGAIN = 3600.0
 
 # The mover's words where `xl save` was run and has failed, after which it has seen the guest run.
 _XL_FAILED = "xl could not save"
@@ -116,11 +111,10 @@ class RelocationService:
         self._denial = denial
         self._sleep = sleep
         self._in_thread = in_thread
-        self._stop_grace = stop_grace
+        self._following = Following(clock, sleep, stop_grace)
         self._wake = asyncio.Event()
         self._link_changes = 0
         self._examining = 0
-        self._overdue: dict[DomainIdentity, str] = {}
 
     def submit(
         self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn], *, by_saving: bool = False
@@ -142,7 +136,7 @@ class RelocationService:
 
     def overdue(self) -> tuple[str, ...]:
         """What a person has to know of saves that take too long."""
-        return tuple(self._overdue.values())
+        return tuple(self._following.overdue.values())
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -173,7 +167,13 @@ class RelocationService:
     async def _work(self, domain: DomainIdentity) -> None:
         """Do what can be done for a job now; it has a slot until then."""
         changes = self._link_changes
-        verdict, policy = await self._examine(domain)
+        try:
+            verdict, policy = await self._examine(domain)
+        except OSError as error:
+            self._queue.started(domain)
+            self._retry(domain, f"d{domain.domid} could not be looked at: {error}")
+            self._wake.set()
+            return
         match verdict:
             case Go():
                 if self._queue.job(domain).by_saving:
@@ -231,7 +231,7 @@ class RelocationService:
         self._queue.note(domain, f"is being migrated to {policy.target}")
         telling.begun(job, policy)
         start = self._clock.monotonic()
-        outcome = await self._let_finish(
+        outcome = await self._following.migration(
             self._relocator.migrate(domain, job.name, policy.target, policy.time_limit)
         )
         seconds = self._clock.monotonic() - start
@@ -248,14 +248,9 @@ class RelocationService:
         self._queue.note(domain, f"is being saved into {policy.save_directory} and restored")
         telling.begun(job, policy)
         start = self._clock.monotonic()
-        alarm = asyncio.ensure_future(self._alarm(job, policy))
-        try:
-            outcome = await self._let_finish(
-                self._relocator.save_and_restore(domain, policy.save_directory)
-            )
-        finally:
-            alarm.cancel()
-            self._overdue.pop(domain, None)
+        outcome = await self._following.save(
+            job, policy, self._relocator.save_and_restore(domain, policy.save_directory)
+        )
         match outcome:
             case Migrated():
                 await self._settle(domain, outcome, self._clock.monotonic() - start)
@@ -267,31 +262,6 @@ class RelocationService:
                 self._give_up(domain, RelocationReason.GUEST_STUCK, detail)
             case _:
                 assert_never(outcome)
-
-    async def _alarm(self, job: RelocationJob, policy: RelocationPolicy) -> NoReturn:
-        """Tell of a guest that stands still for too long, again and again.  Nothing is ended."""
-        start = self._clock.monotonic()
-        wait = policy.time_limit
-        while True:
-            await self._sleep(wait)
-            seconds = self._clock.monotonic() - start
-            self._overdue[job.domain] = telling.save_takes_long(job, policy, seconds)
-            wait = _ALARM_AGAIN
-
-    async def _let_finish(self, migration: Awaitable[MigrationOutcome]) -> MigrationOutcome:
-        """The outcome; when we are cancelled, wait a while for the migration to end first."""
-        task = asyncio.ensure_future(migration)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            grace = asyncio.ensure_future(self._sleep(self._stop_grace))
-            await asyncio.wait({task, grace}, return_when=asyncio.FIRST_COMPLETED)
-            grace.cancel()
-            if task.done():
-                log.info("what was under way ended while we stop: %s", task.result())
-            task.cancel()
-            await asyncio.wait({task})
-            raise
 
     async def _after_failure(
         self,
@@ -307,7 +277,7 @@ class RelocationService:
             care = await self._in_thread(
                 partial(self._host.aftercare, domain, target=target, in_doubt=in_doubt)
             )
-        except PortError as error:
+        except (PortError, OSError) as error:
             detail = f"{detail}; what became of d{domain.domid} cannot be seen: {error}"
             self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=detail)
             return
@@ -371,7 +341,7 @@ class RelocationService:
         waited = 0.0
         while True:
             mfns = self._queue.job(domain).mfns
-            settled = await self._in_thread(partial(self._host.settled, domain, mfns))
+            settled = await self._look_at_pages(domain, mfns)
             # Pages that came meanwhile must have been asked for, too.
             late = self._queue.job(domain).mfns - mfns
             if (not settled.remaining and not late) or waited >= _SETTLE_LIMIT:
@@ -379,6 +349,15 @@ class RelocationService:
             await self._sleep(wait)
             waited += wait
             wait = min(2 * wait, _SETTLE_LAST)
+
+    async def _look_at_pages(self, domain: DomainIdentity, mfns: frozenset[Mfn]) -> Settled:
+        try:
+            return await self._in_thread(partial(self._host.settled, domain, mfns))
+        except OSError as error:
+            nothing: frozenset[Mfn] = frozenset()
+            return Settled(
+                offlined=nothing, remaining=mfns, new_domid=None, detail=str(error), stuck=None
+            )
 
     def _defer(self, domain: DomainIdentity, hindrance: Hindrance, detail: str) -> None:
         job = self._queue.defer(domain, hindrance, detail, self._clock.now())

@@ -105,6 +105,7 @@ class FakeHost:
         self.serving: str | None = None
         self.poison: Mfn | None = None
         self.devices: set[int] = set()
+        self.queried = 0
         self.looked_at: Callable[[], None] = lambda: None
 
     def add(self, info: DomainInfo, *mfns: int) -> DomainInfo:
@@ -144,6 +145,8 @@ class FakeHost:
         return self.free
 
     def query(self, mfn: Mfn) -> OfflineState:
+        if self.queried:
+            raise OSError(self.queried, "no")
         return self.states[mfn]
 
     def domains(self) -> Sequence[DomainInfo]:

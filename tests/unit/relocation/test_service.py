@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -717,6 +718,60 @@ async def test_what_was_refused_before_xl_was_run_is_tried_as_often_as_the_polic
             await world.time.advance(600)
             await world.relocator.calls[tries].end(NotMigrated(detail="another guest is saved"))
         assert len(world.outcomes) == 1
+
+
+async def test_a_fault_of_the_system_is_a_failed_try_of_one_job_and_no_end_of_the_service(
+    saves: Saves, tmp_path: Path
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async with saving(saves, tmp_path, target="localhost", attempts=2) as world:
+        world.host.looked_at = fail
+        await world.submit(9, 0x10)
+        assert world.state() == [(9, "waiting")]
+        assert "too many open files" in world.service.snapshot()[0].detail
+        await world.time.advance(60)
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        assert outcome.reason is RelocationReason.GAVE_UP
+        world.host.looked_at = lambda: None
+        by_saving(world, 7, 0x20)
+        await quiet()
+        assert world.relocator.running == [7]
+
+
+@pytest.mark.parametrize("how", ["save", "migration"])
+async def test_what_cannot_be_followed_any_more_is_left_to_a_person(
+    saves: Saves, tmp_path: Path, how: str
+) -> None:
+    async with saving(saves, tmp_path, target="spare") as world:
+        if how == "save":
+            by_saving(world, 7, 0x10)
+        else:
+            await world.submit(9, 0x10)
+        await quiet()
+        world.host.change(7 if how == "save" else 9, shutdown=ShutdownReason.SUSPEND)
+        world.relocator.calls[0].outcome.set_exception(OSError(errno.EIO, "broken"))
+        await quiet()
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        assert outcome.reason is RelocationReason.GUEST_STUCK
+        assert "broken" in outcome.detail
+        assert world.host.resumed == []
+        assert not world.task.done()
+
+
+async def test_pages_that_cannot_be_looked_at_after_a_migration_are_left() -> None:
+    async with running() as world:
+        await world.submit(7, 0x10)
+        world.host.queried = errno.EMFILE
+        await world.relocator.calls[0].end()
+        await world.time.advance(200)
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        assert outcome.reason is RelocationReason.PAGES_REMAIN
+        assert not world.task.done()
 
 
 async def test_a_save_in_doubt_is_left_to_a_person(saves: Saves, tmp_path: Path) -> None:
