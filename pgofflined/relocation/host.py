@@ -116,15 +116,17 @@ class MigrationHost:
         With ``save_directory``, whether it may be saved there and restored.
         """
         states = {mfn: self._xen.query(mfn) for mfn in sorted(mfns)}
+        # Looked for before and after: memory that was free while a guest was in a file is its own.
+        # The process that saves and restores it may have been started by an earlier daemon.
+        saves = self._saves.left_over(self._xen.domains())
         free_frames = self._xen.free_frames()
+        saves += self._saves.left_over(self._xen.domains())
         version = self._xen.version()
         info, twins = self._find(domain)
         save: SaveFacts | None = None
         if save_directory is not None:
             serves = None if info is None else self._xen.serves(info.domid)
             save = self._saves.facts(domain, save_directory, serves)
-        # Also one that a process works on which an earlier daemon has started.
-        saves = self._saves.left_over(self._xen.domains())
         return MigrationFacts(
             domain=info,
             twins=twins,

@@ -838,6 +838,26 @@ async def test_nobody_takes_the_memory_of_a_guest_that_an_earlier_daemon_has_sav
         assert len(world.relocator.calls) == 1
 
 
+def note_is_made(notes: Path) -> None:
+    note_of(8, notes)
+
+
+@pytest.mark.parametrize("when", ["is restored", "is saved"])
+async def test_memory_that_was_free_while_a_guest_was_away_does_not_count(
+    saves: Saves, tmp_path: Path, when: str
+) -> None:
+    notes = tmp_path / "notes"
+    async with saving(saves, tmp_path, target="localhost") as world:
+        if when == "is restored":
+            note = note_of(8, notes)
+            world.host.looked_at = lambda: note.unlink(missing_ok=True)
+        else:
+            world.host.looked_at = lambda: note_is_made(notes)
+        await world.submit(9, 0x10)
+        assert world.relocator.calls == []
+        assert world.state() == [(9, "deferred")]
+
+
 async def test_a_guest_goes_to_another_host_whoever_is_saved_here(
     saves: Saves, tmp_path: Path
 ) -> None:
