@@ -76,7 +76,7 @@ _WORDS: Final = {
 }
 _WORDS_OF_LOGGERS: Final = {
     "pgofflined.intake": "error",
-    "pgofflined.relocation.service": "guest",
+    "pgofflined.relocation.telling": "guest",
 }
 _WARNING: Final = 4
 

@@ -32,6 +32,8 @@ class Ledger:
         self.book = Book(tuple(entries))
         self._store = store
         self._clock = clock
+        # Waits in a row that were no tries; they begin anew with the daemon.
+        self._waits: dict[Mfn, int] = {}
 
     def is_under_way(self, mfn: Mfn) -> bool:
         """Whether a page is in hand and not at its end."""
@@ -61,8 +63,12 @@ class Ledger:
 
     def hand_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase, *, marked: bool = True) -> None:
         """Note the owner, whose job has the page now."""
+        entry = self.book.change(mfn)
+        # What another owner was refused says nothing of this one.
+        same = entry.domain in (None, domain.identity)
         self._enter(
             mfn,
+            attempts=entry.attempts if same else 0,
             phase=phase,
             marked=marked,
             domain=domain.identity,
@@ -89,22 +95,35 @@ class Ledger:
     def wait(
         self, mfn: Mfn, backoff: Backoff, reason: str, detail: str, *, marked: bool | None = None
     ) -> None:
-        """Look at the page again later, or leave it after the last try.
+        """Look at the page again later; no try of an exchange is lost.
 
         ``marked`` None keeps what is known of the mark.
         """
-        entry = self.book.change(mfn)
-        attempts = entry.attempts + 1
-        keeps = entry.marked if marked is None else marked
+        waits = self._waits[mfn] = self._waits.get(mfn, 0) + 1
+        delay = backoff.delay(waits)
+        self._enter(
+            mfn,
+            phase=Phase.WAITING,
+            marked=self.book.change(mfn).marked if marked is None else marked,
+            reason=reason,
+            detail=detail,
+            next_try=self._clock.now() + (backoff.last if delay is None else delay),
+        )
+
+    def refused(
+        self, mfn: Mfn, backoff: Backoff, reason: str, detail: str, *, marked: bool
+    ) -> None:
+        """Try the exchange that was refused again later, or leave the page after the last try."""
+        attempts = self.book.change(mfn).attempts + 1
         delay = backoff.delay(attempts)
         if delay is None:
             again = f"after {attempts} tries; try again with `pgofflined offline {mfn:#x}`"
-            self.leave(mfn, reason, f"{detail} ({again})", marked=keeps)
+            self.leave(mfn, reason, f"{detail} ({again})", marked=marked)
             return
         self._enter(
             mfn,
             phase=Phase.WAITING,
-            marked=keeps,
+            marked=marked,
             reason=reason,
             detail=detail,
             attempts=attempts,
@@ -130,10 +149,15 @@ class Ledger:
     def put(self, entry: PageEntry) -> None:
         """Enter a whole entry."""
         self.book.put(entry)
-        self._store.put_page(entry)
+        self._stored(entry)
 
     def _enter(self, mfn: Mfn, **changes: object) -> None:
-        self._store.put_page(self.book.change(mfn, **changes))
+        self._stored(self.book.change(mfn, **changes))
+
+    def _stored(self, entry: PageEntry) -> None:
+        if entry.phase.is_final:
+            self._waits.pop(entry.mfn, None)
+        self._store.put_page(entry)
 
 
 def tell(

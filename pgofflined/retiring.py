@@ -57,7 +57,8 @@ _ROUND = 256
 class Retirer:
     """Everything that happens to pages that are to go.
 
-    All methods but ``recover`` belong to the loop's thread; ``exchanging`` is for the workers.
+    All methods but ``recover`` and ``poison_in_use`` belong to the loop's thread; ``exchanging`` is
+    for the workers.
     ``wedged`` holds the domains of which Xen itself has broken a page, ``poisoned`` the frames
     whose contents must never be read.
     """
@@ -92,7 +93,6 @@ class Retirer:
         self._wake = asyncio.Event()
         self._stopping = False
         self._triage_began: float | None = None
-        self._poison_in_use = False
         # Whether a page may stay marked while somebody owns it; see XenVersion.
         self._marks_are_safe = False
 
@@ -229,7 +229,6 @@ class Retirer:
 
     def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:
         """Triage pages in one thread, so that the pages of one domain can go in one suspend."""
-        self._poison_in_use = any(self._may_be_read(mfn) for mfn in tuple(self.poisoned))
         rules = Rules(
             denial=self._denial,
             wedged=lambda domain: domain.identity in self.wedged,
@@ -243,12 +242,25 @@ class Retirer:
                 settled.append((mfn, error))
         return settled
 
+    def poison_in_use(self) -> Mfn | None:
+        """A page with an uncorrected error that somebody may own.  Asks Xen, for a thread."""
+        return next(filter(self._may_be_read, tuple(self.poisoned)), None)
+
     def _may_be_read(self, mfn: Mfn) -> bool:
         """Whether somebody may still own a page with an uncorrected error."""
         try:
             return not self._xen.query(mfn) & OfflineState.OFFLINED
         except PortError:
             return True
+
+    def denial(self, domain: DomainInfo) -> str | None:
+        """Why a domain may not be saved or migrated now; None where it may."""
+        if not self.policy.retire.enabled:
+            return "retiring is switched off (retire.enabled = false)"
+        if self.policy.retire.dry_run:
+            return "this is a dry run (retire.dry_run = true)"
+        answer = domain_allowed(self.policy.domains, domain.name, domain.uuid)
+        return answer.reason if isinstance(answer, Denied) else None
 
     def _denial(self, domain: DomainInfo) -> str | None:
         answer = domain_allowed(self.policy.domains, domain.name, domain.uuid)
@@ -293,15 +305,7 @@ class Retirer:
             self._queue_full(mfn, "exchanges", marked=marked)
 
     def _to_relocate(self, mfn: Mfn, domain: DomainInfo) -> None:
-        if self._poison_in_use:
-            # A migration reads every page of its guest, and Xen does not say which guest of this
-            # kind a page belongs to.
-            detail = (
-                "a page of this host has an uncorrected error that a migration might read; it "
-                f"goes when d{domain.domid} ends, restart that guest"
-            )
-            self.ledger.leave(mfn, "uncorrected", detail, marked=True)
-        elif self._relocations is None or not self.policy.relocation.target:
+        if self._relocations is None or not self.policy.relocation.target:
             detail = (
                 "no migration is configured (relocation.target); it stays pending until "
                 f"d{domain.domid} ends or is migrated by hand"
@@ -363,7 +367,7 @@ class Retirer:
                 self.ledger.wait(mfn, _SOON, reason.value, detail, marked=marked)
             case TryAgain():
                 retry = self.policy.exchange.retry
-                self.ledger.wait(mfn, retry, reason.value, detail, marked=marked)
+                self.ledger.refused(mfn, retry, reason.value, detail, marked=marked)
             case SaveRestore():
                 self._to_save(mfn, domain, refusal)
             case HandOver():
@@ -379,11 +383,6 @@ class Retirer:
         answer = domain_allowed(self.policy.domains, name, domain.uuid)
         if isinstance(answer, Denied):
             self.ledger.leave(mfn, reason, f"{detail}; {answer.reason}", marked=True)
-        elif self._poison_in_use:
-            detail = (
-                f"{detail}; a page of this host has an uncorrected error that a save might read"
-            )
-            self.ledger.leave(mfn, reason, detail, marked=True)
         elif self._relocations is not None and self._relocations.submit(
             domain, name, (mfn,), by_saving=True
         ):

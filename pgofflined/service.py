@@ -39,6 +39,7 @@ from pgofflined.ports import Clock, Hypervisor, Journal, TelemetrySource
 from pgofflined.relocation import Links, RelocationService, Relocator
 from pgofflined.report import attention, policy_digest
 from pgofflined.retiring import Retirer
+from pgofflined.savewatch import SaveWatch
 from pgofflined.saving import Saves
 from pgofflined.store import Store
 from pgofflined.triage import find_pv_owner
@@ -146,8 +147,10 @@ class Service:
             zone=world.zone,
             saves=world.saves,
             finished=self._relocation_finished,
+            poison=self.retirer.poison_in_use,
+            denial=self.retirer.denial,
         )
-        self._saves: tuple[str, ...] = ()
+        self._saves = SaveWatch(world.clock, lambda: self.policy.relocation.time_limit)
         self._look_for_saves = asyncio.Event()
         self._connect(policy)
 
@@ -243,7 +246,7 @@ class Service:
                 stuck=self.retirer.aftercare.stuck,
                 version=self._xen_version,
                 trouble=self._world.store.trouble,
-                saves=self._saves,
+                saves=(*self.relocation.overdue(), *self._saves.lines),
             ),
         )
 
@@ -280,10 +283,7 @@ class Service:
         while True:
             self._look_for_saves.clear()
             saves = await asyncio.to_thread(self._unfinished_saves)
-            for line in saves:
-                if line not in self._saves:
-                    event(log, logging.CRITICAL, Event.GUEST_STUCK, line)
-            self._saves = saves
+            self._saves.see(saves)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_SAVES_AGAIN if saves else None):
                     await self._look_for_saves.wait()

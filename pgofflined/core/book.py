@@ -45,7 +45,8 @@ class PageEntry:
     """One page.  Times are seconds since the epoch.
 
     ``marked``: Xen holds it offline-pending or offlined on our word, so it counts against the
-    cap.  ``reason`` is a short code, ``detail`` a sentence for people.
+    cap.  ``reason`` is a short code, ``detail`` a sentence for people.  ``attempts`` counts
+    exchanges that its owner was refused, and that are to be tried again.
     """
 
     mfn: Mfn

@@ -17,7 +17,9 @@ from pgofflined.core.policy import Policy
 _LOOK_AGAIN: Final = frozenset(
     {RefusalReason.DOMAIN_GONE, RefusalReason.NOT_PENDING, RefusalReason.NOT_THE_DOMAINS}
 )
-# A save would fail as the exchange did, read what must not be read, or disturb somebody.
+# A save would fail as the exchange did, read what must not be read, or disturb somebody.  After
+# BLACKOUT_LIMIT it would keep the guest for far longer than the exchange might have; after NOT_KEPT
+# it is the host that has to be put right: the ramfs of the exchanges' records is not there.
 _SAVE_IN_VAIN: Final = frozenset(
     {
         RefusalReason.BROKEN,
@@ -26,6 +28,8 @@ _SAVE_IN_VAIN: Final = frozenset(
         RefusalReason.DOMAIN_BUSY,
         RefusalReason.NO_SUSPEND,
         RefusalReason.NO_FREE_MEMORY,
+        RefusalReason.NOT_KEPT,
+        RefusalReason.BLACKOUT_LIMIT,
         RefusalReason.INTERNAL,
     }
 )
@@ -55,7 +59,7 @@ Rung = LookAgain | TryAgain | SaveRestore | HandOver
 
 
 def next_rung(reason: RefusalReason, tries: int, policy: Policy, *, marked: bool) -> Rung:
-    """What follows from a refusal, the ``tries``-th one of the page.
+    """What follows from a refusal, the ``tries``-th one of the page with its owner.
 
     A page that is not ``marked`` would not leave the host with its guest.
     """

@@ -65,8 +65,11 @@ class MigrationFacts:
 
     ``domain`` is None when it is gone.  ``twins`` are other domains with its uuid: the receiving
     half of a migration that is under way, or what a failed one left.  ``somebody`` is a process
-    that saves or migrates it.  ``way`` is None for a migration to this host.  ``save`` is there for
-    a PV domain that is to be saved and restored instead.
+    that saves or migrates it.  ``poison`` is a frame of the host that has had an uncorrected error
+    and may still be somebody's.  ``saved_guest`` says what is with a guest that may be in a file,
+    and needs its memory again.  ``denial`` says why the policy has the domain left alone,
+    ``has_devices`` whether devices of the host are assigned to it.  ``way`` is None for a migration
+    to this host.  ``save`` is there for a PV domain that is to be saved and restored instead.
     """
 
     domain: DomainInfo | None
@@ -76,6 +79,10 @@ class MigrationFacts:
     free_frames: int
     way: Way | None
     somebody: str | None = None
+    poison: Mfn | None = None
+    saved_guest: str | None = None
+    denial: str | None = None
+    has_devices: bool = False
     save: SaveFacts | None = None
 
 
@@ -189,6 +196,26 @@ def _look_at_domain(
             reason=RelocationReason.NOT_HVM,
             detail=f"d{job.domid} is no HVM or PVH guest, and only those are migrated",
         )
+    if facts.denial is not None:
+        return Never(
+            reason=RelocationReason.DENIED,
+            detail=f"d{job.domid} is not to be touched: {facts.denial}",
+        )
+    if facts.has_devices:
+        return Never(
+            reason=RelocationReason.HAS_DEVICES,
+            detail=f"devices of the host are assigned to d{job.domid}, which know its memory by "
+            f"number; its pages go when d{job.domid} ends, restart that guest",
+        )
+    if facts.poison is not None:
+        # Xen marks it as broken only where it has acted itself, and does not say whose the page of
+        # an HVM or PVH guest is.
+        return Never(
+            reason=RelocationReason.UNCORRECTED,
+            detail=f"mfn {facts.poison:#x} of this host has had an uncorrected error and may be "
+            f"d{job.domid}'s, which would be read whole; its page goes when d{job.domid} ends, "
+            "restart that guest",
+        )
     if facts.somebody is not None:
         # Perhaps a migration that an earlier process of ours has begun.
         return _busy(f"d{job.domid} is left alone until {facts.somebody} has ended")
@@ -251,6 +278,8 @@ def _look_at_save(
         return Never(reason=RelocationReason.NOT_SAVABLE, detail=problem)
     if save.unfinished is not None:
         return _busy(f"an earlier save of d{domid} is not ended, see {save.unfinished}")
+    if facts.saved_guest is not None:
+        return _memory_is_kept(facts.saved_guest)
     if save.trouble is not None:
         return NotNow(hindrance=Hindrance.NO_DISK_SPACE, detail=save.trouble)
     needed = (facts.domain.max_pages << PAGE_SHIFT) + _SAVE_MARGIN
@@ -277,6 +306,8 @@ def _look_at_memory(
 ) -> NotNow | None:
     if facts.domain is None:
         return None
+    if facts.saved_guest is not None:
+        return _memory_is_kept(facts.saved_guest)
     reserve = -(-policy.free_memory_reserve >> PAGE_SHIFT)
     needed = facts.domain.max_pages + reserve
     if facts.free_frames >= needed:
@@ -285,6 +316,13 @@ def _look_at_memory(
         hindrance=Hindrance.NO_FREE_MEMORY,
         detail=f"a second copy of d{job.domid} needs {_mebibytes(facts.domain.max_pages)} and "
         f"{_mebibytes(reserve)} are to stay free, but only {_mebibytes(facts.free_frames)} are",
+    )
+
+
+def _memory_is_kept(saved_guest: str) -> NotNow:
+    return NotNow(
+        hindrance=Hindrance.NO_FREE_MEMORY,
+        detail=f"free memory is kept for a guest that may be in a file: {saved_guest}",
     )
 
 

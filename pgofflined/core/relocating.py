@@ -22,6 +22,8 @@ from pgofflined.core.status import JobStatus
 
 # A link that comes back is announced several times, and its routes follow a moment later.
 _LINK_SETTLES: Final = 1.0
+# A save that fails has kept the guest still for as long as it took, so it is not tried often.
+_SAVES: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,7 @@ class RelocationQueue:
         self._zone = zone
         self._jobs: dict[DomainIdentity, RelocationJob] = {}
         self._numbers = 0
+        self._failed_saves: dict[DomainIdentity, int] = {}
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -79,8 +82,12 @@ class RelocationQueue:
         return self._policy
 
     def set_policy(self, policy: RelocationPolicy, now: float) -> None:
-        """Put another policy in force; whatever was hindered under the old one is due again."""
+        """Put another policy in force; whatever was hindered under the old one is due again.
+
+        Saves may fail as often as at first again: the operator has seen to something.
+        """
         self._policy = policy
+        self._failed_saves.clear()
         for job in self._resting():
             if job.hindrance is not None:
                 self._put(replace(job, due=now, deferrals=0))
@@ -169,16 +176,25 @@ class RelocationQueue:
             )
         )
 
-    def failed(self, domain: DomainIdentity, detail: str, now: float) -> RelocationJob | None:
-        """Give the slot back after a migration that failed; None when it was the last try.
+    def failed(
+        self, domain: DomainIdentity, detail: str, now: float, *, stood_still: bool = False
+    ) -> RelocationJob | None:
+        """Give the slot back after a try that failed; None when it was the last one.
 
-        The job is then still there, for ``finish``.
+        The job is then still there, for ``finish``.  ``stood_still``: the guest was suspended to be
+        saved, for nothing.
         """
         job = self._jobs[domain]
+        if stood_still:
+            self._failed_saves[domain] = self._failed_saves.get(domain, 0) + 1
         delay = self._policy.retry.delay(job.attempts)
-        if delay is None:
+        if delay is None or self.may_not_be_saved(domain):
             return None
         return self._put(replace(job, running=False, due=now + delay, detail=detail))
+
+    def may_not_be_saved(self, domain: DomainIdentity) -> bool:
+        """Whether saves of a domain have failed too often, also for pages it had before."""
+        return self._failed_saves.get(domain, 0) >= _SAVES
 
     def finish(self, domain: DomainIdentity) -> RelocationJob:
         """Take a job out of the queue."""

@@ -13,13 +13,16 @@ class RelocationReason(StrEnum):
     """Why a domain was not migrated, or not with the wanted effect."""
 
     DISABLED = "disabled"
+    DENIED = "denied"
     NO_TARGET = "no_target"
     TARGET_IS_THIS_HOST = "target_is_this_host"
     XEN_FREE_LISTS = "xen_free_lists"
     DOMAIN_GONE = "domain_gone"
     NOT_HVM = "not_hvm"
     NOT_SAVABLE = "not_savable"
+    HAS_DEVICES = "has_devices"
     BROKEN = "broken"
+    UNCORRECTED = "uncorrected"
     NOT_PENDING = "not_pending"
     GAVE_UP = "gave_up"
     GUEST_STUCK = "guest_stuck"
@@ -38,7 +41,6 @@ class Relocated:
 
     domain: DomainIdentity
     mfns: frozenset[Mfn]
-    target: str
     new_domid: Domid | None
     attempts: int
     seconds: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, assert_never
@@ -57,6 +57,10 @@ class Host(Protocol):
         """What other domains need the domain for ("serves ..."); None for nothing known."""
         ...
 
+    def has_devices(self, domid: Domid) -> bool:
+        """Whether devices of the host are assigned to the domain."""
+        ...
+
     def resume(self, domid: Domid) -> None:
         """Let a suspended guest run on."""
         ...
@@ -88,10 +92,16 @@ class Care:
 
 
 class MigrationHost:
-    """Questions to a host, each answered at one go."""
+    """Questions to a host, each answered at one go.
 
-    def __init__(self, xen: Host, saves: Saves | None = None) -> None:
+    ``poison`` gives a frame whose contents must not be read and that may be somebody's, if any.
+    """
+
+    def __init__(
+        self, xen: Host, poison: Callable[[], Mfn | None], saves: Saves | None = None
+    ) -> None:
         self._xen = xen
+        self._poison = poison
         self._saves = saves if saves is not None else Saves()
 
     def facts(
@@ -106,7 +116,11 @@ class MigrationHost:
         With ``save_directory``, whether it may be saved there and restored.
         """
         states = {mfn: self._xen.query(mfn) for mfn in sorted(mfns)}
+        # Looked for before and after: memory that was free while a guest was in a file is its own.
+        # The process that saves and restores it may have been started by an earlier daemon.
+        saves = self._saves.left_over(self._xen.domains())
         free_frames = self._xen.free_frames()
+        saves += self._saves.left_over(self._xen.domains())
         version = self._xen.version()
         info, twins = self._find(domain)
         save: SaveFacts | None = None
@@ -122,6 +136,9 @@ class MigrationHost:
             way=way,
             somebody=None if info is None else self._xen.somebody_at(info.domid),
             save=save,
+            has_devices=info is not None and self._xen.has_devices(info.domid),
+            poison=self._poison(),
+            saved_guest=saves[0] if saves else None,
         )
 
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:

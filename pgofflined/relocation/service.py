@@ -11,16 +11,15 @@ and the next start finds the pages' state by asking Xen.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from datetime import tzinfo
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar, assert_never
 
-from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
-from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.policy import RelocationPolicy
 from pgofflined.core.premigration import (
@@ -33,7 +32,7 @@ from pgofflined.core.premigration import (
     Way,
     judge,
 )
-from pgofflined.core.relocating import RelocationJob, RelocationQueue
+from pgofflined.core.relocating import RelocationQueue
 from pgofflined.core.relocation_outcomes import (
     InDoubt,
     Migrated,
@@ -45,23 +44,29 @@ from pgofflined.core.relocation_outcomes import (
     RelocationReason,
 )
 from pgofflined.core.status import JobStatus
-from pgofflined.journal_log import event
 from pgofflined.ports import Clock
+from pgofflined.relocation import telling
+from pgofflined.relocation.following import Following, Sleep
 from pgofflined.relocation.host import Host, MigrationHost, Settled
 from pgofflined.relocation.links import Links
 from pgofflined.relocation.relocator import Relocator
 from pgofflined.saving import Saves
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
-Sleep = Callable[[float], Awaitable[None]]
 Finished = Callable[[DomainIdentity, RelocationOutcome], None]
 
 # A destroyed domain's pages are freed in the background; backends may hold some a while longer.
 _SETTLE_FIRST = 0.25
 _SETTLE_LAST = 8.0
 _SETTLE_LIMIT = 120.0
+
+# The mover's words where `xl save` was run and has failed, after which it has seen the guest run.
+_XL_FAILED = "xl could not save"
+_NO_MORE_SAVES = (
+    "saves of it have failed before, each after it had stood still; see to the cause (disk and "
+    "space of relocation.save_directory, /var/log/xen), then `systemctl reload pgofflined` and "
+    "`pgofflined offline MFN`"
+)
 
 
 class InThread(Protocol):
@@ -76,6 +81,8 @@ class RelocationService:
     """Takes guests off bad pages that are not moved in place, as the policy allows.
 
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
+    ``poison`` is asked in a thread just before anything is begun, for a frame that must not be read
+    and may be somebody's, if any; ``denial`` then, for why a domain is to be left alone, if it is.
     """
 
     def __init__(
@@ -88,20 +95,23 @@ class RelocationService:
         clock: Clock,
         zone: tzinfo,
         finished: Finished,
+        poison: Callable[[], Mfn | None],
+        denial: Callable[[DomainInfo], str | None],
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
         saves: Saves | None = None,
         stop_grace: float = 20.0,
     ) -> None:
         self._queue = RelocationQueue(policy, zone)
-        self._host = MigrationHost(xen, saves)
+        self._host = MigrationHost(xen, poison, saves)
         self._relocator = relocator
         self._links = links
         self._clock = clock
         self._finished = finished
+        self._denial = denial
         self._sleep = sleep
         self._in_thread = in_thread
-        self._stop_grace = stop_grace
+        self._following = Following(clock, sleep, stop_grace)
         self._wake = asyncio.Event()
         self._link_changes = 0
         self._examining = 0
@@ -123,6 +133,10 @@ class RelocationService:
     def snapshot(self) -> tuple[JobStatus, ...]:
         """Every job that waits or runs."""
         return self._queue.statuses(self._clock.now())
+
+    def overdue(self) -> tuple[str, ...]:
+        """What a person has to know of saves that take too long."""
+        return tuple(self._following.overdue.values())
 
     async def run(self) -> None:
         """Work until cancelled."""
@@ -153,13 +167,19 @@ class RelocationService:
     async def _work(self, domain: DomainIdentity) -> None:
         """Do what can be done for a job now; it has a slot until then."""
         changes = self._link_changes
-        verdict = await self._examine(domain)
+        try:
+            verdict, policy = await self._examine(domain)
+        except OSError as error:
+            self._queue.started(domain)
+            self._retry(domain, f"d{domain.domid} could not be looked at: {error}")
+            self._wake.set()
+            return
         match verdict:
             case Go():
                 if self._queue.job(domain).by_saving:
-                    await self._save_and_restore(domain)
+                    await self._save_and_restore(domain, policy)
                 else:
-                    await self._migrate(domain)
+                    await self._migrate(domain, policy)
             case NothingLeft():
                 await self._settle(domain, Migrated(), 0.0)
             case NotNow(hindrance=hindrance, detail=detail):
@@ -174,9 +194,18 @@ class RelocationService:
                 assert_never(verdict)
         self._wake.set()
 
-    async def _examine(self, domain: DomainIdentity) -> PreMigration:
-        policy = self._queue.policy
+    async def _examine(self, domain: DomainIdentity) -> tuple[PreMigration, RelocationPolicy]:
+        """What may be done now, and under which policy: no other came into force meanwhile."""
+        while True:
+            policy = self._queue.policy
+            verdict = await self._judge(domain, policy)
+            if policy is self._queue.policy:
+                return verdict, policy
+
+    async def _judge(self, domain: DomainIdentity, policy: RelocationPolicy) -> PreMigration:
         job = self._queue.job(domain)
+        if job.by_saving and self._queue.may_not_be_saved(domain):
+            return Never(reason=RelocationReason.GAVE_UP, detail=_NO_MORE_SAVES)
         way: Way | None = None
         self._examining += 1
         try:
@@ -192,22 +221,17 @@ class RelocationService:
         finally:
             self._examining -= 1
             self._wake.set()
+        if facts.domain is not None:
+            # Asked when everything else is known, for the lists may have changed meanwhile.
+            facts = replace(facts, denial=self._denial(facts.domain))
         return judge(domain, facts, policy)
 
-    async def _migrate(self, domain: DomainIdentity) -> None:
-        policy = self._queue.policy
+    async def _migrate(self, domain: DomainIdentity, policy: RelocationPolicy) -> None:
         job = self._queue.started(domain)
         self._queue.note(domain, f"is being migrated to {policy.target}")
-        log.info(
-            "d%d (%r) is being migrated to %s off %d bad pages, try %d",
-            domain.domid,
-            job.name,
-            policy.target,
-            len(job.mfns),
-            job.attempts,
-        )
+        telling.begun(job, policy)
         start = self._clock.monotonic()
-        outcome = await self._let_finish(
+        outcome = await self._following.migration(
             self._relocator.migrate(domain, job.name, policy.target, policy.time_limit)
         )
         seconds = self._clock.monotonic() - start
@@ -219,49 +243,25 @@ class RelocationService:
             case _:
                 assert_never(outcome)
 
-    async def _save_and_restore(self, domain: DomainIdentity) -> None:
-        policy = self._queue.policy
+    async def _save_and_restore(self, domain: DomainIdentity, policy: RelocationPolicy) -> None:
         job = self._queue.started(domain)
         self._queue.note(domain, f"is being saved into {policy.save_directory} and restored")
-        event(
-            log,
-            logging.WARNING,
-            Event.SAVE_BEGUN,
-            f"d{domain.domid} is being saved into {policy.save_directory} and restored, off "
-            f"{len(job.mfns)} bad pages that cannot be exchanged, try {job.attempts}",
-            domid=domain.domid,
-            job=job.label,
-        )
+        telling.begun(job, policy)
         start = self._clock.monotonic()
-        outcome = await self._let_finish(
-            self._relocator.save_and_restore(domain, policy.save_directory)
+        outcome = await self._following.save(
+            job, policy, self._relocator.save_and_restore(domain, policy.save_directory)
         )
         match outcome:
             case Migrated():
                 await self._settle(domain, outcome, self._clock.monotonic() - start)
             case NotMigrated(detail=detail):
-                self._retry(domain, detail)
+                self._retry(domain, detail, stood_still=_XL_FAILED in detail)
             case InDoubt(detail=detail):
                 # Not ``stuck``: what is left is told for as long as its note is there.
-                self._tell_stuck(job, detail)
+                telling.save_unfinished(job, detail)
                 self._give_up(domain, RelocationReason.GUEST_STUCK, detail)
             case _:
                 assert_never(outcome)
-
-    async def _let_finish(self, migration: Awaitable[MigrationOutcome]) -> MigrationOutcome:
-        """The outcome; when we are cancelled, wait a while for the migration to end first."""
-        task = asyncio.ensure_future(migration)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            grace = asyncio.ensure_future(self._sleep(self._stop_grace))
-            await asyncio.wait({task, grace}, return_when=asyncio.FIRST_COMPLETED)
-            grace.cancel()
-            if task.done():
-                log.info("a migration ended while we stop: %s", task.result())
-            task.cancel()
-            await asyncio.wait({task})
-            raise
 
     async def _after_failure(
         self,
@@ -277,7 +277,7 @@ class RelocationService:
             care = await self._in_thread(
                 partial(self._host.aftercare, domain, target=target, in_doubt=in_doubt)
             )
-        except PortError as error:
+        except (PortError, OSError) as error:
             detail = f"{detail}; what became of d{domain.domid} cannot be seen: {error}"
             self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=detail)
             return
@@ -290,24 +290,19 @@ class RelocationService:
         elif care.stuck is not None:
             self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=care.stuck)
         else:
-            self._retry(domain, detail)
+            self._retry(domain, f"{detail}; d{domain.domid} runs on")
 
-    def _retry(self, domain: DomainIdentity, detail: str) -> None:
+    def _retry(self, domain: DomainIdentity, detail: str, *, stood_still: bool = False) -> None:
         now = self._clock.now()
-        job = self._queue.failed(domain, detail, now)
+        job = self._queue.failed(domain, detail, now, stood_still=stood_still)
         if job is None:
             tries = self._queue.job(domain).attempts
-            self._give_up(domain, RelocationReason.GAVE_UP, f"{tries} migrations failed: {detail}")
+            detail = f"{tries} tries failed: {detail}"
+            if self._queue.may_not_be_saved(domain):
+                detail = f"{detail}; {_NO_MORE_SAVES}"
+            self._give_up(domain, RelocationReason.GAVE_UP, detail)
             return
-        event(
-            log,
-            logging.WARNING,
-            Event.MIGRATION_FAILED,
-            f"the migration of d{domain.domid} failed and it runs on: {detail}; the next try is "
-            f"in {job.due - now:.0f} s",
-            domid=domain.domid,
-            job=job.label,
-        )
+        telling.failed(job, detail, job.due - now)
 
     async def _settle(
         self,
@@ -326,22 +321,13 @@ class RelocationService:
             self._give_up(domain, otherwise, detail, stuck=settled.stuck, offlined=settled.offlined)
             return
         job = self._queue.finish(domain)
-        where = f" and is d{settled.new_domid} now" if settled.new_domid is not None else ""
-        event(
-            log,
-            logging.INFO,
-            Event.MIGRATION_DONE,
-            f"d{domain.domid} is off its {len(job.mfns)} bad pages, which are offline{where}",
-            domid=domain.domid,
-            job=job.label,
-        )
-        self._tell_stuck(job, settled.stuck)
+        telling.done(job, settled.new_domid)
+        telling.stuck(job, settled.stuck)
         self._finished(
             domain,
             Relocated(
                 domain=domain,
                 mfns=job.mfns,
-                target=self._queue.policy.target,
                 new_domid=settled.new_domid,
                 attempts=job.attempts,
                 seconds=seconds,
@@ -355,7 +341,7 @@ class RelocationService:
         waited = 0.0
         while True:
             mfns = self._queue.job(domain).mfns
-            settled = await self._in_thread(partial(self._host.settled, domain, mfns))
+            settled = await self._look_at_pages(domain, mfns)
             # Pages that came meanwhile must have been asked for, too.
             late = self._queue.job(domain).mfns - mfns
             if (not settled.remaining and not late) or waited >= _SETTLE_LIMIT:
@@ -364,16 +350,18 @@ class RelocationService:
             waited += wait
             wait = min(2 * wait, _SETTLE_LAST)
 
+    async def _look_at_pages(self, domain: DomainIdentity, mfns: frozenset[Mfn]) -> Settled:
+        try:
+            return await self._in_thread(partial(self._host.settled, domain, mfns))
+        except OSError as error:
+            nothing: frozenset[Mfn] = frozenset()
+            return Settled(
+                offlined=nothing, remaining=mfns, new_domid=None, detail=str(error), stuck=None
+            )
+
     def _defer(self, domain: DomainIdentity, hindrance: Hindrance, detail: str) -> None:
         job = self._queue.defer(domain, hindrance, detail, self._clock.now())
-        event(
-            log,
-            logging.INFO if job.deferrals == 1 else logging.DEBUG,
-            Event.MIGRATION_DEFERRED,
-            f"the migration of d{domain.domid} is put off: {detail}",
-            domid=domain.domid,
-            job=job.label,
-        )
+        telling.put_off(job, detail)
 
     def _give_up(
         self,
@@ -385,15 +373,8 @@ class RelocationService:
         offlined: frozenset[Mfn] = frozenset(),
     ) -> None:
         job = self._queue.finish(domain)
-        event(
-            log,
-            logging.ERROR,
-            Event.MIGRATION_FAILED,
-            f"d{domain.domid} is not migrated off its bad pages: {detail}",
-            domid=domain.domid,
-            job=job.label,
-        )
-        self._tell_stuck(job, stuck)
+        telling.given_up(job, detail)
+        telling.stuck(job, stuck)
         self._finished(
             domain,
             NotRelocated(
@@ -406,11 +387,6 @@ class RelocationService:
                 stuck=stuck,
             ),
         )
-
-    def _tell_stuck(self, job: RelocationJob, stuck: str | None) -> None:
-        if stuck is not None:
-            domid = job.domain.domid
-            event(log, logging.CRITICAL, Event.GUEST_STUCK, stuck, domid=domid, job=job.label)
 
     def _link_changed(self) -> None:
         self._link_changes += 1

@@ -134,7 +134,6 @@ def test_relocations_and_migrations_are_counted() -> None:
         Relocated(
             domain=WEB,
             mfns=frozenset({Mfn(1)}),
-            target="localhost",
             new_domid=None,
             attempts=1,
             seconds=9.0,

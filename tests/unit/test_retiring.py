@@ -6,12 +6,22 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import numpy as np
+
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import ExchangeReport
-from pgofflined.core.policy import DomainPolicy, ExchangePolicy, Marking, Policy, RelocationPolicy
+from pgofflined.core.policy import (
+    Backoff,
+    DomainPolicy,
+    ExchangePolicy,
+    Marking,
+    Policy,
+    RelocationPolicy,
+    RetirePolicy,
+)
 from pgofflined.core.relocation_outcomes import NotRelocated, RelocationReason
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.jobs import ExchangePool
@@ -20,6 +30,7 @@ from pgofflined.ports import Clock
 from pgofflined.retiring import Retirer
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
+from pgofflined.sim.frames import FrameState
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.host import HostSpec
 from pgofflined.sim.journal import MemoryJournal
@@ -348,6 +359,22 @@ async def test_a_page_that_cannot_be_exchanged_has_its_guest_saved_after_the_las
         assert not scene.retirer.aftercare, "it would be resumed"
 
 
+async def test_a_guest_is_not_saved_earlier_because_its_page_had_to_wait_for_xen() -> None:
+    policy = replace(SAVING, exchange=replace(SAVING.exchange, attempts=10, retry_first=60.0))
+    async with at_work(policy) as scene:
+        moves = Moves()
+        scene.retirer.connect(scene.pool, moves)
+        mfn = granted_frame(scene)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.EXCHANGE)
+        for _ in range(20):
+            scene.retirer.ledger.wait(mfn, Backoff(first=60, last=60), "cannot_ask_xen", "no")
+        while not scene.reports:
+            await scene.pages.changed()
+        entry = await scene.pages.until(mfn, Phase.WAITING)
+        assert (entry.reason, entry.attempts, moves.taken) == ("granted", 1, [])
+
+
 async def test_a_guest_is_not_saved_where_the_policy_has_no_such_step() -> None:
     async with at_work(QUICK) as scene:
         moves = Moves()
@@ -383,13 +410,26 @@ async def test_a_page_waits_where_no_more_guests_can_be_queued_to_be_saved() -> 
                 await scene.pages.changed()
 
 
-async def test_no_guest_is_saved_while_a_page_is_poisoned_that_a_save_might_read() -> None:
-    async with at_work(SAVING) as scene:
-        moves = Moves()
-        scene.retirer.connect(scene.pool, moves)
-        mfn = granted_frame(scene)
-        scene.retirer.poisoned.add(scene.pv_frame(1))
-        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
-        entry = await scene.pages.until(mfn, Phase.LEFT)
-        assert "uncorrected error" in entry.detail
-        assert moves.taken == []
+def test_a_guest_is_saved_or_migrated_as_the_policy_says_at_that_moment() -> None:
+    scene = Scene(small_host(), QUICK)
+    domain = scene.small.host.domain(scene.small.pvh)
+    assert scene.retirer.denial(domain) is None
+    for changed, told in (
+        (replace(QUICK, domains=DomainPolicy(deny=(domain.name,))), "domains.deny"),
+        (replace(QUICK, retire=RetirePolicy(dry_run=True)), "retire.dry_run"),
+        (replace(QUICK, retire=RetirePolicy(enabled=False)), "retire.enabled"),
+    ):
+        scene.retirer.policy = changed
+        assert told in str(scene.retirer.denial(domain))
+
+
+def test_poison_is_in_use_until_nobody_can_own_it() -> None:
+    scene = Scene(small_host(), QUICK)
+    mfn = scene.pv_frame()
+    free = Mfn(int(np.flatnonzero(scene.small.host.frames.state == FrameState.FREE)[0]))
+    assert scene.retirer.poison_in_use() is None
+    scene.small.host.offline(free)
+    scene.retirer.poisoned.add(free)
+    assert scene.retirer.poison_in_use() is None
+    scene.retirer.poisoned.add(mfn)
+    assert scene.retirer.poison_in_use() == mfn

@@ -90,6 +90,9 @@ def test_a_running_guest_goes(kind: GuestKind) -> None:
         ({"version": XenVersion(4, 21, 1)}, RelocationReason.XEN_FREE_LISTS),
         ({"states": {BAD: OfflineState.ONLINE}}, RelocationReason.NOT_PENDING),
         ({"states": {BAD: PENDING | OfflineState.BROKEN}}, RelocationReason.BROKEN),
+        ({"denial": "domains.deny has it"}, RelocationReason.DENIED),
+        ({"has_devices": True}, RelocationReason.HAS_DEVICES),
+        ({"poison": Mfn(9)}, RelocationReason.UNCORRECTED),
         (
             {"states": {BAD: PENDING, Mfn(9): PENDING | OfflineState.BROKEN}},
             RelocationReason.BROKEN,

@@ -82,7 +82,6 @@ def relocated(stuck: str | None) -> Relocated:
     return Relocated(
         domain=WEB,
         mfns=frozenset({Mfn(1)}),
-        target="localhost",
         new_domid=None,
         attempts=1,
         seconds=9.0,

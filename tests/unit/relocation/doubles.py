@@ -106,6 +106,10 @@ class FakeHost:
         self.resume_works = True
         self.somebody: str | None = None
         self.serving: str | None = None
+        self.poison: Mfn | None = None
+        self.devices: set[int] = set()
+        self.queried = 0
+        self.looked_at: Callable[[], None] = lambda: None
 
     def add(self, info: DomainInfo, *mfns: int) -> DomainInfo:
         self.guests[info.domid] = info
@@ -140,9 +144,12 @@ class FakeHost:
         return self.xen
 
     def free_frames(self) -> int:
+        self.looked_at()
         return self.free
 
     def query(self, mfn: Mfn) -> OfflineState:
+        if self.queried:
+            raise OSError(self.queried, "no")
         return self.states[mfn]
 
     def domains(self) -> Sequence[DomainInfo]:
@@ -160,6 +167,10 @@ class FakeHost:
     def serves(self, domid: Domid) -> str | None:
         assert domid in self.guests
         return self.serving
+
+    def has_devices(self, domid: Domid) -> bool:
+        assert domid in self.guests
+        return domid in self.devices
 
     def resume(self, domid: Domid) -> None:
         assert self.domain(domid).shutdown is ShutdownReason.SUSPEND

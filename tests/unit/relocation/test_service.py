@@ -2,108 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC
+import errno
+from dataclasses import replace
 from pathlib import Path
-from uuid import UUID
 
 import pytest
 
-from pgofflined.core.domains import DomainIdentity, GuestKind, ShutdownReason
+from pgofflined.core.domains import GuestKind, ShutdownReason
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
-from pgofflined.core.policy import RelocationPolicy
 from pgofflined.core.premigration import Route
 from pgofflined.core.relocation_outcomes import (
     InDoubt,
     Migrated,
-    NotMigrated,
     NotRelocated,
     Relocated,
-    RelocationOutcome,
     RelocationReason,
 )
-from pgofflined.core.saves import SaveNote, SavePhase
 from pgofflined.core.schedule import parse_window
 from pgofflined.core.xenversion import XenVersion
-from pgofflined.relocation import RelocationService
-from pgofflined.saving import Saves, write_note
+from pgofflined.saving import Saves
 from tests.unit.relocation.doubles import (
     PENDING,
-    FakeHost,
-    FakeLinks,
-    FakeRelocator,
-    VirtualTime,
     guest,
-    inline,
     quiet,
 )
-
-HERE = RelocationPolicy(target="localhost", retry_first=60, retry_last=600, attempts=3)
-AWAY = replace(HERE, target="spare")
-BROKEN_OFF = NotMigrated(detail="xl failed with status 1")
-
-
-@dataclass
-class World:
-    """A service and everything around it."""
-
-    service: RelocationService
-    task: asyncio.Task[None]
-    time: VirtualTime
-    host: FakeHost
-    relocator: FakeRelocator
-    links: FakeLinks
-    outcomes: list[RelocationOutcome] = field(default_factory=list)
-
-    async def submit(self, domid: int, *mfns: int, uuid: int | None = None) -> DomainIdentity:
-        if domid not in self.host.guests:
-            self.host.add(guest(domid, uuid=uuid))
-        self.host.mark(domid, *mfns)
-        identity = self.host.guests[domid].identity
-        assert self.service.submit(identity, f"guest{domid}", [Mfn(mfn) for mfn in mfns])
-        await quiet()
-        return identity
-
-    def state(self) -> list[tuple[int, str]]:
-        return [(job.domid, job.state) for job in self.service.snapshot()]
-
-
-@asynccontextmanager
-async def running(
-    policy: RelocationPolicy = HERE, saves: Saves | None = None
-) -> AsyncIterator[World]:
-    time, host, relocator, links = VirtualTime(), FakeHost(), FakeRelocator(), FakeLinks()
-    outcomes: list[RelocationOutcome] = []
-    service = RelocationService(
-        policy=policy,
-        xen=host,
-        relocator=relocator,
-        links=links,
-        clock=time,
-        zone=UTC,
-        finished=lambda _, outcome: outcomes.append(outcome),
-        sleep=time.sleep,
-        in_thread=inline,
-        saves=saves,
-        stop_grace=20.0,
-    )
-    task = asyncio.create_task(service.run())
-    world = World(service, task, time, host, relocator, links, outcomes)
-    try:
-        await quiet()
-        yield world
-    finally:
-        for call in relocator.calls:
-            if not call.outcome.done():
-                call.outcome.cancel()
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+from tests.unit.relocation.scene import (
+    AWAY,
+    BROKEN_OFF,
+    HERE,
+    by_saving,
+    running,
+    saving,
+)
 
 
 async def test_a_guest_is_migrated_and_its_page_is_offline() -> None:
@@ -118,7 +49,6 @@ async def test_a_guest_is_migrated_and_its_page_is_offline() -> None:
             Relocated(
                 domain=identity,
                 mfns=frozenset({Mfn(0x10)}),
-                target="localhost",
                 new_domid=Domid(8),
                 attempts=1,
                 seconds=4.0,
@@ -466,136 +396,58 @@ async def test_when_the_daemon_stops_a_long_migration_goes_on_without_it() -> No
         assert call.cancelled
 
 
-SAVING = RelocationPolicy(save_restore=True, retry_first=60, retry_last=600, attempts=3, parallel=4)
-
-
-@pytest.fixture
-def saves(tmp_path: Path) -> Saves:
-    """Where xl knows the configuration of d7 and d8, and guests may be saved."""
-    tmp_path.chmod(0o700)
-    for domid in (7, 8):
-        (tmp_path / f"userdata-d.{domid}.{UUID(int=domid)}.libxl-json").touch()
-    return Saves(notes=tmp_path / "notes", configs=tmp_path)
-
-
-@asynccontextmanager
-async def saving(saves: Saves, directory: Path, **changes: object) -> AsyncIterator[World]:
-    """A service whose policy lets it save guests, and the PV guest d7."""
-    policy = replace(SAVING, save_directory=str(directory), **changes)  # type: ignore[arg-type]
-    async with running(policy, saves) as world:
-        world.host.add(guest(7, kind=GuestKind.PV))
-        yield world
-
-
-def by_saving(world: World, domid: int, mfn: int) -> DomainIdentity:
-    identity = world.host.guests[domid].identity
-    world.host.mark(domid, mfn)
-    assert world.service.submit(identity, f"guest{domid}", [Mfn(mfn)], by_saving=True)
-    return identity
-
-
-async def test_a_pv_guest_is_saved_and_its_page_is_offline(saves: Saves, tmp_path: Path) -> None:
-    async with saving(saves, tmp_path) as world:
-        identity = by_saving(world, 7, 0x10)
-        await quiet()
-        [call] = world.relocator.calls
-        assert (call.domain, call.target) == (identity, str(tmp_path))
-        world.host.move(7, 8)
-        await call.end()
-        [outcome] = world.outcomes
-        assert isinstance(outcome, Relocated)
-        assert outcome.new_domid == 8
-
-
-async def test_a_guest_that_was_not_saved_is_tried_again_and_never_resumed(
+async def test_a_fault_of_the_system_is_a_failed_try_of_one_job_and_no_end_of_the_service(
     saves: Saves, tmp_path: Path
 ) -> None:
-    async with saving(saves, tmp_path) as world:
-        by_saving(world, 7, 0x10)
+    def fail() -> None:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    async with saving(saves, tmp_path, target="localhost", attempts=2) as world:
+        world.host.looked_at = fail
+        await world.submit(9, 0x10)
+        assert world.state() == [(9, "waiting")]
+        assert "too many open files" in world.service.snapshot()[0].detail
+        await world.time.advance(60)
+        [outcome] = world.outcomes
+        assert isinstance(outcome, NotRelocated)
+        assert outcome.reason is RelocationReason.GAVE_UP
+        world.host.looked_at = lambda: None
+        by_saving(world, 7, 0x20)
         await quiet()
-        world.host.change(7, shutdown=ShutdownReason.SUSPEND)
-        await world.relocator.calls[0].end(NotMigrated(detail="no space"))
-        assert world.state() == [(7, "waiting")]
-        await world.time.advance(3600)
-        assert len(world.relocator.calls) == 1, "it stands still for somebody"
-        world.host.change(7, shutdown=None)
-        await world.time.advance(3600)
-        assert len(world.relocator.calls) == 2
-        assert world.host.resumed == []
+        assert world.relocator.running == [7]
 
 
-async def test_a_save_in_doubt_is_left_to_a_person(saves: Saves, tmp_path: Path) -> None:
-    async with saving(saves, tmp_path) as world:
-        by_saving(world, 7, 0x10)
+@pytest.mark.parametrize("how", ["save", "migration"])
+async def test_what_cannot_be_followed_any_more_is_left_to_a_person(
+    saves: Saves, tmp_path: Path, how: str
+) -> None:
+    async with saving(saves, tmp_path, target="spare") as world:
+        if how == "save":
+            by_saving(world, 7, 0x10)
+        else:
+            await world.submit(9, 0x10)
         await quiet()
-        world.host.destroy(7)
-        await world.relocator.calls[0].end(InDoubt(detail="`xl restore FILE`"))
+        world.host.change(7 if how == "save" else 9, shutdown=ShutdownReason.SUSPEND)
+        world.relocator.calls[0].outcome.set_exception(OSError(errno.EIO, "broken"))
+        await quiet()
         [outcome] = world.outcomes
         assert isinstance(outcome, NotRelocated)
         assert outcome.reason is RelocationReason.GUEST_STUCK
-        assert outcome.detail == "`xl restore FILE`"
-        assert outcome.stuck is None, "it would be shown for ever"
+        assert "broken" in outcome.detail
         assert world.host.resumed == []
-        assert len(world.relocator.calls) == 1
+        assert not world.task.done()
 
 
-async def test_nothing_else_moves_while_a_saved_guests_memory_is_free(
-    saves: Saves, tmp_path: Path
-) -> None:
-    async with saving(saves, tmp_path, target="localhost") as world:
-        await world.submit(9, 0x30)
-        by_saving(world, 7, 0x10)
-        await world.submit(11, 0x40)
-        first, *others = world.relocator.calls
-        assert (first.domain.domid, others) == (9, [])
-        world.host.move(9, 10)
-        await first.end()
-        _, second, *others = world.relocator.calls
-        assert (second.domain.domid, others) == (7, [])
-        world.host.move(7, 8)
-        await second.end()
-        assert world.relocator.calls[2].domain.domid == 11
-
-
-@pytest.mark.parametrize("what", ["off", "serves", "no config", "hvm"])
-async def test_a_guest_that_must_not_be_saved_is_not(
-    saves: Saves, tmp_path: Path, what: str
-) -> None:
-    async with saving(saves, tmp_path, save_restore=what != "off") as world:
-        if what == "serves":
-            world.host.serving = "serves devices to other domains"
-        if what == "hvm":
-            world.host.change(7, kind=GuestKind.PVH)
-        if what == "no config":
-            (tmp_path / f"userdata-d.7.{UUID(int=7)}.libxl-json").unlink()
-        by_saving(world, 7, 0x10)
-        await quiet()
-        assert world.relocator.calls == []
+async def test_pages_that_cannot_be_looked_at_after_a_migration_are_left() -> None:
+    async with running() as world:
+        await world.submit(7, 0x10)
+        world.host.queried = errno.EMFILE
+        await world.relocator.calls[0].end()
+        await world.time.advance(200)
         [outcome] = world.outcomes
         assert isinstance(outcome, NotRelocated)
-        assert "d7" in outcome.detail
-
-
-@pytest.mark.parametrize("what", ["disk", "memory", "open directory", "noted", "somebody"])
-async def test_a_save_waits_for_what_may_pass(saves: Saves, tmp_path: Path, what: str) -> None:
-    async with saving(saves, tmp_path) as world:
-        if what == "disk":
-            world.host.change(7, max_pages=1 << 40, tot_pages=1 << 40)
-        if what == "memory":
-            world.host.free = 1000
-        if what == "open directory":
-            os.chmod(tmp_path, 0o755)  # noqa: S103 - that is the mistake
-        if what == "noted":
-            domain = world.host.guests[7].identity
-            note = SaveNote(domain=domain, phase=SavePhase.SAVING, file="/x", boot="b")
-            (tmp_path / "notes").mkdir()
-            write_note(note, tmp_path / "notes", new=True)
-        if what == "somebody":
-            world.host.somebody = "process 5 (xl save)"
-        by_saving(world, 7, 0x10)
-        await quiet()
-        assert world.relocator.calls == []
-        assert world.state() == [(7, "deferred")]
+        assert outcome.reason is RelocationReason.PAGES_REMAIN
+        assert not world.task.done()
 
 
 async def test_a_pv_guest_is_never_migrated() -> None:
