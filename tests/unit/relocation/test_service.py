@@ -475,7 +475,12 @@ def saves(tmp_path: Path) -> Saves:
     tmp_path.chmod(0o700)
     for domid in (7, 8):
         (tmp_path / f"userdata-d.{domid}.{UUID(int=domid)}.libxl-json").touch()
-    return Saves(notes=tmp_path / "notes", configs=tmp_path)
+    return Saves(
+        notes=tmp_path / "notes",
+        configs=tmp_path,
+        libvirt=tmp_path / "libvirt",
+        mounts=Path(os.devnull),
+    )
 
 
 @asynccontextmanager
@@ -557,7 +562,7 @@ async def test_nothing_else_moves_while_a_saved_guests_memory_is_free(
         assert world.relocator.calls[2].domain.domid == 11
 
 
-@pytest.mark.parametrize("what", ["off", "serves", "no config", "hvm"])
+@pytest.mark.parametrize("what", ["off", "serves", "no config", "libvirt", "hvm"])
 async def test_a_guest_that_must_not_be_saved_is_not(
     saves: Saves, tmp_path: Path, what: str
 ) -> None:
@@ -566,6 +571,8 @@ async def test_a_guest_that_must_not_be_saved_is_not(
             world.host.serving = "serves devices to other domains"
         if what == "hvm":
             world.host.change(7, kind=GuestKind.PVH)
+        if what == "libvirt":
+            (tmp_path / f"userdata-d.7.{UUID(int=7)}.libvirt-xml").touch()
         if what == "no config":
             (tmp_path / f"userdata-d.7.{UUID(int=7)}.libxl-json").unlink()
         by_saving(world, 7, 0x10)
