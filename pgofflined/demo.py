@@ -165,7 +165,9 @@ def _policy(port: int, folder: Path) -> Policy:
     return replace(
         Policy(),
         exchange=ExchangePolicy(retry_first=2.0, retry_last=8.0, attempts=3),
-        relocation=RelocationPolicy(target="localhost", free_memory_reserve=0),
+        relocation=RelocationPolicy(
+            target="localhost", free_memory_reserve=0, save_directory=str(folder / "saves")
+        ),
         metrics=MetricsPolicy(listen=TcpAddress(host="127.0.0.1", port=port)),
         control=ControlPolicy(socket=str(folder / "control.sock")),
     )

@@ -2,8 +2,10 @@
 
     python3 -m pgofflined.mover DOMID UUID DIRECTORY
 
-What it may do after each step is in ``core.saves``.  It stops for no signal but SIGKILL, ends
-nothing it has started, and removes the file and its note only where it has seen the guest run.
+What it may do after each step is in ``core.saves``.  Told to stop before ``xl save`` is started, it
+does so; from then on it stops for no signal but SIGKILL, ends nothing it has started, and removes
+the file and its note only where it has seen the guest run.  It does not depend on anybody who reads
+what it says, and neither does xl: that writes into a log beside the note.
 
 Exit status: 0, the guest was saved and restored; ``EX_STAYS``, it was not saved and runs on; any
 other: whether it runs is not certain, and where a note is left a person has to look.
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final, Protocol, assert_never
 from uuid import UUID
@@ -38,13 +40,19 @@ from pgofflined.core.saves import (
     after_restore,
     after_save,
     stand_of,
+    when_unclear,
 )
 from pgofflined.saving import (
+    MOUNTS,
     NOTES,
     directory_trouble,
+    last_words,
+    log_path,
     note_path,
     only_one,
+    open_log,
     see,
+    state_path,
     sync_directory,
     unfinished_save,
     write_note,
@@ -59,6 +67,11 @@ MARK: Final = "pgofflined: "
 # A destroyed domain is dying at once; Xen only may be slow to say so.
 _LOOKS: Final = 20
 _BETWEEN_LOOKS: Final = 0.5
+# What a second restore could help with (memory that is not free yet, a device that is not let go)
+# takes a while to pass.
+_BEFORE_AGAIN: Final = 10.0
+# As a shell says that a program cannot be started.
+_NOT_STARTED: Final = 127
 _OOM_SCORE: Final = Path("/proc/self/oom_score_adj")
 
 
@@ -86,8 +99,19 @@ class UnclearError(Exception):
     """Nothing more may be done without a person."""
 
 
+class RunXl(Protocol):
+    """Runs xl to its end."""
+
+    def __call__(self, arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -> int:
+        """The exit status.
+
+        ``output`` is a descriptor for what it says, ``kept`` are further ones that it keeps open.
+        """
+        ...
+
+
 class Mover:
-    """One guest's save and restore.  ``run_xl`` runs xl with arguments, for its exit status."""
+    """One guest's save and restore.  ``told_to_stop`` is asked before anything is done to it."""
 
     def __init__(
         self,
@@ -95,45 +119,69 @@ class Mover:
         xen: MoverHost,
         domain: DomainIdentity,
         directory: Path,
-        run_xl: Callable[[Sequence[str]], int],
+        run_xl: RunXl,
         boot: str,
+        told_to_stop: Callable[[], bool] = lambda: False,
         notes: Path = NOTES,
         jobs: Path = JOBS,
+        mounts: Path = MOUNTS,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._xen = xen
         self._domain = domain
-        self._file = directory / f"{domain.uuid}.state"
+        self._file = state_path(domain.uuid, directory)
         self._run_xl = run_xl
         self._boot = boot
+        self._told_to_stop = told_to_stop
         self._notes = notes
         self._jobs = jobs
+        self._mounts = mounts
         self._sleep = sleep
+        self._phase = SavePhase.SAVING
 
     def run(self) -> None:
         """Do it.  Raises StaysError, UnclearError."""
         with ExitStack() as stack:
+            lock = self._lock(stack)
+            self._refuse_what_changed()
             try:
-                alone = stack.enter_context(only_one(self._notes))
+                log = open_log(self._domain.uuid, self._notes)
             except OSError as error:
                 raise StaysError(f"{self._notes} cannot be used: {error}") from error
-            if not alone:
-                raise StaysError("another guest is being saved and restored")
-            self._run_alone()
+            try:
+                self._run_alone(lock, log)
+            except UnclearError as error:
+                what = f"{error}; {self._advice()}"
+                # Whoever reads what we say may be gone.
+                with suppress(OSError):
+                    os.write(log, f"{MARK}{what}\n".encode())
+                raise UnclearError(what) from error
+            finally:
+                os.close(log)
 
-    def _run_alone(self) -> None:
-        self._refuse_what_changed()
+    def _lock(self, stack: ExitStack) -> int:
+        """Be the only one.  Raises StaysError."""
+        for look in range(_LOOKS):
+            if look:  # the daemon has it for moments, when it looks at notes
+                self._sleep(_BETWEEN_LOOKS)
+            try:
+                lock = stack.enter_context(only_one(self._notes, self._domain.uuid))
+            except OSError as error:
+                raise StaysError(f"{self._notes} cannot be used: {error}") from error
+            if lock is not None:
+                return lock
+        raise StaysError("another guest is being saved and restored")
+
+    def _run_alone(self, lock: int, log: int) -> None:
         self._note(SavePhase.SAVING, new=True)
         try:
-            made = self._make_file()
-        except (OSError, StaysError) as error:
+            saved = self._save(self._make_file(), lock, log)
+            self._note(SavePhase.RESTORING, new=False)
+            self._restore(saved, log)
+            self._file.unlink()
             self._forget_note()
-            raise StaysError(f"{self._file} cannot be made: {error}") from error
-        saved = self._save(made)
-        self._note(SavePhase.RESTORING, new=False)
-        self._restore(saved)
-        self._file.unlink()
-        self._forget_note()
+        except OSError as error:
+            raise UnclearError(str(error)) from error
 
     def _refuse_what_changed(self) -> None:
         """What the daemon has seen may be otherwise by now."""
@@ -143,7 +191,7 @@ class Mover:
             if info.kind is not GuestKind.PV or info.is_dom0:
                 raise StaysError(f"d{domid} is no PV guest")
             problem = (
-                directory_trouble(self._file.parent)
+                directory_trouble(self._file.parent, self._mounts)
                 or self._xen.serves(domid)
                 or self._xen.somebody_at(domid)
                 or unfinished_save(self._domain.uuid, self._notes)
@@ -164,20 +212,38 @@ class Mover:
     def _make_file(self) -> FileSeen:
         """The empty file, which no other process was given.  Raises StaysError, OSError."""
         # Whoever exchanges pages of it has a record, looks for our note after he has made it, and
-        # has made it before we look for that.
-        records = list(self._jobs.glob(f"d{self._domain.domid}-*"))
+        # has made it before we look for that.  One that was put aside has another suffix.
+        records = list(self._jobs.glob(f"d{self._domain.domid}-*.job"))
         if records:
-            raise StaysError(f"an exchange in d{self._domain.domid} is under way ({records[0]})")
+            raise self._stays(f"an exchange in d{self._domain.domid} is under way ({records[0]})")
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        os.close(os.open(self._file, flags, 0o600))
+        try:
+            os.close(os.open(self._file, flags, 0o600))
+        except FileExistsError as error:
+            raise self._stays(
+                f"{self._file} is there already, left by an earlier save, and "
+                f"d{self._domain.domid} has run since: remove that file"
+            ) from error
+        except OSError as error:
+            raise self._stays(f"{self._file} cannot be made: {error}") from error
         made = see(self._file)
         if made is None:
-            raise StaysError("it is gone again")
+            raise self._stays(f"{self._file} is gone again")
         return made
 
-    def _save(self, made: FileSeen) -> FileSeen:
-        # Its xl has no time limit and is not ended: half-way it would leave the guest suspended.
-        status = self._run_xl(["save", str(self._domain.domid), str(self._file)])
+    def _stays(self, why: str) -> StaysError:
+        """To be raised where nothing was done to the guest, or it runs on.  Raises OSError."""
+        self._forget_note()
+        return StaysError(why)
+
+    def _save(self, made: FileSeen, lock: int, log: int) -> FileSeen:
+        domid = self._domain.domid
+        if self._told_to_stop():
+            self._file.unlink()
+            raise self._stays(f"d{domid} is not saved: this process was told to stop")
+        # It has no time limit and is not ended: half-way it would leave the guest suspended.  It
+        # has the lock as well: should we be killed, it goes on, and the guest is on its way.
+        status = self._run_xl(["save", str(domid), str(self._file)], log, kept=[lock])
         file = see(self._file)
         stand = self._stand(Stand.RUNS if status else Stand.ABSENT)
         verdict = after_save(succeeded=not status, stand=stand, made=made, file=file)
@@ -187,11 +253,11 @@ class Mover:
                 self._have_it_on_disk()
                 return file
             case Stays():
+                why = f"xl could not save d{domid} (status {status}): {last_words(log)}"
                 self._file.unlink(missing_ok=True)
-                self._forget_note()
-                raise StaysError(f"xl could not save d{self._domain.domid} (status {status})")
+                raise self._stays(why)
             case Unclear(what=what):
-                raise UnclearError(what)
+                raise UnclearError(f"{what}; xl said: {last_words(log)}")
             case _:
                 assert_never(verdict)
 
@@ -203,11 +269,16 @@ class Mover:
             os.close(descriptor)
         sync_directory(self._file.parent)
 
-    def _restore(self, saved: FileSeen) -> None:
+    def _restore(self, saved: FileSeen, log: int) -> None:
         tries = 0
         while True:
             tries += 1
-            status = self._run_xl(["restore", str(self._file)])
+            # What xl leaves behind to monitor the guest would have the lock for ever.
+            status = self._run_xl(["restore", str(self._file)], log)
+            if status == 0:
+                # Where that fails it is as good to have seen the guest run, in a moment.
+                with suppress(UnclearError):
+                    self._note(SavePhase.RESTORED, new=False)
             verdict = after_restore(
                 succeeded=not status,
                 stand=self._stand(Stand.ABSENT if status else Stand.RUNS),
@@ -219,9 +290,9 @@ class Mover:
                 case GoOn():
                     return
                 case Again():
-                    continue
+                    self._sleep(_BEFORE_AGAIN)
                 case Unclear(what=what):
-                    raise UnclearError(what)
+                    raise UnclearError(f"{what}; xl said: {last_words(log)}")
                 case _:
                     assert_never(verdict)
 
@@ -245,20 +316,71 @@ class Mover:
         return stand
 
     def _note(self, phase: SavePhase, *, new: bool) -> None:
-        note = SaveNote(domain=self._domain, phase=phase, file=str(self._file), boot=self._boot)
+        self._phase = phase
         try:
-            write_note(note, self._notes, new=new)
+            write_note(self._noted(), self._notes, new=new)
         except OSError as error:
             what = f"the note in {self._notes} could not be written: {error}"
-            raise (StaysError(what) if new else UnclearError(what)) from error
+            if new:
+                self._forget_log()
+                raise StaysError(what) from error
+            raise UnclearError(what) from error
+
+    def _noted(self) -> SaveNote:
+        return SaveNote(
+            domain=self._domain, phase=self._phase, file=str(self._file), boot=self._boot
+        )
 
     def _forget_note(self) -> None:
         note_path(self._domain.uuid, self._notes).unlink(missing_ok=True)
+        self._forget_log()
+
+    def _forget_log(self) -> None:
+        # Without a note nobody asks for it, and the next save makes it anew.
+        with suppress(OSError):
+            log_path(self._domain.uuid, self._notes).unlink()
+
+    def _advice(self) -> str:
+        return when_unclear(self._noted(), str(note_path(self._domain.uuid, self._notes)))
 
 
-def _run_xl(arguments: Sequence[str]) -> int:
-    # What xl leaves behind to monitor the guest holds our output, and is not waited for.
-    return subprocess.run(["xl", *arguments], stdin=subprocess.DEVNULL, check=False).returncode
+def run_xl(arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -> int:
+    """Run xl, and be it not there or the host short of memory; ends it in no case."""
+    try:
+        # Not subprocess.run, which would kill it should we fail.  A descriptor of a file, and no
+        # pipe: xl would die of the end of whoever reads it.
+        child = subprocess.Popen(
+            ["xl", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=kept,
+        )
+    except OSError as error:
+        with suppress(OSError):
+            os.write(output, f"xl cannot be started: {error}\n".encode())
+        return _NOT_STARTED
+    return child.wait()
+
+
+def heed_stops() -> Callable[[], bool]:
+    """Be ended by no signal that asks for it; gives whether one has come."""
+    told: list[int] = []
+    # A handler, for what is ignored would be ignored by xl as well.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: told.append(number))
+    return lambda: bool(told)
+
+
+def carry_out(mover: Mover) -> int:
+    """Save and restore, and say what came of it; gives the exit status."""
+    try:
+        mover.run()
+    except StaysError as error:
+        return _tell(EX_STAYS, str(error))
+    except UnclearError as error:
+        return _tell(EX_UNCLEAR, str(error))
+    return _tell(0, "saved and restored")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -270,40 +392,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("uuid", type=UUID)
     parser.add_argument("directory", type=Path)
     options = parser.parse_args(argv)
-    # A handler, for what is ignored would be ignored by xl as well.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)
+    told_to_stop = heed_stops()
     os.umask(0o077)
-    _OOM_SCORE.write_text("-900")
-    domain = DomainIdentity(Domid(options.domid), options.uuid)
     try:
+        _OOM_SCORE.write_text("-900")
         NOTES.mkdir(mode=0o700, parents=True, exist_ok=True)
         mover = Mover(
             xen=XenHypervisor(),
-            domain=domain,
+            domain=DomainIdentity(Domid(options.domid), options.uuid),
             directory=options.directory,
-            run_xl=_run_xl,
+            run_xl=run_xl,
             boot=read_boot_id(),
+            told_to_stop=told_to_stop,
         )
     except (PortError, OSError, ValueError) as error:
         return _tell(EX_STAYS, str(error))
-    try:
-        mover.run()
-    except StaysError as error:
-        return _tell(EX_STAYS, str(error))
-    except UnclearError as error:
-        path = note_path(domain.uuid)
-        file = options.directory / f"{domain.uuid}.state"
-        return _tell(
-            EX_UNCLEAR,
-            f"{error}; look at `xl list`. Only if the guest is nowhere, `xl restore {file}` lets "
-            f"it run; then remove {path}",
-        )
-    return _tell(0, "saved and restored")
+    return carry_out(mover)
 
 
 def _tell(status: int, what: str) -> int:
-    print(f"{MARK}{what}", flush=True)
+    # Not print(): the reader may be gone, which must not become another status at our exit.
+    with suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{MARK}{what}\n".encode())
     return status
 
 

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import tzinfo
+from pathlib import Path
 from typing import NoReturn
 
 from pgofflined import __version__
@@ -280,6 +281,9 @@ class Service:
 
     async def _watch_saves(self) -> NoReturn:
         """Tell of saves that are not ended, for as long as there are any."""
+        directory = Path(self.policy.relocation.save_directory)
+        for line in await asyncio.to_thread(self._world.saves.without_note, directory):
+            log.warning("%s", line)
         while True:
             self._look_for_saves.clear()
             saves = await asyncio.to_thread(self._unfinished_saves)
@@ -290,7 +294,7 @@ class Service:
 
     def _unfinished_saves(self) -> tuple[str, ...]:
         try:
-            return self._world.saves.left_over(self._world.xen.domains())
+            return self._world.saves.left_over(self._world.xen.domains)
         except PortError as error:
             return (str(error),)
 

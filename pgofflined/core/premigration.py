@@ -274,6 +274,11 @@ def _look_at_save(
             f"xl does not know how d{domid} was configured, so that it could not restore it; "
             "whoever has created it can save and restore it"
         )
+    elif save.manager is not None:
+        problem = (
+            f"d{domid} is managed by {save.manager}, which would start it again or lose track of "
+            f"it; save and restore it with {save.manager}'s own commands"
+        )
     if problem is not None:
         return Never(reason=RelocationReason.NOT_SAVABLE, detail=problem)
     if save.unfinished is not None:
@@ -287,7 +292,7 @@ def _look_at_save(
         return NotNow(
             hindrance=Hindrance.NO_DISK_SPACE,
             detail=f"saving d{domid} takes {needed >> 20} MiB, and {policy.save_directory} "
-            f"(relocation.save_directory) has {save.free >> 20} MiB",
+            f"(relocation.save_directory) has {save.free >> 20} MiB besides a reserve",
         )
     # Its own memory comes free; this is for what it had given back, and for the toolstack.
     spare = max(0, facts.domain.max_pages - facts.domain.tot_pages)

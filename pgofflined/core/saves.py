@@ -10,7 +10,7 @@ process that died has left is described, and touched no more.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, assert_never
 from uuid import UUID
@@ -21,10 +21,14 @@ _RESTORE_TRIES: Final = 2
 
 
 class SavePhase(StrEnum):
-    """What was begun last.  Each is noted before it is begun."""
+    """What was begun last, noted before it is begun; the last one when it is seen to be done.
+
+    ``RESTORED``: the guest has run since its file was written, which would roll it back.
+    """
 
     SAVING = "saving"
     RESTORING = "restoring"
+    RESTORED = "restored"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +132,14 @@ def after_restore(
     return Again()
 
 
+def seen_to_run(note: SaveNote) -> SaveNote:
+    """The note of a save that nobody is at any more, once its guest was seen to run.
+
+    Its file is older than what the guest has done since, also when it does not run any more.
+    """
+    return replace(note, phase=SavePhase.RESTORED)
+
+
 def under_way(note: SaveNote) -> str:
     """What is told of a save that an earlier daemon began and that goes on."""
     return (
@@ -136,26 +148,45 @@ def under_way(note: SaveNote) -> str:
     )
 
 
-def left_over(note: SaveNote, stand: Stand, *, same_boot: bool, path: str) -> str:
-    """What a person is to do about a save that nobody goes on with; ``path`` is its note's."""
-    domid = note.domain.domid
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOver:
+    """A save that nobody goes on with.
+
+    ``path`` is its note's, ``log`` that of xl's output, None where there is none; ``has_file`` is
+    whether the guest's file is there.
+    """
+
+    note: SaveNote
+    path: str
+    log: str | None
+    has_file: bool
+    same_boot: bool
+
+
+def left_over(left: LeftOver, stand: Stand) -> str:
+    """What a person is to do about it."""
+    note = left.note
+    log = "" if left.log is None else f" ({left.log} has xl's last words)"
     begin = (
-        f"a save of the guest that was d{domid} (uuid {note.domain.uuid}) was cut off; once no xl "
-        "is at work on it any more (`pgrep -a xl`)"
+        f"a save of the guest that was d{note.domain.domid} (uuid {note.domain.uuid}) was cut off"
+        f"{log}; once no xl is at work on it any more (`pgrep -a xl`)"
     )
-    done = f"then remove {path}; until then the guest is left alone"
+    remove = f"remove {note.file}, then {left.path}" if left.has_file else f"remove {left.path}"
+    done = f"then {remove}; until then the guest is left alone"
     match stand:
         case Stand.ABSENT:
-            if note.phase is SavePhase.SAVING:
-                how = f"`xl restore {note.file}` lets it run, if the file is whole"
-            else:
-                how = f"`xl restore {note.file}` lets it run"
-            if not same_boot:
-                how += ", unless it has run elsewhere since the host was booted"
-            return f"{begin} and it does not run: {how}; {done}"
+            return f"{begin} and it does not run: {_when_absent(left)}; {done}"
         case Stand.RUNS:
-            return f"{begin} and it runs: do not restore {note.file} any more, remove it; {done}"
+            return f"{begin} and it runs: do not restore {note.file} any more; {done}"
         case Stand.STANDS_STILL:
+            if note.phase is SavePhase.RESTORING and left.has_file:
+                # Let go, what is restored in part only would run on memory that is not its own.
+                return (
+                    f"{begin} and it stands still: if `xl list` shows 0.0 as its time, it is "
+                    f"restored in part only, so `xl destroy` it; then {_when_absent(left)}; "
+                    f"otherwise `xl unpause` lets it run, and do not restore {note.file} as well; "
+                    f"{done}"
+                )
             return (
                 f"{begin} and it stands still: `xl resume` or `xl unpause` lets it run; do not "
                 f"restore {note.file} as well; {done}"
@@ -169,15 +200,66 @@ def left_over(note: SaveNote, stand: Stand, *, same_boot: bool, path: str) -> st
             assert_never(stand)
 
 
+def _when_absent(left: LeftOver) -> str:
+    note = left.note
+    if note.phase is SavePhase.RESTORED:
+        return (
+            f"it has run since {note.file} was written, so do not restore that, which would roll "
+            "it back; start it anew"
+        )
+    if not left.has_file:
+        return (
+            f"{note.file} is not there; if that is because its file system is not mounted, mount "
+            "it; if the file is lost, start the guest anew"
+        )
+    whole = ", if the file is whole" if note.phase is SavePhase.SAVING else ""
+    boot = "" if left.same_boot else " (the host was booted since)"
+    return f"`xl restore {note.file}` lets it run{whole}, {_unless_it_has_run(note.file)}{boot}"
+
+
+def _unless_it_has_run(file: str) -> str:
+    return (
+        f"unless it has run since {file} was written, here or elsewhere; then it would be rolled "
+        "back: start it anew instead"
+    )
+
+
+def when_unclear(note: SaveNote, path: str) -> str:
+    """What a person is to do where it is not known how the guest stands; ``path`` is the note's."""
+    look = "look at `xl list`"
+    done = f"then remove {note.file}, then {path}"
+    if note.phase is SavePhase.RESTORED:
+        return (
+            f"{look}; the guest was restored, so do not restore {note.file} again: it would be "
+            f"rolled back; if it is nowhere, start it anew; {done}"
+        )
+    return (
+        f"{look}; only if the guest is nowhere, `xl restore {note.file}` lets it run, "
+        f"{_unless_it_has_run(note.file)}; {done}"
+    )
+
+
+def without_note(file: str, uuid: UUID) -> str:
+    """What a person is to do about a file that no note is of."""
+    return (
+        f"{file} holds the memory of the guest with uuid {uuid}, and no save of it is noted: if "
+        "the guest runs (`xl vm-list`), or has run since the file was written, remove it; only if "
+        f"not, `xl restore {file}` lets it run; as long as the file is there, the guest is not "
+        "saved again"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveFacts:
     """What decides whether a PV guest may be saved, besides what decides on any migration.
 
-    ``serves`` says what other domains need it for, ``unfinished`` is the path of the note of an
-    earlier save.  ``trouble`` is what is wrong with the directory, in which ``free`` bytes are.
+    ``serves`` says what other domains need it for, ``manager`` is who else looks after it,
+    ``unfinished`` is the path of the note of an earlier save.  ``trouble`` is what is wrong with
+    the directory, in which ``free`` bytes are, a reserve left out.
     """
 
     serves: str | None
+    manager: str | None
     unfinished: str | None
     has_config: bool
     trouble: str | None

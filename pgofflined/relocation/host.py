@@ -118,9 +118,9 @@ class MigrationHost:
         states = {mfn: self._xen.query(mfn) for mfn in sorted(mfns)}
         # Looked for before and after: memory that was free while a guest was in a file is its own.
         # The process that saves and restores it may have been started by an earlier daemon.
-        saves = self._saves.left_over(self._xen.domains())
+        saves = self._saves.left_over(self._xen.domains)
         free_frames = self._xen.free_frames()
-        saves += self._saves.left_over(self._xen.domains())
+        saves += self._saves.left_over(self._xen.domains)
         version = self._xen.version()
         info, twins = self._find(domain)
         save: SaveFacts | None = None

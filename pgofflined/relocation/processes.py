@@ -35,8 +35,11 @@ class NoLauncher(PortError):
 class Launcher(Protocol):
     """A way of starting a program apart from the daemon."""
 
-    def command(self, argv: Sequence[str], unit: str) -> list[str]:
-        """What to execute so that ``argv`` is run; ``unit`` is a name used only once."""
+    def command(self, argv: Sequence[str], unit: str, properties: Sequence[str] = ()) -> list[str]:
+        """What to execute so that ``argv`` is run; ``unit`` is a name used only once.
+
+        ``properties`` are systemd's, for a unit of its own.
+        """
         ...
 
     def owns(self, pid: int, started: int, unit: str) -> bool:
@@ -47,9 +50,9 @@ class Launcher(Protocol):
 class SessionLauncher:
     """Starts a program in a session of its own; for hosts without systemd."""
 
-    def command(self, argv: Sequence[str], unit: str) -> list[str]:
+    def command(self, argv: Sequence[str], unit: str, properties: Sequence[str] = ()) -> list[str]:
         """The program itself."""
-        del unit
+        del unit, properties
         return list(argv)
 
     def owns(self, pid: int, started: int, unit: str) -> bool:
@@ -64,7 +67,7 @@ class SessionLauncher:
 class UnitLauncher:
     """Starts a program as a transient systemd unit, which no stop of the daemon touches."""
 
-    def command(self, argv: Sequence[str], unit: str) -> list[str]:
+    def command(self, argv: Sequence[str], unit: str, properties: Sequence[str] = ()) -> list[str]:
         """The program through systemd-run, with our pipes, waited for."""
         return [
             "systemd-run",
@@ -76,6 +79,7 @@ class UnitLauncher:
             f"--unit={unit}.service",
             # A stop of the unit, or xl's end, must spare the new guest's device model.
             "--property=KillMode=process",
+            *(f"--property={one}" for one in properties),
             "--",
             *argv,
         ]
@@ -115,7 +119,12 @@ class Run:
     """One program that was started.  Nothing here ever kills it."""
 
     def __init__(
-        self, argv: Sequence[str], unit: str, launcher: Launcher, feed: Callable[[bytes], None]
+        self,
+        argv: Sequence[str],
+        unit: str,
+        launcher: Launcher,
+        feed: Callable[[bytes], None],
+        properties: Sequence[str] = (),
     ) -> None:
         """Start the program; its output goes to ``feed``.  Raises OSError when it cannot be."""
         self._unit = unit
@@ -127,7 +136,7 @@ class Run:
         try:
             # Not asyncio's subprocess: its transport kills the child when the loop closes.
             self._child = subprocess.Popen(
-                launcher.command(argv, unit),
+                launcher.command(argv, unit, properties),
                 stdin=subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,

@@ -25,6 +25,23 @@ log = logging.getLogger(__name__)
 LOCALHOST: Final = "localhost"
 # Isolated: nothing that lies about where the daemon was started is imported as root.
 MOVER: Final = (sys.executable, "-I", "-m", "pgofflined.mover")
+# While the mover is at work its guest may be in a file only, so a host that shuts down waits for
+# it (until systemd's own limit for that, 30 minutes).  Units are stopped before those that they
+# come after: xendomains and libvirtd would save or shut down the same guest beside it, and it needs
+# xenstored.  Not for migrations, whose guest always is in the memory of one of both hosts.
+MOVER_UNIT: Final = (
+    "After=xendomains.service",
+    "After=libvirtd.service",
+    "After=xen.service",
+    "After=xenstored.service",
+    "TimeoutStopSec=infinity",
+    "SendSIGKILL=no",
+    # What is out of memory is one of its programs, whose end it sees.
+    "OOMPolicy=continue",
+    # A core would hold pages of the guest, and so would swap space.
+    "LimitCORE=0",
+    "MemorySwapMax=0",
+)
 
 # xl hands host and ssh command to a shell and to ssh, so no blank, no shell character and no
 # leading dash: a host name or address, with a user in front of it at most.
@@ -117,7 +134,7 @@ class XlRelocator:
         unit = f"pgofflined-save-{domain.domid}-{token_hex(4)}"
         argv = [*self._mover, str(domain.domid), str(domain.uuid), directory]
         try:
-            run = Run(argv, unit, self._launcher, transcript.feed)
+            run = Run(argv, unit, self._launcher, transcript.feed, MOVER_UNIT)
         except OSError as error:
             return NotMigrated(detail=f"{argv[0]} cannot be started: {error}")
         try:

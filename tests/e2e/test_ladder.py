@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
 from .daemon import POLICY, UNIT, running
@@ -11,8 +14,9 @@ from .rig.waiting import wait_until
 
 NOTES, SAVES = "/var/lib/pgofflined/notes", "/var/lib/pgofflined/saves"
 SAVING = f"{POLICY}save_restore = true\n"
-# Stands before xl in the mover's PATH: what it does instead of a restore.
+# Stands before xl in the mover's PATH.
 BIN = "/run/rig-guests/bin"
+SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.hosts("intel-native-noservice")]
 
@@ -29,6 +33,20 @@ def left_in(host: Host, directory: str) -> list[str]:
 
 def is_ready(host: Host) -> bool:
     return host.run(["systemctl", "is-active", UNIT], check=False).out.strip() == "active"
+
+
+@contextmanager
+def before_xl(host: Host, script: str) -> Iterator[None]:
+    """Have the mover run this before xl, with xl's arguments."""
+    host.run(["mkdir", "-p", BIN])
+    host.run(f"rm -f {BIN}/*")
+    host.write_text(f"{BIN}/xl", f'#!/bin/sh\n{script}PATH={SYSTEM_PATH} exec xl "$@"\n')
+    host.run(["chmod", "755", f"{BIN}/xl"])
+    host.run(["systemctl", "set-environment", f"PATH={BIN}:{SYSTEM_PATH}"])
+    try:
+        yield
+    finally:
+        host.run(["systemctl", "unset-environment", "PATH"])
 
 
 def test_a_guest_is_saved_and_restored_off_a_page_that_cannot_be_exchanged(host: Host) -> None:
@@ -55,44 +73,72 @@ def test_a_guest_whose_mover_is_killed_when_it_is_saved_is_left_to_a_person(host
     ring = ring_of(host, guest)
     uuid = host.run(["xl", "vm-list"]).out
     uuid = next(line.split()[0] for line in uuid.splitlines() if line.split()[-1] == "pv")
-    file, note = f"{SAVES}/{uuid}.state", f"{NOTES}/{uuid}.save"
+    file, note, log = f"{SAVES}/{uuid}.state", f"{NOTES}/{uuid}.save", f"{NOTES}/{uuid}.log"
     # The restore is the mover's last call before it would be through: it is killed there.
-    host.run(["mkdir", "-p", BIN])
-    host.write_text(
-        f"{BIN}/xl",
-        "#!/bin/sh\n"
-        'if [ "$1" = restore ]; then kill -9 $PPID; exit 1; fi\n'
-        'PATH=/usr/sbin:/usr/bin:/sbin:/bin exec xl "$@"\n',
-    )
-    host.run(["chmod", "755", f"{BIN}/xl"])
-    host.run(["systemctl", "set-environment", f"PATH={BIN}:/usr/sbin:/usr/bin:/sbin:/bin"])
-    try:
-        with running(host, SAVING) as daemon:
-            daemon.offline(ring)
-            daemon.wait_for(ring, "left", limit=300)
-            assert not guest.exists()
-            told = [line for line in daemon.status()["attention"] if file in line]
-            assert told, daemon.status()["attention"]
-            killed = daemon.pid()
-            host.run(["systemctl", "kill", "--signal=KILL", UNIT])
-            wait_until(
-                lambda: daemon.pid() not in (0, killed) and is_ready(host),
-                timeout=60,
-                what="the next daemon",
-                interval=1,
-            )
-            wait_until(
-                lambda: any(f"xl restore {file}" in line for line in daemon.status()["attention"]),
-                timeout=60,
-                what="the next daemon to tell of the save",
-                interval=1,
-            )
-            assert left_in(host, SAVES) == [f"{uuid}.state"]
-            assert not guest.exists()
-    finally:
-        host.run(["systemctl", "unset-environment", "PATH"])
+    killed_at_the_restore = 'if [ "$1" = restore ]; then kill -9 $PPID; exit 1; fi\n'
+    with before_xl(host, killed_at_the_restore), running(host, SAVING) as daemon:
+        daemon.offline(ring)
+        daemon.wait_for(ring, "left", limit=300)
+        assert not guest.exists()
+        told = [line for line in daemon.status()["attention"] if file in line]
+        assert told, daemon.status()["attention"]
+        killed = daemon.pid()
+        host.run(["systemctl", "kill", "--signal=KILL", UNIT])
+        wait_until(
+            lambda: daemon.pid() not in (0, killed) and is_ready(host),
+            timeout=60,
+            what="the next daemon",
+            interval=1,
+        )
+        wait_until(
+            lambda: any(f"xl restore {file}" in line for line in daemon.status()["attention"]),
+            timeout=60,
+            what="the next daemon to tell of the save",
+            interval=1,
+        )
+        assert left_in(host, SAVES) == [f"{uuid}.state"]
+        assert not guest.exists()
     # What the person is told to do.
     host.run(["xl", "restore", file], timeout=120)
-    host.run(["rm", file, note])
+    host.run(["rm", file, note, log])
     guest.wait_passes(2)
     guest.assert_clean(migrated=True)
+
+
+def test_a_guest_is_restored_though_the_daemon_is_restarted_when_it_is_saved(host: Host) -> None:
+    guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
+    before, ring = guest.domid, ring_of(host, guest)
+    # What it says after the restart would end it, were the daemon the one to read it.
+    waits_at_the_save = (
+        'if [ "$1" = save ]; then\n'
+        f"    touch {BIN}/begun\n"
+        f"    while [ ! -e {BIN}/go-on ]; do sleep 1; done\n"
+        "    echo goes on || exit 1\n"
+        "fi\n"
+    )
+    with before_xl(host, waits_at_the_save), running(host, SAVING) as daemon:
+        daemon.offline(ring)
+        wait_until(lambda: "begun" in left_in(host, BIN), timeout=300, what="the save", interval=1)
+        host.run(["systemctl", "restart", UNIT], timeout=300)
+        wait_until(
+            lambda: any("is being saved" in line for line in daemon.status()["attention"]),
+            timeout=60,
+            what="the next daemon to tell of the save",
+            interval=1,
+        )
+        assert guest.domid == before
+        host.run(["touch", f"{BIN}/go-on"])
+        # The note goes last.
+        wait_until(
+            lambda: left_in(host, NOTES) == ["lock"],
+            timeout=300,
+            what="the mover to be through",
+            interval=1,
+        )
+        assert left_in(host, SAVES) == []
+        assert guest.domid != before
+        guest.wait_passes(2)
+        guest.assert_clean(migrated=True)
+        wait_until(
+            lambda: daemon.state(ring) == "OFFLINED", timeout=60, what="the page to be offline"
+        )

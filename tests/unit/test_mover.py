@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
@@ -16,15 +19,20 @@ from hypothesis import strategies as st
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.errors import PortError
-from pgofflined.core.frames import Domid
+from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.saves import SaveNote, SavePhase
+from pgofflined.jobstore import JobStore
 from pgofflined.mover import Mover, StaysError, UnclearError
-from pgofflined.saving import Saves, note_path, only_one, write_note
+from pgofflined.ports import JobRecord
+from pgofflined.saving import Saves, log_path, note_path, only_one, write_note
 
 from .relocation.doubles import guest
 
 UNIT = 7
 IDENTITY = DomainIdentity(Domid(UNIT), UUID(int=UNIT))
+
+
+REAL = {name: getattr(os, name) for name in ("open", "link", "unlink", "replace", "fsync")}
 
 
 class Killed(BaseException):
@@ -49,8 +57,11 @@ class World:
         self.somebody: str | None = None
         self.serving: str | None = None
         self.kill_at: int | None = None
+        self.fail_at: int | None = None
         self.looks_fail = False
-        self.another: AbstractContextManager[bool] | None = None
+        self.stopped = False
+        self.slept: list[float] = []
+        self.another: AbstractContextManager[int | None] | None = None
         self._steps = 0
 
     def step(self) -> None:
@@ -58,6 +69,21 @@ class World:
         if self._steps == self.kill_at:
             raise Killed
         self._steps += 1
+
+    def call(self, function: Callable[..., object], *arguments: object, **more: object) -> object:
+        """A call to the system, before which it may be killed, or which may fail."""
+        self.step()
+        if self._steps == self.fail_at:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return function(*arguments, **more)
+
+    @contextmanager
+    def its_calls(self) -> Iterator[None]:
+        """Where what it has on the disk changes."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, call in REAL.items():
+                patch.setattr(os, name, partial(self.call, call))
+            yield
 
     def alive(self) -> list[DomainInfo]:
         return [one for one in self.guests if one.uuid == IDENTITY.uuid and not one.dying]
@@ -82,13 +108,19 @@ class World:
     def change(self, **changes: object) -> None:
         self.guests[-1] = replace(self.guests[-1], **changes)  # type: ignore[arg-type]
 
-    def run_xl(self, arguments: Sequence[str]) -> int:
+    def run_xl(self, arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -> int:
         self.step()
+        assert len(kept) == (arguments[0] == "save")
+        os.write(output, f"{arguments[0]}: no luck\n".encode())
         self.calls.append(arguments[0])
         note = self.note()
         assert note is not None
         assert note.phase == {"save": "saving", "restore": "restoring"}[arguments[0]]
-        status = self._save() if arguments[0] == "save" else self._restore(arguments[1])
+        # Only what the mover itself does may fail as a call.
+        with pytest.MonkeyPatch.context() as patch:
+            for name, call in REAL.items():
+                patch.setattr(os, name, call)
+            status = self._save() if arguments[0] == "save" else self._restore(arguments[1])
         self.step()
         return status
 
@@ -136,7 +168,9 @@ class World:
             boot="boot",
             notes=self.notes,
             jobs=self.jobs,
-            sleep=lambda _: None,
+            mounts=Path(os.devnull),
+            told_to_stop=lambda: self.stopped,
+            sleep=self.slept.append,
         )
 
     def has_traces(self) -> bool:
@@ -164,6 +198,7 @@ def test_a_restore_that_left_nothing_is_tried_once_more(world: World) -> None:
     world.mover().run()
     assert world.calls == ["save", "restore", "restore"]
     assert world.runs()
+    assert world.slept == [10.0], "what has failed it has to have time to pass"
 
 
 @pytest.mark.parametrize(
@@ -182,16 +217,91 @@ def test_what_is_not_certain_is_left_to_a_person_with_all_that_there_is(
     world: World, save: str, restores: list[str], calls: list[str]
 ) -> None:
     world.save, world.restores = save, restores
-    with pytest.raises(UnclearError):
+    with pytest.raises(UnclearError, match=f"{calls[-1]}: no luck") as caught:
         world.mover().run()
     assert world.calls == calls
+    assert str(world.file) in str(caught.value)
+    assert str(caught.value) in log_path(IDENTITY.uuid, world.notes).read_text()
     assert world.file.exists()
     note = world.note()
     assert note is not None
     assert note.file == str(world.file)
-    [told] = Saves("boot", notes=world.notes).left_over(world.guests)
+    [told] = Saves("boot", notes=world.notes).left_over(lambda: world.guests)
     assert str(world.file) in told
     assert str(note_path(IDENTITY.uuid, world.notes)) in told
+    assert str(log_path(IDENTITY.uuid, world.notes)) in told
+
+
+def test_a_guest_that_was_restored_is_not_to_be_restored_when_it_has_ended(world: World) -> None:
+    world.restores = ["works, paused"]
+    with pytest.raises(UnclearError, match="do not restore"):
+        world.mover().run()
+    [told] = Saves("boot", notes=world.notes).left_over(lambda: world.guests[:1])
+    assert "do not restore" in told
+    assert "start it anew" in told
+
+
+def test_what_cannot_be_had_on_the_disk_is_left_to_a_person(world: World) -> None:
+    def fsync(descriptor: int) -> None:
+        if world.is_whole:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        REAL["fsync"](descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(UnclearError, match=r"(?s)Input/output error.*xl restore"):
+            world.mover().run()
+    assert world.calls == ["save"]
+    assert world.file.exists()
+    assert world.note() is not None
+
+
+def test_a_note_that_cannot_be_had_on_the_disk_is_not_left(world: World) -> None:
+    def fsync(descriptor: int) -> None:
+        if os.path.exists(note_path(IDENTITY.uuid, world.notes)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        REAL["fsync"](descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(StaysError, match="could not be written"):
+            world.mover().run()
+    assert world.note() is None
+    assert world.calls == []
+
+
+def test_a_guest_stays_where_the_mover_is_told_to_stop_before_its_save(world: World) -> None:
+    world.stopped = True
+    with pytest.raises(StaysError, match="told to stop"):
+        world.mover().run()
+    assert world.calls == []
+    assert not world.has_traces()
+
+
+def test_a_daemon_that_looks_at_notes_is_waited_for(world: World) -> None:
+    daemon = only_one(world.notes)
+    assert daemon.__enter__() is not None
+
+    def sleep(seconds: float) -> None:
+        world.slept.append(seconds)
+        daemon.__exit__(None, None, None)
+
+    mover = world.mover()
+    mover._sleep = sleep
+    mover.run()
+    assert world.runs()
+    assert len(world.slept) == 1
+
+
+def test_the_record_of_an_exchange_that_was_put_aside_is_none_under_way(world: World) -> None:
+    store = JobStore(world.jobs)
+    record = JobRecord(domain=IDENTITY, shared_info=Mfn(1), cpu_time=0, began=0.0)
+    job = store.open(record)
+    with pytest.raises(StaysError, match="an exchange in d7"):
+        world.mover().run()
+    job.set_aside()
+    world.mover().run()
+    assert world.runs()
 
 
 def test_a_guest_that_cannot_be_seen_any_more_is_left_to_a_person(world: World) -> None:
@@ -243,22 +353,35 @@ def prevent(world: World, what: str) -> None:
             world.notes.rmdir()
         case "another mover":
             world.another = only_one(world.notes)
-            assert world.another.__enter__()
+            assert world.another.__enter__() is not None
         case _:
             raise AssertionError(what)
 
 
 @pytest.mark.parametrize(
-    "what",
+    ("what", "why"),
     [
-        *("somebody", "serves", "paused", "suspended", "gone", "another", "twin", "hvm", "noted"),
-        *("exchange", "file", "directory", "no directory", "no notes", "another mover"),
+        ("somebody", "process 5"),
+        ("serves", "serves devices"),
+        ("paused", "does not run"),
+        ("suspended", "does not run"),
+        ("gone", "is not there"),
+        ("another", "is not there"),
+        ("twin", "does not run"),
+        ("hvm", "no PV guest"),
+        ("noted", r"\.save"),
+        ("exchange", "an exchange in d7 is under way"),
+        ("file", "remove that file"),
+        ("directory", "chmod 700"),
+        ("no directory", "save_directory"),
+        ("no notes", "cannot be used"),
+        ("another mover", "another guest is being saved"),
     ],
 )
-def test_nothing_is_done_where_it_must_not_be(world: World, what: str) -> None:
+def test_nothing_is_done_where_it_must_not_be(world: World, what: str, why: str) -> None:
     prevent(world, what)
     before = world.note(), world.file.exists()
-    with pytest.raises(StaysError):
+    with pytest.raises(StaysError, match=why):
         world.mover().run()
     assert world.calls == []
     assert (world.note(), world.file.exists()) == before
@@ -272,20 +395,26 @@ _RESTORES = st.lists(
 )
 
 
-@given(save=_SAVES, restores=_RESTORES, kill_at=st.none() | st.integers(0, 12))
-@settings(deadline=None, max_examples=300)
+@given(
+    save=_SAVES,
+    restores=_RESTORES,
+    kill_at=st.none() | st.integers(0, 40),
+    fail_at=st.none() | st.integers(0, 40),
+)
+@settings(deadline=None, max_examples=500)
 def test_a_guest_runs_at_most_once_and_its_state_is_never_lost(
-    save: str, restores: list[str], kill_at: int | None
+    save: str, restores: list[str], kill_at: int | None, fail_at: int | None
 ) -> None:
     with tempfile.TemporaryDirectory() as root:
         world = World(Path(root))
-        world.save, world.restores, world.kill_at = save, restores, kill_at
+        world.save, world.restores = save, restores
+        world.kill_at, world.fail_at = kill_at, fail_at
         try:
-            world.mover().run()
+            with world.its_calls():
+                world.mover().run()
             assert world.runs()
         except StaysError:
             assert world.runs()
-            assert world.note() is None
         except (UnclearError, Killed):
             pass
         assert len(world.alive()) <= 1
@@ -295,3 +424,7 @@ def test_a_guest_runs_at_most_once_and_its_state_is_never_lost(
         if world.note() is None:
             assert world.runs()
             assert not world.file.exists()
+        if len(world.guests) > 2:
+            # It was restored and may have run: nobody is told to roll it back.
+            told = Saves("boot", notes=world.notes).left_over(lambda: world.guests[:1])
+            assert all("unless it has run since" in one or "do not restore" in one for one in told)

@@ -50,7 +50,7 @@ class Scene:
 
     def look(self, after: float = 0.0) -> str:
         self.clock.wait(after)
-        self.watch.see(self._saves.left_over([]))
+        self.watch.see(self._saves.left_over(list))
         [line] = self.watch.lines
         return line
 
@@ -81,7 +81,7 @@ def test_a_save_that_an_earlier_daemon_began_is_nothing_to_act_upon_until_it_las
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     scene = Scene(tmp_path)
-    with only_one(tmp_path):
+    with only_one(tmp_path, NOTE.domain.uuid):
         scene.look()
         assert "hangs" not in scene.look(after=LIMIT - 1)
         assert told(caplog) == [(logging.WARNING, "7")]
@@ -120,7 +120,9 @@ def service_of(demo: DemoHost, folder: Path, store: Store) -> Service:
 async def test_the_service_shows_a_save_that_was_cut_off_before_it_was_started(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_note(NOTE, tmp_path, new=True)
+    file = tmp_path / "7.state"
+    file.touch()
+    write_note(replace(NOTE, file=str(file)), tmp_path, new=True)
     heard = asyncio.Event()
     listener = FieldHandler(lambda *_, **__: heard.set())
     monkeypatch.setattr(logging.getLogger(SaveWatch.__module__), "handlers", [listener])
@@ -132,5 +134,5 @@ async def test_the_service_shows_a_save_that_was_cut_off_before_it_was_started(
             await heard.wait()
             attention = service.snapshot().attention
             stop.set()
-    assert any("xl restore /saves/7" in line for line in attention)
+    assert any(f"xl restore {file}" in line for line in attention)
     assert told(caplog) == [(logging.CRITICAL, "7")]

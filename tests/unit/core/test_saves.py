@@ -15,6 +15,7 @@ from pgofflined.core.saves import (
     Again,
     FileSeen,
     GoOn,
+    LeftOver,
     SaveNote,
     SavePhase,
     Stand,
@@ -22,7 +23,10 @@ from pgofflined.core.saves import (
     after_restore,
     after_save,
     left_over,
+    seen_to_run,
     stand_of,
+    when_unclear,
+    without_note,
 )
 from tests.unit.relocation.doubles import guest
 
@@ -79,24 +83,86 @@ def test_how_a_guest_stands_is_told_by_its_uuid() -> None:
     assert stand_of(uuid, [suspended]) is Stand.STANDS_STILL
 
 
+NOTE = SaveNote(
+    domain=DomainIdentity(Domid(7), UUID(int=7)), phase=SavePhase.SAVING, file="/s/x", boot="b"
+)
+LEFT = LeftOver(note=NOTE, path="/n/7", log=None, has_file=True, same_boot=True)
+
+
+def left_in(phase: SavePhase) -> LeftOver:
+    return replace(LEFT, note=replace(NOTE, phase=phase))
+
+
+@pytest.mark.parametrize("stand", Stand)
+@pytest.mark.parametrize("phase", SavePhase)
+def test_what_is_left_is_removed_the_file_before_its_note(stand: Stand, phase: SavePhase) -> None:
+    told = left_over(left_in(phase), stand)
+    assert "remove /s/x, then /n/7" in told
+    gone = left_over(replace(left_in(phase), has_file=False), stand)
+    assert "remove /n/7" in gone
+    assert "remove /s/x" not in gone
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+@pytest.mark.parametrize("stand", Stand)
+@pytest.mark.parametrize("phase", SavePhase)
+def test_a_restore_is_advised_only_where_it_rolls_nothing_back(
+    phase: SavePhase, stand: Stand, *, has_file: bool
+) -> None:
+    told = left_over(replace(left_in(phase), has_file=has_file), stand)
+    half_made = phase is SavePhase.RESTORING and stand is Stand.STANDS_STILL
+    advised = has_file and phase is not SavePhase.RESTORED and (stand is Stand.ABSENT or half_made)
+    assert ("`xl restore /s/x` lets it run" in told) is advised
+    assert ("unless it has run since /s/x was written" in told) is advised
+    assert ("`xl destroy`" in told) is (half_made and has_file)
+
+
 @pytest.mark.parametrize(
-    ("stand", "says", "not_says"),
+    ("stand", "says"),
     [
-        (Stand.ABSENT, "`xl restore /s/x` lets it run", "do not restore"),
-        (Stand.RUNS, "do not restore /s/x", "xl restore"),
-        (Stand.STANDS_STILL, "do not restore /s/x", "xl restore"),
-        (Stand.SEVERAL, "destroy all but one", "xl restore"),
+        (Stand.ABSENT, "start it anew"),
+        (Stand.RUNS, "do not restore /s/x"),
+        (Stand.STANDS_STILL, "do not restore /s/x"),
+        (Stand.SEVERAL, "destroy all but one"),
     ],
 )
 @pytest.mark.parametrize("phase", SavePhase)
 def test_a_person_is_told_what_to_do_with_what_is_left(
-    stand: Stand, says: str, not_says: str, phase: SavePhase
+    stand: Stand, says: str, phase: SavePhase
 ) -> None:
-    domain = DomainIdentity(Domid(7), UUID(int=7))
-    note = SaveNote(domain=domain, phase=phase, file="/s/x", boot="b")
-    told = left_over(note, stand, same_boot=True, path="/n/7")
-    assert says in told
-    assert not_says not in told
-    assert "remove /n/7" in told
-    later = left_over(note, stand, same_boot=False, path="/n/7")
-    assert ("run elsewhere" in later) is (stand is Stand.ABSENT)
+    assert says in left_over(left_in(phase), stand)
+    later = left_over(replace(left_in(phase), same_boot=False), stand)
+    may_restore = stand is Stand.ABSENT and phase is not SavePhase.RESTORED
+    if phase is not SavePhase.RESTORING:
+        assert ("the host was booted since" in later) is may_restore
+
+
+def test_a_file_that_is_gone_may_be_on_a_file_system_that_is_not_mounted() -> None:
+    told = left_over(replace(LEFT, has_file=False), Stand.ABSENT)
+    assert "mount it" in told
+
+
+def test_what_xl_said_is_named_where_it_was_kept() -> None:
+    assert "/n/7.log" in left_over(replace(LEFT, log="/n/7.log"), Stand.ABSENT)
+    assert "last words" not in left_over(LEFT, Stand.ABSENT)
+
+
+def test_a_guest_that_was_seen_to_run_is_not_rolled_back_when_it_has_ended() -> None:
+    for phase in SavePhase:
+        later = seen_to_run(replace(NOTE, phase=phase))
+        assert "do not restore" in left_over(replace(LEFT, note=later), Stand.ABSENT)
+
+
+@pytest.mark.parametrize("phase", SavePhase)
+def test_advice_for_a_guest_that_cannot_be_seen_rolls_nothing_back(phase: SavePhase) -> None:
+    told = when_unclear(replace(NOTE, phase=phase), "/n/7")
+    assert "remove /s/x, then /n/7" in told
+    is_done = phase is SavePhase.RESTORED
+    assert ("do not restore /s/x" in told) is is_done
+    assert ("unless it has run since /s/x was written" in told) is not is_done
+
+
+def test_a_file_without_a_note_is_told_of_with_what_to_do() -> None:
+    told = without_note("/s/x", NOTE.domain.uuid)
+    assert str(NOTE.domain.uuid) in told
+    assert "has run since" in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from uuid import UUID
 
@@ -16,4 +17,9 @@ def saves(tmp_path: Path) -> Saves:
     tmp_path.chmod(0o700)
     for domid in (7, 8):
         (tmp_path / f"userdata-d.{domid}.{UUID(int=domid)}.libxl-json").touch()
-    return Saves(notes=tmp_path / "notes", configs=tmp_path)
+    return Saves(
+        notes=tmp_path / "notes",
+        configs=tmp_path,
+        libvirt=tmp_path / "libvirt",
+        mounts=Path(os.devnull),
+    )

@@ -265,7 +265,7 @@ async def test_a_guest_goes_to_another_host_whoever_is_saved_here(
         assert world.relocator.running == [9]
 
 
-@pytest.mark.parametrize("what", ["off", "serves", "no config", "hvm"])
+@pytest.mark.parametrize("what", ["off", "serves", "no config", "libvirt", "hvm"])
 async def test_a_guest_that_must_not_be_saved_is_not(
     saves: Saves, tmp_path: Path, what: str
 ) -> None:
@@ -274,6 +274,8 @@ async def test_a_guest_that_must_not_be_saved_is_not(
             world.host.serving = "serves devices to other domains"
         if what == "hvm":
             world.host.change(7, kind=GuestKind.PVH)
+        if what == "libvirt":
+            (tmp_path / f"userdata-d.7.{UUID(int=7)}.libvirt-xml").touch()
         if what == "no config":
             (tmp_path / f"userdata-d.7.{UUID(int=7)}.libxl-json").unlink()
         by_saving(world, 7, 0x10)

@@ -6,9 +6,11 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import compress
 from pathlib import Path
 from uuid import UUID
 
@@ -20,7 +22,7 @@ from pgofflined.core.relocation_outcomes import InDoubt, Migrated, MigrationOutc
 from pgofflined.relocation import xl as xl_module
 from pgofflined.relocation.processes import SessionLauncher, UnitLauncher
 from pgofflined.relocation.transcript import Transcript
-from pgofflined.relocation.xl import XlRelocator
+from pgofflined.relocation.xl import MOVER_UNIT, XlRelocator
 from pgofflined.saving import note_path
 from tests.unit.relocation.doubles import VirtualTime, quiet
 
@@ -226,6 +228,42 @@ def test_under_systemd_xl_gets_a_unit_of_its_own() -> None:
     assert "--unit=unit-1.service" in command
     assert "--property=KillMode=process" in command
     assert command[command.index("--") + 1 :] == ["xl", "migrate", "7"]
+
+
+def test_a_host_that_shuts_down_waits_for_a_mover_and_then_ends_its_guests() -> None:
+    command = UnitLauncher().command(["mover"], "unit-1", MOVER_UNIT)
+    properties = [word.removeprefix("--property=") for word in command if "--property=" in word]
+    assert {*MOVER_UNIT} < {*properties}
+    for unit in ("xendomains.service", "libvirtd.service"):
+        assert f"After={unit}" in properties
+    assert {"TimeoutStopSec=infinity", "SendSIGKILL=no", "KillMode=process"} < {*properties}
+    migration = UnitLauncher().command(["xl", "migrate", "7"], "unit-1")
+    assert not {*MOVER_UNIT} & {word.removeprefix("--property=") for word in migration}
+
+
+def test_systemd_knows_what_a_movers_unit_is_told(tmp_path: Path) -> None:
+    command = UnitLauncher().command(["mover"], "unit-1", MOVER_UNIT)
+    properties = [word.removeprefix("--property=") for word in command if "--property=" in word]
+    is_of_unit = [one.startswith("After=") for one in properties]
+    text = "\n".join(
+        [
+            *("[Unit]", *compress(properties, is_of_unit)),
+            *("[Service]", *compress(properties, [not one for one in is_of_unit])),
+            *("Type=exec", "ExecStart=/bin/true", "Typo=yes"),
+        ]
+    )
+    unit = tmp_path / "unit-1.service"
+    unit.write_text(text)
+    done = subprocess.run(
+        ["systemd-analyze", "--man=no", "--recursive-errors=no", "verify", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    complaints = [line for line in done.stderr.splitlines() if str(unit) in line]
+    # What it does not know it does tell.
+    assert [line for line in complaints if "Typo" not in line] == []
+    assert len(complaints) == 1, done.stderr
 
 
 def test_a_unit_owns_no_process_of_ours() -> None:
