@@ -148,6 +148,14 @@ class DomainControl(Protocol):
         """The process that saves or migrates the domain for somebody, in words; None for none."""
         ...
 
+    def somebody_new_at(self, domid: Domid) -> str | None:
+        """What ``somebody_at`` would give now, quick enough for a guest that stands still.
+
+        Looks for who has come since this thread's last ``somebody_at``, where that was about the
+        same domain and found nobody; else it is the same as that.
+        """
+        ...
+
     def resume(self, domid: Domid) -> None:
         """Let a suspended guest run on in the same domain (cooperative resume).
 

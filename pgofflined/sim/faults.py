@@ -202,6 +202,10 @@ class FaultyHypervisor:
         """See ``ports.DomainControl``."""
         return self._call("somebody_at", (domid,), lambda: self.inner.somebody_at(domid))
 
+    def somebody_new_at(self, domid: Domid) -> str | None:
+        """See ``ports.DomainControl``."""
+        return self._call("somebody_new_at", (domid,), lambda: self.inner.somebody_new_at(domid))
+
     def vcpu_frames(self, domid: Domid) -> VcpuFrames:
         """See ``ports.DomainControl``."""
         return self._call("vcpu_frames", (domid,), lambda: self.inner.vcpu_frames(domid))

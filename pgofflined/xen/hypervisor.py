@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.frames import Domid, Mfn, Pfn
@@ -21,7 +22,7 @@ from pgofflined.xen.libs import ForeignPages, XenCall
 from pgofflined.xen.monitors import Monitors
 from pgofflined.xen.placement import LinuxThread, Placement
 from pgofflined.xen.suspension import Suspension
-from pgofflined.xen.toolstack import somebody_at
+from pgofflined.xen.toolstack import FirstLook
 from pgofflined.xen.vcpus import Dom0Vcpus
 
 if TYPE_CHECKING:
@@ -39,6 +40,21 @@ class _Guests:
     memory: Memory
     tables: PageTables
     exchange: Exchange
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Looked:
+    """When nobody worked on a domain."""
+
+    domid: Domid
+    uuid: UUID
+    look: FirstLook
+
+
+class _Last(threading.local):
+    """A thread's last look.  A job looks twice in its thread; no other thread's look is its own."""
+
+    at: _Looked | None = None
 
 
 class XenHypervisor:
@@ -70,6 +86,7 @@ class XenHypervisor:
         )
         self._guests_parts: _Guests | None = None
         self._guests_lock = threading.Lock()
+        self._looked = _Last()
 
     def close(self) -> None:
         """Let go of the hypervisor; no call may follow."""
@@ -143,10 +160,22 @@ class XenHypervisor:
 
     def somebody_at(self, domid: Domid) -> str | None:
         """The process that saves or migrates a domain for somebody, or a save that is not ended."""
-        note = unfinished_save(self._domains.condition(domid).uuid)
-        if note is not None:
-            return f"a save of it, which is noted in {note},"
-        return somebody_at(domid, self._domains.name_in_store(domid))
+        self._looked.at = None
+        uuid = self._domains.condition(domid).uuid
+        somebody = _noted(uuid)
+        if somebody is not None:
+            return somebody
+        look = FirstLook(domid, self._domains.name_in_store(domid))
+        if look.somebody is None:
+            self._looked.at = _Looked(domid=domid, uuid=uuid, look=look)
+        return look.somebody
+
+    def somebody_new_at(self, domid: Domid) -> str | None:
+        """As ``somebody_at``, which this thread has asked before."""
+        looked = self._looked.at
+        if looked is None or looked.domid != domid:
+            return self.somebody_at(domid)
+        return _noted(looked.uuid) or looked.look.newcomer()
 
     def serves(self, domid: Domid) -> str | None:
         """What other domains need a domain for."""
@@ -234,6 +263,11 @@ class XenHypervisor:
     def exchange(self, domid: Domid, mfns: FrameArray, pfns: FrameArray) -> Swapped:
         """Swap frames for fresh ones."""
         return self._guests().exchange.exchange(domid, mfns, pfns)
+
+
+def _noted(uuid: UUID) -> str | None:
+    note = unfinished_save(uuid)
+    return None if note is None else f"a save of it, which is noted in {note},"
 
 
 def _monitors(version: XenVersion) -> Monitors | None:

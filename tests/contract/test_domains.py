@@ -132,4 +132,6 @@ def test_nobody_saves_a_guest_that_we_have_suspended(
 ) -> None:
     assert hypervisor.somebody_at(host.pv) is None
     with standing_still(hypervisor, host.pv):
+        assert hypervisor.somebody_new_at(host.pv) is None
         assert hypervisor.somebody_at(host.pv) is None
+    assert hypervisor.somebody_new_at(host.deaf) is None
