@@ -279,12 +279,16 @@ def release_monitors() -> list[int]:
     Nothing to do on releases where none is ever stopped.  Raises PortError where Xen cannot be
     asked which one it is.
     """
+    return Monitors().release_all() if stops_monitors() else []
+
+
+def stops_monitors() -> bool:
+    """Whether an exchange stops xl's monitors on this release of Xen.  Raises PortError."""
     call = XenCall()
     try:
-        version = read_version(call)
+        return read_version(call).xl_takes_a_suspend_for_the_end
     finally:
         call.close()
-    return Monitors().release_all() if version.xl_takes_a_suspend_for_the_end else []
 
 
 if TYPE_CHECKING:
