@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -17,15 +18,18 @@ from pgofflined.config import EX_CONFIG, ConfigError, load
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError, SourceUnavailable
 from pgofflined.core.events import Event
+from pgofflined.core.frames import Mfn
 from pgofflined.core.machine import read_cpuinfo
 from pgofflined.core.policy import Policy, SourceName, effective
 from pgofflined.core.relocation_outcomes import MigrationOutcome, NotMigrated
 from pgofflined.diskless import may_reach_a_disk
+from pgofflined.intake import stored_poison
 from pgofflined.jobstore import JobStore
 from pgofflined.journal_log import event, setup_logging
+from pgofflined.leftovers import Leftovers, only_daemon
 from pgofflined.mce_listener import SourceFactory
 from pgofflined.notify import ChannelName, Notifier, kept_descriptors, make_notifier
-from pgofflined.ports import TelemetrySource
+from pgofflined.ports import Clock, Hypervisor, Journal, TelemetrySource
 from pgofflined.relocation import (
     KernelLinks,
     NoLauncher,
@@ -39,7 +43,8 @@ from pgofflined.service import Service, World
 from pgofflined.serving import CannotListen
 from pgofflined.store import Store, StoreInUse, read_boot_id
 from pgofflined.xen.abi.mca import VIRQ_MCA
-from pgofflined.xen.hypervisor import XenHypervisor
+from pgofflined.xen.hypervisor import XenHypervisor, release_monitors
+from pgofflined.xen.process import leave_no_core
 from pgofflined.xen.telemetry import McelogSource, NativeSource
 
 log = logging.getLogger(__name__)
@@ -47,6 +52,8 @@ log = logging.getLogger(__name__)
 EX_UNAVAILABLE: Final = os.EX_UNAVAILABLE
 _RUN: Final = Path("/run/pgofflined")
 JOBS: Final = _RUN / "jobs"
+STATE: Final = "state.db"
+LOCK: Final = "lock"
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
@@ -64,6 +71,16 @@ class HostClock:
     def wait(self, seconds: float) -> None:
         """Sleep."""
         time.sleep(seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """What the daemon needs of the host before it knows its configuration."""
+
+    open_xen: Callable[[], Hypervisor] = XenHypervisor
+    release_monitors: Callable[[], object] = release_monitors
+    directory: Path = _RUN
+    clock: Clock = field(default_factory=HostClock)
 
 
 class _NoRelocator:
@@ -125,24 +142,60 @@ def run(config_path: Path) -> int:
     setup_logging(logging.INFO)
     # Where the watchdog ends us with SIGABRT, the journal is to tell what every thread waited for.
     faulthandler.enable()
+    leave_no_core()
+    return start(config_path, Host())
+
+
+def start(config_path: Path, host: Host) -> int:
+    """Be the only daemon, end what an earlier one left of exchanges, then serve."""
+    with only_daemon(host.directory / LOCK) as is_only:
+        if not is_only:
+            log.critical(
+                "pgofflined cannot start: another one runs on this host (it has locked %s); stop "
+                "it first (systemctl stop pgofflined)",
+                host.directory / LOCK,
+            )
+            return EX_UNAVAILABLE
+        return _start_alone(config_path, host)
+
+
+def _start_alone(config_path: Path, host: Host) -> int:
+    jobs = host.directory / JOBS.name
+    journal = _journal(jobs)
     try:
-        policy = load(config_path)
-    except ConfigError as error:
-        _tell_rejected(error)
+        xen = host.open_xen()
+    except PortError as error:
+        log.critical("pgofflined cannot start: %s", error)
+        is_bad = _load_or_tell(config_path) is None
+        # A configuration with mistakes ends all tries, unless a guest may wait for us.
+        return EX_CONFIG if is_bad and not any(jobs.glob("*")) else EX_UNAVAILABLE
+    leftovers = Leftovers(xen, journal, host.clock, lambda: _poison(host.directory))
+    leftovers.recover()
+    # Not before: a monitor that goes on while its guest stands still is lost.
+    _release_monitors(host)
+    policy = _load_or_tell(config_path)
+    if policy is None:
+        leftovers.see_out()
         return EX_CONFIG
-    clock = HostClock()
-    notifier = make_notifier(clock.monotonic)
     try:
-        return asyncio.run(_serve(config_path, policy, notifier, clock))
+        return asyncio.run(_serve(config_path, policy, host, xen, journal, leftovers))
     except (PortError, StoreInUse, CannotListen, ValueError) as error:
         log.critical("pgofflined cannot start: %s", error)
+        leftovers.see_out()
         return EX_UNAVAILABLE
 
 
-async def _serve(config_path: Path, policy: Policy, notifier: Notifier, clock: HostClock) -> int:
-    xen = XenHypervisor()
+async def _serve(
+    config_path: Path,
+    policy: Policy,
+    host: Host,
+    xen: Hypervisor,
+    journal: Journal,
+    leftovers: Leftovers,
+) -> int:
+    notifier = make_notifier(host.clock.monotonic)
     machine = read_cpuinfo(_CPUINFO.read_text(encoding="ascii"), max_mfn=xen.max_mfn())
-    store = Store.open(_RUN / "state.db", read_boot_id())
+    store = Store.open(host.directory / STATE, read_boot_id())
     native = NativeFactory(kept_descriptors(), notifier)
     factories: dict[SourceName, SourceFactory] = {
         SourceName.NATIVE: native,
@@ -151,14 +204,14 @@ async def _serve(config_path: Path, policy: Policy, notifier: Notifier, clock: H
     current: list[Service] = []
     world = World(
         xen=xen,
-        clock=clock,
+        clock=host.clock,
         machine=machine,
         sources=[factories[name] for name in policy.sources.order],
         relocator=_relocator(lambda: current[0].policy.relocation.ssh_command),
         links=KernelLinks(),
         zone=local_zone(),
         store=store,
-        journal=_journal(),
+        journal=journal,
         notifier=notifier,
         saves=Saves(read_boot_id()),
         source_opened=native.keep,
@@ -166,6 +219,7 @@ async def _serve(config_path: Path, policy: Policy, notifier: Notifier, clock: H
     )
     service = Service(world, policy)
     current.append(service)
+    leftovers.hand_over(service.retirer.exchanging, service.retirer.aftercare)
     _tell_started(policy, xen, service)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -179,19 +233,47 @@ async def _serve(config_path: Path, policy: Policy, notifier: Notifier, clock: H
     return 0
 
 
-def _journal() -> JobStore:
-    refusal = _leak()
+def _release_monitors(host: Host) -> None:
+    try:
+        host.release_monitors()
+    except PortError as error:
+        log.warning("xl's monitors, should any be stopped, could not be let go on: %s", error)
+
+
+def _poison(directory: Path) -> frozenset[Mfn]:
+    """What is known of uncorrected errors without a service; nothing where the store is no help."""
+    try:
+        store = Store.open(directory / STATE, read_boot_id())
+    except (StoreInUse, OSError) as error:
+        log.error("what was stored of uncorrected errors cannot be read: %s", error)
+        return frozenset()
+    try:
+        return stored_poison(store)
+    finally:
+        store.close()
+
+
+def _load_or_tell(config_path: Path) -> Policy | None:
+    try:
+        return load(config_path)
+    except ConfigError as error:
+        _tell_rejected(error)
+        return None
+
+
+def _journal(jobs: Path) -> JobStore:
+    refusal = _leak(jobs)
     if refusal is not None:
         log.error("%s", refusal)
-    return JobStore(JOBS, refusal=_leak)
+    return JobStore(jobs, refusal=lambda: _leak(jobs))
 
 
-def _leak() -> str | None:
+def _leak(jobs: Path) -> str | None:
     """Why no exchange can be begun now; looked at again before each, for mounts come and go."""
     try:
-        leak = may_reach_a_disk(JOBS)
+        leak = may_reach_a_disk(jobs)
     except OSError as error:
-        leak = f"where {JOBS} lies cannot be told ({error})"
+        leak = f"where {jobs} lies cannot be told ({error})"
     if leak is None:
         return None
     return (
@@ -210,11 +292,8 @@ def _relocator(ssh_command: Callable[[], str]) -> Relocator:
 
 def _reload(config_path: Path, service: Service, notifier: Notifier) -> None:
     notifier.reloading()
-    try:
-        policy = load(config_path)
-    except ConfigError as error:
-        _tell_rejected(error)
-    else:
+    policy = _load_or_tell(config_path)
+    if policy is not None:
         service.apply(policy)
         event(log, logging.INFO, Event.CONFIG_RELOADED, f"{config_path} was read again")
         _tell_policy(policy, service)
@@ -226,7 +305,7 @@ def _tell_rejected(error: ConfigError) -> None:
         event(log, logging.ERROR, Event.CONFIG_REJECTED, f"{error.name}: {problem}")
 
 
-def _tell_started(policy: Policy, xen: XenHypervisor, service: Service) -> None:
+def _tell_started(policy: Policy, xen: Hypervisor, service: Service) -> None:
     message = f"pgofflined {__version__} on Xen {xen.version()}"
     event(log, logging.INFO, Event.STARTED, message)
     _tell_policy(policy, service)

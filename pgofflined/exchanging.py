@@ -58,6 +58,16 @@ class Exchanging:
         self._next_try = 0.0
         # From the threads in which jobs run.
         self._given_up: SimpleQueue[UnfinishedJob] = SimpleQueue()
+        self._took_over = False
+
+    def take_over(self, earlier: Exchanging) -> None:
+        """Go on with what another of this process has begun to recover, in place of ``recover``.
+
+        It must not be used any more.
+        """
+        names = ("_rest", "_tries", "_busy", "_unended", "_next_try")
+        vars(self).update({name: vars(earlier).pop(name) for name in names})
+        self._took_over = True
 
     def run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
         """Exchange pages; never raises for a single job's sake."""
@@ -122,6 +132,8 @@ class Exchanging:
 
         Those that could not be ended are tried again by ``recover_rest``.
         """
+        if self._took_over:
+            return self.recover_rest()
         return self._recover(self._journal.unfinished())
 
     def recover_rest(self) -> tuple[RecoveryReport, ...]:

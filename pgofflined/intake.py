@@ -170,13 +170,22 @@ class Intake:
         self._store.set_meta(_WEDGED, msgspec.json.encode(wedged).decode())
 
     def _load_facts(self) -> None:
+        self._retirer.poisoned |= stored_poison(self._store)
         try:
-            poisoned = msgspec.json.decode(self._store.get_meta(_POISONED) or "[]", type=list[int])
             wedged = msgspec.json.decode(
                 self._store.get_meta(_WEDGED) or "[]", type=list[DomainIdentity]
             )
         except msgspec.MsgspecError as error:
-            log.error("what was stored of uncorrected errors cannot be read: %s", error)
+            log.error("what was stored of domains that Xen has hit cannot be read: %s", error)
             return
-        self._retirer.poisoned.update(Mfn(mfn) for mfn in poisoned)
         self._retirer.wedged.update(wedged)
+
+
+def stored_poison(store: FactStore) -> frozenset[Mfn]:
+    """The frames that were known to have an uncorrected error."""
+    try:
+        found = msgspec.json.decode(store.get_meta(_POISONED) or "[]", type=list[int])
+    except msgspec.MsgspecError as error:
+        log.error("what was stored of uncorrected errors cannot be read: %s", error)
+        return frozenset()
+    return frozenset(Mfn(mfn) for mfn in found)

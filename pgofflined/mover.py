@@ -386,6 +386,7 @@ def carry_out(mover: Mover) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; gives the exit status."""
     from pgofflined.xen.hypervisor import XenHypervisor
+    from pgofflined.xen.process import leave_no_core
 
     parser = argparse.ArgumentParser(prog="pgofflined.mover", description="Used by pgofflined.")
     parser.add_argument("domid", type=int)
@@ -395,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     told_to_stop = heed_stops()
     os.umask(0o077)
     try:
+        leave_no_core()
         _OOM_SCORE.write_text("-900")
         NOTES.mkdir(mode=0o700, parents=True, exist_ok=True)
         mover = Mover(

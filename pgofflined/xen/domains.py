@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 from collections.abc import Sequence
 from typing import Final
 from uuid import UUID
@@ -37,6 +38,8 @@ from pgofflined.xen.abi.xen import DOMID_FIRST_RESERVED
 from pgofflined.xen.control import Control
 from pgofflined.xen.libs import XenCall
 from pgofflined.xen.store import StoreOpener, open_store
+
+_LOG = logging.getLogger(__name__)
 
 _BATCH: Final = 128
 # Descriptors of 8 bytes.
@@ -75,9 +78,21 @@ class Domains:
             return _decode(info, _name(store.read(_name_path(domid))))
 
     def name_in_store(self, domid: Domid) -> bytes:
-        """The domain's name as it stands in xenstore, for comparison only; empty for none."""
-        with self._stores() as store:
-            return store.read(_name_path(domid)) or b""
+        """The domain's name as it stands in xenstore, for comparison only.
+
+        Empty for none, and where xenstore cannot be read: a guest that stands still must not wait
+        for that.
+        """
+        try:
+            with self._stores() as store:
+                return store.read(_name_path(domid)) or b""
+        except PortError as error:
+            _LOG.warning(
+                "the name of d%d cannot be read (%s): whoever saves it is looked for by its number",
+                domid,
+                error,
+            )
+            return b""
 
     def serves(self, domid: Domid) -> str | None:
         """What other domains need the domain for; None for nothing known.

@@ -83,11 +83,12 @@ class XenHypervisor:
             call=self._call,
             control=self._control,
             domains=self._domains,
-            monitors=_monitors(version),
+            monitors=Monitors() if version.xl_takes_a_suspend_for_the_end else None,
             newcomer=self._newcomer,
         )
         self._guests_parts: _Guests | None = None
         self._guests_lock = threading.Lock()
+        self._looked = _Last()
 
     def close(self) -> None:
         """Let go of the hypervisor; no call may follow."""
@@ -271,27 +272,25 @@ def _noted(uuid: UUID) -> str | None:
     return None if note is None else f"a save of it, which is noted in {note},"
 
 
-def _monitors(version: XenVersion) -> Monitors | None:
-    """xl's monitors, where they need to be kept; none is left stopped by an earlier process."""
-    if not version.xl_takes_a_suspend_for_the_end:
-        return None
-    monitors = Monitors()
-    monitors.release_all()
-    return monitors
-
-
 def release_monitors() -> list[int]:
     """Let xl's monitors go on that a process of ours which has died had stopped; their numbers.
+
+    First the guest is to be let go that stands still because of that process: its own monitor would
+    take that for the end.
 
     Nothing to do on releases where none is ever stopped.  Raises PortError where Xen cannot be
     asked which one it is.
     """
+    return Monitors().release_all() if stops_monitors() else []
+
+
+def stops_monitors() -> bool:
+    """Whether an exchange stops xl's monitors on this release of Xen.  Raises PortError."""
     call = XenCall()
     try:
-        version = read_version(call)
+        return read_version(call).xl_takes_a_suspend_for_the_end
     finally:
         call.close()
-    return Monitors().release_all() if version.xl_takes_a_suspend_for_the_end else []
 
 
 if TYPE_CHECKING:

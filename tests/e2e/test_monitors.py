@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from .daemon import UNIT, frames, running
-from .rig.guest import GuestSpec
+from .daemon import UNIT, Daemon, frames, running
+from .rig.guest import Guest, GuestSpec
 from .rig.host import Host
 from .rig.waiting import wait_until
 
@@ -99,29 +99,48 @@ def test_a_guest_whose_page_was_retired_is_still_started_again_when_it_reboots(h
     assert guest.trouble() == []
 
 
+def kill_in_an_exchange(host: Host, daemon: Daemon, guest: Guest) -> None:
+    """The daemon is killed in the moment in which the guest stands still for an exchange."""
+    [mfn] = frames(host, "paired-data", guest.domid, 1)
+    host.run(
+        f"{TESTS}.kill_when_suspended {guest.domid} {daemon.pid()} > /tmp/killed & "
+        "until grep -q watching /tmp/killed; do sleep 0.1; done; "
+        f"pgofflined offline {mfn:#x} || true; wait",
+        timeout=120,
+    )
+    assert '"suspended": true' in host.read_text("/tmp/killed")  # noqa: S108 - in dom0
+
+
 def test_monitors_that_a_killed_daemon_has_stopped_go_on_without_a_next_one(host: Host) -> None:
     guest, other = host.start_guest(spec("it")), host.start_guest(spec("other"))
     pid = waiting(host, "other")
-    [mfn] = frames(host, "paired-data", guest.domid, 1)
     with never_restarted(host), running(host) as daemon:
-        host.run(
-            f"{TESTS}.kill_when_suspended {guest.domid} {daemon.pid()} > /tmp/killed & "
-            "until grep -q watching /tmp/killed; do sleep 0.1; done; "
-            f"pgofflined offline {mfn:#x} || true; wait",
-            timeout=120,
-        )
-        assert '"suspended": true' in host.read_text("/tmp/killed")  # noqa: S108 - in dom0
+        kill_in_an_exchange(host, daemon, guest)
         wait_until(
             lambda: host.run(["systemctl", "is-failed", UNIT], check=False).out.strip() == "failed",
             timeout=60,
             what="the service to have failed",
         )
-        [said] = [line for line in daemon.journal().splitlines() if "xl's monitors go on" in line]
-        assert str(pid) in said
-        assert waiting(host, "other") == pid
+        wait_until(
+            lambda: monitor(host, "other") == (pid, "S"), timeout=180, what="the monitor to go on"
+        )
         # Its guest stands still until the next daemon.
         host.run(["systemctl", "start", UNIT], timeout=120)
         guest.wait_passes(1)
     guest.assert_clean()
     other.assert_clean()
     assert waiting(host, "other") == pid
+
+
+def test_a_guest_keeps_its_monitor_where_a_next_daemon_lets_it_go(host: Host) -> None:
+    guest, other = host.start_guest(spec("it")), host.start_guest(spec("other"))
+    pids = waiting(host, "it"), waiting(host, "other")
+    with running(host) as daemon:
+        kill_in_an_exchange(host, daemon, guest)
+        guest.wait_passes(1)
+        wait_until(
+            lambda: monitor(host, "other") == (pids[1], "S"), timeout=60, what="them to go on"
+        )
+        assert waiting(host, "it") == pids[0]
+    guest.assert_clean()
+    other.assert_clean()

@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from pgofflined.cli import main
+from pgofflined.cli import _may_be_restarted, main
 from pgofflined.core.policy import ControlPolicy, ExchangePolicy, RelocationPolicy
 from pgofflined.daemon import EX_UNAVAILABLE, JOBS
 from pgofflined.xen import hypervisor
@@ -38,11 +38,68 @@ def test_what_a_killed_daemon_has_stopped_goes_on_without_a_next_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(hypervisor, "release_monitors", lambda: [17, 23])
+    monkeypatch.setenv("SERVICE_RESULT", "success")
     program, *arguments = settings()["ExecStopPost"]
     # Its failure must not be the service's.
     assert program == f"-{settings()['ExecStart'][0]}"
     assert main(arguments) == 0
     assert "17, 23" in capsys.readouterr().out
+
+
+STARTED = """#!/bin/sh
+echo "$*" >> {}
+exit {}
+"""
+
+
+@pytest.mark.parametrize("works", [True, False])
+@pytest.mark.parametrize("stops", [True, False])
+@pytest.mark.parametrize(
+    ("result", "status", "restarts"),
+    [
+        ("success", "0", False),
+        ("exit-code", "78", False),
+        ("exit-code", "64", False),
+        ("exit-code", "69", True),
+        ("signal", "KILL", True),
+        ("oom-kill", "KILL", True),
+        ("watchdog", "ABRT", True),
+        ("timeout", "KILL", True),
+    ],
+)
+def test_where_a_next_daemon_may_follow_it_lets_the_guest_go_first(
+    result: str,
+    status: str,
+    *,
+    restarts: bool,
+    stops: bool,
+    works: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, released = tmp_path / "asked", list[bool]()
+    program = tmp_path / "systemd-run"
+    program.write_text(STARTED.format(asked, 0 if works else 1))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SERVICE_RESULT", result)
+    monkeypatch.setenv("EXIT_STATUS", status)
+    monkeypatch.setattr(hypervisor, "release_monitors", lambda: released.append(True))
+    monkeypatch.setattr(hypervisor, "stops_monitors", lambda: stops)
+    _, *arguments = settings()["ExecStopPost"]
+    assert main(arguments) == 0
+    assert bool(released) is (not restarts or (stops and not works))
+    assert asked.exists() is (restarts and stops)
+    if asked.exists():
+        options, command = asked.read_text().split(" -I -m pgofflined ")
+        assert command == "release-monitors\n"
+        [seconds] = [int(o.split("=")[1]) for o in options.split() if o.startswith("--on-active=")]
+        assert seconds >= 2 * int(settings()["RestartSec"][0])
+
+
+def test_what_ends_all_tries_is_known() -> None:
+    for code in settings()["RestartPreventExitStatus"]:
+        assert not _may_be_restarted({"SERVICE_RESULT": "exit-code", "EXIT_STATUS": code})
 
 
 def test_a_bad_configuration_is_not_tried_again_and_a_missing_xen_is() -> None:

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
 from pgofflined.core.domains import GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone
+from pgofflined.core.errors import DomainGone, XenError
 from pgofflined.core.frames import Domid
 from pgofflined.xen.abi.domctl import GetDomainInfo
 from pgofflined.xen.abi.sysctl import GetDomainInfoList
@@ -124,3 +125,13 @@ class Nodes:
 
     def read(self, path: str) -> bytes | None:
         return self._nodes.get(path)
+
+
+def test_a_name_is_none_where_xenstore_does_not_answer(caplog: pytest.LogCaptureFixture) -> None:
+    def stores() -> AbstractContextManager[Names]:
+        raise XenError(errno.ECONNREFUSED, op="xs_open")
+
+    call, _ = calling(lambda *_: 0)
+    domains = Domains(call, Control(call, INTERFACE), stores=stores)  # type: ignore[arg-type]
+    assert domains.name_in_store(Domid(7)) == b""
+    assert "the name of d7 cannot be read" in caplog.text

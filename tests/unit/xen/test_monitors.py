@@ -91,6 +91,28 @@ def test_a_monitor_goes_on_whatever_happens(tmp_path: Path, monitors: Monitors) 
         assert goes_on(pid)
 
 
+def test_a_monitor_goes_on_where_not_all_could_be_stopped(tmp_path: Path) -> None:
+    proc = tmp_path / "proc"
+    broken = proc / "4999999"
+    broken.mkdir(parents=True)
+    (broken / "cmdline").write_bytes(b"xl\0create\0")
+    (broken / "status").write_bytes(b"Name:\t\xff\n")  # no text, which nobody expects
+    monitors = Monitors(proc, parent=HERE, lock_file=tmp_path / "lock")
+    with process(tmp_path, "create") as pid:
+        (proc / str(pid)).symlink_to(f"/proc/{pid}")
+        with pytest.raises(UnicodeDecodeError), monitors.held():
+            pytest.fail("they are not held")
+        assert goes_on(pid)
+        shutil.rmtree(broken)
+        # That try is over: it is neither a holder nor has it the lock.
+        with monitors.held():
+            assert stops(pid)
+        assert goes_on(pid)
+        os.kill(pid, signal.SIGSTOP)
+        assert stops(pid)
+        assert monitors.release_all() == [pid]
+
+
 def test_other_processes_are_left_alone(tmp_path: Path, monitors: Monitors) -> None:
     with (
         process(tmp_path, "migrate") as migration,

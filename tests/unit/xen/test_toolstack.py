@@ -87,6 +87,8 @@ def test_others_are_nobody(tmp_path: Path, command: list[str]) -> None:
 def test_a_domain_without_a_name_is_not_everybodys(tmp_path: Path) -> None:
     with process(tmp_path, "xl", "migrate", "-s", "", "5", "xl migrate-receive"):
         assert somebody_at(GUEST, b"") is None
+    with process(tmp_path, "xl", "save", "31999", "/srv/saved"):
+        assert somebody_at(GUEST, b"") is not None
 
 
 def test_what_the_arguments_hold_is_shown_on_one_line(tmp_path: Path) -> None:

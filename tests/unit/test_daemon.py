@@ -1,0 +1,181 @@
+"""The start of the daemon: what an earlier one left of exchanges comes before all that may fail."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pgofflined.core.errors import PortError
+from pgofflined.daemon import EX_UNAVAILABLE, LOCK, STATE, Host, HostClock, start
+from pgofflined.jobstore import JobStore
+from pgofflined.ports import Hypervisor
+from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
+from pgofflined.store import Store, read_boot_id
+from tests.crash.test_kills import PAGES, MortalJournal, run
+from tests.unit.exchanger.conftest import Bench
+
+GOOD = """
+[control]
+socket = "{}/control.sock"
+[metrics]
+listen = "off"
+"""
+
+
+class Clock(HostClock):
+    """The host's, as the simulated guest's record has it."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+
+    def now(self) -> float:
+        return self._bench.host.clock.now()
+
+
+@dataclass
+class Found:
+    """What a daemon finds that starts after one that was killed in an exchange."""
+
+    bench: Bench
+    directory: Path
+    config: Path
+    ran_at_release: bool | None = None
+
+    @property
+    def runs(self) -> bool:
+        info = self.bench.host.domain(self.bench.domid)
+        return info.shutdown is None and not info.paused
+
+    def records(self) -> list[str]:
+        return [path.name for path in (self.directory / "jobs").iterdir()]
+
+    def start(self) -> int:
+        host = Host(
+            open_xen=lambda: self.bench.host,
+            release_monitors=self._release,
+            directory=self.directory,
+            clock=Clock(self.bench),
+        )
+        return start(self.config, host)
+
+    def _release(self) -> None:
+        self.ran_at_release = self.runs
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Found:
+    bench = Bench.build()
+    left, directory = tmp_path / "left", tmp_path / "run"
+    xen = FaultyHypervisor(bench.host, Fault(method="exchange", moment=Moment.AFTER, kills=True))
+    mfns = bench.mark(*PAGES["data"](bench.layout))
+    with pytest.raises(Killed):
+        run(bench, mfns, xen, MortalJournal(JobStore(left), xen))
+    # This process, which is not really dead, still holds the locks of the records in there.
+    shutil.copytree(left, directory / "jobs")
+    config = tmp_path / "pgofflined.toml"
+    config.write_text(GOOD.format(tmp_path))
+    found = Found(bench=bench, directory=directory, config=config)
+    assert not found.runs
+    return found
+
+
+def test_a_guest_is_let_go_although_the_configuration_is_bad(found: Found) -> None:
+    found.config.write_text("retire = [\n")
+    assert found.start() == os.EX_CONFIG
+    assert found.ran_at_release, "a monitor takes a suspend for the end"
+    assert found.records() == []
+    found.bench.assert_guest_runs_unharmed()
+
+
+def test_a_guest_is_let_go_although_the_store_cannot_be_had(found: Found) -> None:
+    store = Store.open(found.directory / STATE, read_boot_id())
+    try:
+        assert found.start() == EX_UNAVAILABLE
+    finally:
+        store.close()
+    assert found.records() == []
+    found.bench.assert_guest_runs_unharmed()
+
+
+def test_a_guest_is_let_go_although_the_store_is_damaged(found: Found) -> None:
+    (found.directory / STATE).write_bytes(b"no database " * 999)
+    found.config.write_text("retire = [\n")
+    assert found.start() == os.EX_CONFIG
+    found.bench.assert_guest_runs_unharmed()
+
+
+def test_nothing_is_touched_while_another_daemon_runs(
+    found: Found, caplog: pytest.LogCaptureFixture
+) -> None:
+    lock = found.directory / LOCK
+    script = (
+        "import fcntl,sys; f=open(sys.argv[1],'w'); fcntl.flock(f,2); print(); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"\n"
+        before = found.records()
+        assert found.start() == EX_UNAVAILABLE
+        assert not found.runs
+        assert found.records() == before
+        other.communicate(b"")
+    assert f"has locked {lock}" in caplog.text
+
+
+def test_without_a_file_to_lock_a_guest_is_let_go_all_the_same(found: Found) -> None:
+    (found.directory / LOCK).mkdir()
+    found.config.write_text("retire = [\n")
+    assert found.start() == os.EX_CONFIG
+    found.bench.assert_guest_runs_unharmed()
+
+
+def test_a_bad_configuration_is_final_only_where_no_guest_may_wait(found: Found) -> None:
+    def fail() -> Hypervisor:
+        raise PortError("no Xen yet")
+
+    found.config.write_text("retire = [\n")
+    host = Host(open_xen=fail, directory=found.directory)
+    assert start(found.config, host) == EX_UNAVAILABLE
+    shutil.rmtree(found.directory / "jobs")
+    assert start(found.config, host) == os.EX_CONFIG
+
+
+def test_the_service_goes_on_with_what_was_not_ended(
+    found: Found, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest = found.bench.host.simulated(found.bench.domid)
+    guest.somebody = "process 5 (xl save)"
+    ended = threading.Event()
+
+    def operator() -> None:
+        """He ends what he does with the guest, and stops the daemon when it runs."""
+        while not (found.config.parent / "control.sock").exists() and not ended.wait(0.01):
+            pass
+        guest.somebody = None
+        while not found.runs and not ended.wait(0.01):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    thread = threading.Thread(target=operator)
+    thread.start()
+    try:
+        assert found.start() == 0
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGTERM, before)
+    assert caplog.text.count("process 5 (xl save)") == 1
+    assert "is in use by another process" not in caplog.text
+    assert found.records() == []
+    found.bench.assert_guest_runs_unharmed()

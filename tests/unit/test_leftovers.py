@@ -1,0 +1,130 @@
+"""What an earlier daemon left of exchanges, where there will be no service to look after it."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from pgofflined.aftercare import Aftercare
+from pgofflined.core.domains import ShutdownReason
+from pgofflined.core.frames import Domid
+from pgofflined.exchanging import RECOVERY_TRIES
+from pgofflined.leftovers import Leftovers
+from pgofflined.ports import Hypervisor, SuspendLimits
+from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
+from tests.crash.test_kills import PAGES, run
+from tests.unit.exchanger.conftest import Bench
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench.build()
+
+
+def killed(bench: Bench, method: str, moment: Moment) -> None:
+    mfns = bench.mark(*PAGES["data"](bench.layout))
+    dying = FaultyHypervisor(bench.host, Fault(method=method, moment=moment, kills=True))
+    with pytest.raises(Killed):
+        run(bench, mfns, dying)
+
+
+def leftovers(bench: Bench, xen: Hypervisor | None = None) -> Leftovers:
+    return Leftovers(xen or bench.host, bench.journal, bench.host.clock, frozenset)
+
+
+def test_it_does_not_end_while_a_guest_is_held(bench: Bench) -> None:
+    killed(bench, "exchange", Moment.AFTER)
+    failing = FaultyHypervisor(bench.host, Fault(method="condition", times=3))
+    left = leftovers(bench, failing)
+    left.recover()
+    assert bench.host.domain(bench.domid).shutdown is ShutdownReason.SUSPEND
+    left.see_out(sleep=bench.host.clock.wait)
+    bench.assert_guest_runs_unharmed()
+
+
+def test_it_does_not_end_while_somebody_saves_the_guest(bench: Bench) -> None:
+    killed(bench, "exchange", Moment.AFTER)
+    guest = bench.host.simulated(bench.domid)
+    guest.somebody = "process 5 (xl save)"
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        bench.host.clock.wait(seconds)
+        waits.append(seconds)
+        if len(waits) == 2 * RECOVERY_TRIES:
+            guest.somebody = None
+
+    left = leftovers(bench)
+    left.recover()
+    left.see_out(sleep=sleep)
+    assert len(waits) == 2 * RECOVERY_TRIES
+    bench.assert_guest_runs_unharmed()
+
+
+def test_a_guest_that_follows_the_request_late_is_waited_for(bench: Bench) -> None:
+    killed(bench, "suspend", Moment.BEFORE)
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        bench.host.clock.wait(seconds)
+        waits.append(seconds)
+        if len(waits) == 2:
+            bench.host.suspend(bench.domid, SuspendLimits())
+
+    left = leftovers(bench)
+    left.recover()
+    left.see_out(sleep=sleep)
+    assert len(waits) == 2
+    bench.assert_guest_runs_unharmed()
+
+
+def test_without_anything_left_it_ends_at_once(bench: Bench) -> None:
+    left = leftovers(bench)
+    left.recover()
+    left.see_out(sleep=lambda _: pytest.fail("nothing is waited for"))
+
+
+def test_what_was_handed_over_is_not_looked_after_twice(bench: Bench) -> None:
+    killed(bench, "exchange", Moment.AFTER)
+    bench.host.simulated(bench.domid).somebody = "process 5 (xl save)"
+    left = leftovers(bench)
+    left.recover()
+    work = bench.work()
+    left.hand_over(work, aftercare(bench))
+    assert work.has_rest
+    left.see_out(sleep=lambda _: pytest.fail("it is the service's"))
+
+
+def test_the_service_watches_guests_that_may_follow_late(bench: Bench) -> None:
+    killed(bench, "suspend", Moment.BEFORE)
+    left = leftovers(bench)
+    left.recover()
+    care = aftercare(bench)
+    left.hand_over(bench.work(), care)
+    bench.host.suspend(bench.domid, SuspendLimits())
+    care.look()
+    bench.assert_guest_runs_unharmed()
+
+
+def test_a_signal_to_stop_waits_until_a_guest_is_whole(bench: Bench) -> None:
+    killed(bench, "exchange", Moment.AFTER)
+    came: list[bool] = []
+
+    class Stopped(FaultyHypervisor):
+        def resume(self, domid: Domid) -> None:
+            signal.raise_signal(signal.SIGTERM)
+            assert came == []
+            super().resume(domid)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        leftovers(bench, Stopped(bench.host)).recover()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert came == [True]
+    bench.assert_guest_runs_unharmed()
+
+
+def aftercare(bench: Bench) -> Aftercare:
+    return Aftercare(bench.host, bench.journal, bench.host.clock, interval=5)
