@@ -7,16 +7,22 @@ from collections.abc import Callable
 
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid
-from pgofflined.ports import DomainControl
+from pgofflined.ports import DomainControl, nothing
 
 _TRIES = 10
 
 
-def let_go(xen: DomainControl, domid: Domid, *, paused: bool = False) -> str | None:
+def let_go(
+    xen: DomainControl,
+    domid: Domid,
+    *,
+    paused: bool = False,
+    before: Callable[[], None] = nothing,
+) -> str | None:
     """Take our pause back and resume the guest; what is wrong if that cannot be done.
 
     Without ``paused`` it is not certain that we have paused it, and Xen is asked first.  ``told``
-    is to follow, when it runs and there is time.
+    is to follow, when it runs and there is time.  ``before`` is called just before it runs.
     """
     certain = iter([paused])
 
@@ -25,13 +31,15 @@ def let_go(xen: DomainControl, domid: Domid, *, paused: bool = False) -> str | N
         if next(certain, False) or xen.condition(domid).paused:
             xen.unpause(domid)
 
-    problems = (_insist(unpause, "unpause"), resume_only(xen, domid))
+    problems = (_insist(unpause, "unpause"), resume_only(xen, domid, before))
     return "; ".join(problem for problem in problems if problem) or None
 
 
-def resume_only(xen: DomainControl, domid: Domid) -> str | None:
+def resume_only(
+    xen: DomainControl, domid: Domid, before: Callable[[], None] = nothing
+) -> str | None:
     """Resume a guest that was not paused; a guest that runs is left as it is."""
-    return _insist(lambda: xen.resume(domid), "resume")
+    return _insist(lambda: xen.resume(domid, before), "resume")
 
 
 def told(xen: DomainControl, domid: Domid) -> None:

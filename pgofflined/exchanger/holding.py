@@ -72,10 +72,14 @@ class Holding:
             paused = True
             yield
         finally:
-            self.stuck = let_go(self._xen, domid, paused=paused)
+            self._release()
+            self.stuck = let_go(self._xen, domid, paused=paused, before=self._release)
             self.owes_nothing = self.stuck is None
-            self.released = self._clock.monotonic()
             told(self._xen, domid)
+
+    def _release(self) -> None:
+        """The guest's wait is over when it may run, not when we run again: it is first, then."""
+        self.released = self._clock.monotonic()
 
     def _was_unread(self) -> bool:
         """Take our request back; if the guest stands still all the same, it is for another."""

@@ -23,6 +23,7 @@ from pgofflined.ports.hypervisor import (
     SuspendLimits,
     Swapped,
     VcpuFrames,
+    nothing,
 )
 from pgofflined.ports.journal import Hold, JobRecord, Journal, OpenJob, UnfinishedJob
 from pgofflined.ports.telemetry import RecordFormat, TelemetryBatch, TelemetrySource
@@ -53,4 +54,5 @@ __all__ = [
     "UnfinishedJob",
     "VcpuFrames",
     "Words",
+    "nothing",
 ]

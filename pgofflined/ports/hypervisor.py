@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     FrameArray = NDArray[np.uint64]
     Words = NDArray[np.uint64]
     TypeArray = NDArray[np.uint32]
+
+
+def nothing() -> None:
+    """What is called back where nobody wants it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +152,11 @@ class DomainControl(Protocol):
         """The process that saves or migrates the domain for somebody, in words; None for none."""
         ...
 
-    def resume(self, domid: Domid) -> None:
+    def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
         """Let a suspended guest run on in the same domain (cooperative resume).
 
-        Does nothing for a domain that is not suspended.  ``tell_resumed`` is to follow.
+        Does nothing for a domain that is not suspended.  ``before`` is called when all is done but
+        the call that lets it run, which may return long after that.  ``tell_resumed`` is to follow.
         """
         ...
 

@@ -23,6 +23,7 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import MigrationFacts, Way
 from pgofflined.core.saves import SaveFacts
 from pgofflined.core.xenversion import XenVersion
+from pgofflined.ports import nothing
 from pgofflined.saving import Saves
 
 
@@ -61,7 +62,7 @@ class Host(Protocol):
         """Whether devices of the host are assigned to the domain."""
         ...
 
-    def resume(self, domid: Domid) -> None:
+    def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
         """Let a suspended guest run on."""
         ...
 

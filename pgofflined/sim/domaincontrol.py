@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from errno import EBUSY, EINVAL, EOPNOTSUPP
 
 from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, SuspendNotAsked
 from pgofflined.core.frames import DOM0, Domid
-from pgofflined.ports import SuspendLimits, VcpuFrames
+from pgofflined.ports import SuspendLimits, VcpuFrames, nothing
 from pgofflined.sim.errors import Refused
 from pgofflined.sim.frames import FrameType
 from pgofflined.sim.guests import Answer, SimulatedDomain
@@ -65,11 +65,12 @@ class SimulatedDomainControl(HostState):
         self.clock.wait(behaviour.suspend_after)
         self._finish_suspend(domain)
 
-    def resume(self, domid: Domid) -> None:
+    def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
         """Cooperative resume; the guest's own work follows as soon as nothing pauses it."""
         with self.call("resumedomain", domid):
             domain = self.simulated(domid)
             if domain.suspended:
+                before()
                 domain.shutdown = None
                 domain.resume_pending = True
                 self._let_run(domain)

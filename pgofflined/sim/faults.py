@@ -14,7 +14,7 @@ from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
 from pgofflined.core.xenversion import XenVersion
-from pgofflined.ports import Hypervisor, SuspendLimits, Swapped, VcpuFrames
+from pgofflined.ports import Hypervisor, SuspendLimits, Swapped, VcpuFrames, nothing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -174,9 +174,9 @@ class FaultyHypervisor:
         """See ``ports.DomainControl``."""
         self._call("suspend", (domid, limits), lambda: self.inner.suspend(domid, limits))
 
-    def resume(self, domid: Domid) -> None:
+    def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
         """See ``ports.DomainControl``."""
-        self._call("resume", (domid,), lambda: self.inner.resume(domid))
+        self._call("resume", (domid,), lambda: self.inner.resume(domid, before))
 
     def tell_resumed(self, domid: Domid) -> None:
         """See ``ports.DomainControl``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from pgofflined.core.domains import DomainInfo
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
 from pgofflined.core.xenversion import XenVersion
-from pgofflined.ports import SuspendLimits, Swapped, VcpuFrames
+from pgofflined.ports import SuspendLimits, Swapped, VcpuFrames, nothing
 from pgofflined.saving import unfinished_save
 from pgofflined.xen.control import Control, probe_interface, read_version
 from pgofflined.xen.domains import Domains
@@ -183,9 +183,9 @@ class XenHypervisor:
         """What other domains need a domain for."""
         return self._domains.serves(domid)
 
-    def resume(self, domid: Domid) -> None:
+    def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
         """Let a suspended guest run on."""
-        self._suspension.resume(domid)
+        self._suspension.resume(domid, before)
 
     def tell_resumed(self, domid: Domid) -> None:
         """Tell xenstored of a resume."""

@@ -13,11 +13,11 @@ import ctypes
 import errno
 import mmap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Final, TypeAlias, TypeVar
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, Final, Generic, TypeAlias, TypeVar
 
 from pgofflined.core.errors import PortError, XenError
-from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.frames import PAGE_SIZE, Domid, Mfn
 
 _Kind = TypeVar("_Kind", bound=ctypes.Structure)
 # A ctypes.CDLL, or in tests anything that has its functions.
@@ -27,6 +27,8 @@ _Prototypes = dict[str, tuple[Any, list[Any]]]
 _HANDLE: Final = ctypes.c_void_p
 _ADDRESS: Final = ctypes.c_void_p
 _U64: Final = ctypes.c_uint64
+# More than one thread needs at a time.
+_SPARE_BUFFERS: Final = 8
 
 _XENCALL: Final[_Prototypes] = {
     "xencall_open": (_HANDLE, [ctypes.c_void_p, ctypes.c_uint]),
@@ -126,37 +128,57 @@ class XenCall:
 
     def __init__(self, library: Library = None) -> None:
         self._library = library or load_library(["libxencall.so.1"], _XENCALL)
-        self._has_long = hasattr(self._library, "xencall2L")
-        if library is None and self._has_long:
+        has_long = hasattr(self._library, "xencall2L")
+        if library is None and has_long:
             declare(self._library, _XENCALL_LONG)
+        # By the number of arguments.
+        self._calls = [
+            getattr(self._library, f"xencall{count}{'L' if count == 2 and has_long else ''}")
+            for count in range(1, 5)
+        ]
+        self._spare: list[int] = []
         self._handle = _open(self._library, "xencall")
 
     def close(self) -> None:
         """Close the handle; no call may follow."""
         if self._handle:
+            while self._spare:
+                self._library.xencall_free_buffer(self._handle, self._spare.pop())
             self._library.xencall_close(self._handle)
             self._handle = 0
 
-    @contextmanager
-    def buffer(self, size: int) -> Iterator[int]:
+    def buffer(self, size: int) -> AbstractContextManager[int]:
         """Address of ``size`` zeroed bytes that a hypercall can read and write.
 
         Ordinary memory will not do: the kernel could move or copy it during the call.
         """
-        address: int | None = self._library.xencall_alloc_buffer(self._handle, max(size, 1))
+        return _Buffer(self, size)
+
+    def struct(self, kind: type[_Kind]) -> AbstractContextManager[_Kind]:
+        """One zeroed structure in such a buffer; it must not be used afterwards."""
+        return _Struct(self, kind)
+
+    def take(self, size: int) -> int:
+        """A buffer as of ``buffer``, that is to be given back.  Raises XenError."""
+        address: int | None = None
+        if size <= PAGE_SIZE:
+            # Of several threads each gets another.
+            with suppress(IndexError):
+                address = self._spare.pop()
+        if address is None:
+            whole = max(size, PAGE_SIZE)
+            address = self._library.xencall_alloc_buffer(self._handle, whole)
         if not address:
             raise XenError(ctypes.get_errno() or errno.ENOMEM, op="xencall_alloc_buffer")
-        try:
-            ctypes.memset(address, 0, size)
-            yield address
-        finally:
-            self._library.xencall_free_buffer(self._handle, address)
+        ctypes.memset(address, 0, size)
+        return address
 
-    @contextmanager
-    def struct(self, kind: type[_Kind]) -> Iterator[_Kind]:
-        """One zeroed structure in such a buffer; it must not be used afterwards."""
-        with self.buffer(ctypes.sizeof(kind)) as address:
-            yield kind.from_address(address)
+    def give_back(self, address: int, size: int) -> None:
+        """End of a buffer.  Small ones are kept: guests wait for what they are needed for."""
+        if size <= PAGE_SIZE and len(self._spare) < _SPARE_BUFFERS:
+            self._spare.append(address)
+        else:
+            self._library.xencall_free_buffer(self._handle, address)
 
     def hypercall(
         self,
@@ -170,13 +192,45 @@ class XenCall:
 
         Raises XenError with ``op``, ``domid`` and ``mfn`` when the result is negative.
         """
-        name = f"xencall{len(arguments)}"
-        if name == "xencall2" and self._has_long:
-            name = "xencall2L"
-        result: int = getattr(self._library, name)(self._handle, number, *arguments)
+        result: int = self._calls[len(arguments) - 1](self._handle, number, *arguments)
         if result < 0:
             raise XenError(ctypes.get_errno(), op=op, domid=domid, mfn=mfn)
         return result
+
+
+class _Buffer:
+    """A class, and no generator, which takes twice as long."""
+
+    __slots__ = ("_address", "_call", "_size")
+
+    def __init__(self, call: XenCall, size: int) -> None:
+        self._call = call
+        self._size = size
+        self._address = 0
+
+    def __enter__(self) -> int:
+        self._address = self._call.take(self._size)
+        return self._address
+
+    def __exit__(self, *_: object) -> None:
+        self._call.give_back(self._address, self._size)
+
+
+class _Struct(Generic[_Kind]):
+    __slots__ = ("_address", "_call", "_kind", "_size")
+
+    def __init__(self, call: XenCall, kind: type[_Kind]) -> None:
+        self._call = call
+        self._kind = kind
+        self._size = ctypes.sizeof(kind)
+        self._address = 0
+
+    def __enter__(self) -> _Kind:
+        self._address = self._call.take(self._size)
+        return self._kind.from_address(self._address)
+
+    def __exit__(self, *_: object) -> None:
+        self._call.give_back(self._address, self._size)
 
 
 class ForeignPages:

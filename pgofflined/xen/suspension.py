@@ -28,7 +28,7 @@ from pgofflined.core.errors import (
     XenError,
 )
 from pgofflined.core.frames import Domid
-from pgofflined.ports import SuspendLimits
+from pgofflined.ports import SuspendLimits, nothing
 from pgofflined.xen.abi.domctl import (
     GetDomainInfo,
     GetDomainInfoBefore416,
@@ -238,8 +238,10 @@ class Suspension:
             case _:
                 raise DomainGone(domid)
 
-    def resume(self, domid: Domid) -> None:
+    def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
         """Let a suspended guest run on in its own domain; does nothing for one that runs.
+
+        ``before`` is called just before the call after which it runs.
 
         Raises XenError when the guest's context cannot be written or the domain not be resumed,
         after three tries.  It is then left suspended on purpose: resumed without the 1 in rax, a
@@ -247,18 +249,19 @@ class Suspension:
         can be resumed later, by another call or by ``xl resume`` (Xen 4.20).
         """
         try:
-            self._resume(domid)
+            self._resume(domid, before)
         finally:
             # Also where it fails: the monitors of all other guests must not wait for this one.
             self._release_monitors(domid)
 
-    def _resume(self, domid: Domid) -> None:
+    def _resume(self, domid: Domid, before: Callable[[], None]) -> None:
         info = self._domains.state(domid)
         if shutdown_reason(info.flags) is not ShutdownReason.SUSPEND:
             return
         kind = self._refuse_kind(info, "resume")
         if kind is GuestKind.PV or self._has_pv_drivers(domid):
             _insist(lambda: self._set_suspend_result(domid))
+        before()
         _insist(lambda: self._control.domctl(XEN_DOMCTL_resumedomain, domid, op="resumedomain"))
         self._fit.discard(domid)
         self._untold.add(domid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 
 import pytest
 
@@ -11,7 +12,7 @@ from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.frames import Domid
 from pgofflined.exchanging import RECOVERY_TRIES
 from pgofflined.leftovers import Leftovers
-from pgofflined.ports import Hypervisor, SuspendLimits
+from pgofflined.ports import Hypervisor, SuspendLimits, nothing
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from tests.crash.test_kills import PAGES, run
 from tests.unit.exchanger.conftest import Bench
@@ -112,10 +113,10 @@ def test_a_signal_to_stop_waits_until_a_guest_is_whole(bench: Bench) -> None:
     came: list[bool] = []
 
     class Stopped(FaultyHypervisor):
-        def resume(self, domid: Domid) -> None:
+        def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
             signal.raise_signal(signal.SIGTERM)
             assert came == []
-            super().resume(domid)
+            super().resume(domid, before)
 
     before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
     try:

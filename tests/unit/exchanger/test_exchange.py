@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from errno import ESRCH
 from functools import partial
 from pathlib import Path
@@ -9,14 +10,14 @@ import pytest
 
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.errors import PortError
-from pgofflined.core.frames import Mfn
+from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import PteWrite, PteWrites
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Exchanged, Refusal, RefusalReason
 from pgofflined.core.pages import PTE_PRESENT
 from pgofflined.exchanger import exchange
 from pgofflined.jobstore import JobStore
-from pgofflined.ports import SuspendLimits
+from pgofflined.ports import SuspendLimits, nothing
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.linux import ARCH_MAX_PFN, ARCH_P2M_CR3, ARCH_P2M_GENERATION, ARCH_P2M_VADDR
@@ -556,3 +557,16 @@ def test_a_fault_of_our_own_costs_neither_the_guest_nor_its_pages(
         assert bench.before.moved(after) == sorted(moved)
         assert bench.journal.kept == {}
         assert bench.journal.aside == []
+
+
+def test_a_blackout_ends_when_the_guest_may_run_and_not_when_we_run_again(bench: Bench) -> None:
+    class GuestFirst(FaultyHypervisor):
+        """Lets the guest run for a while before the call returns, as a pCPU of both would."""
+
+        def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
+            super().resume(domid, before)
+            bench.host.clock.wait(3)
+
+    report = bench.exchange(bench.mark(bench.layout.plain[0]), GuestFirst(bench.host))
+    assert report.blackout is not None
+    assert report.blackout.whole < 3

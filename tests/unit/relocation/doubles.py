@@ -16,6 +16,7 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import Route, Way
 from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome
 from pgofflined.core.xenversion import XenVersion
+from pgofflined.ports import nothing
 
 T = TypeVar("T")
 
@@ -172,7 +173,8 @@ class FakeHost:
         assert domid in self.guests
         return domid in self.devices
 
-    def resume(self, domid: Domid) -> None:
+    def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
+        before()
         assert self.domain(domid).shutdown is ShutdownReason.SUSPEND
         self.resumed.append(domid)
         if self.resume_works:
