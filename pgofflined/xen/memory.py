@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from pgofflined.core.moves import Chosen, PteWrites
     from pgofflined.ports import FrameArray, TypeArray, Words
 
+_MEMCMP: Final = ctypes.CDLL(None).memcmp
+_MEMCMP.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_COMPARED_AT_ONCE: Final = 64
 # 8 MiB mapped at a time.
 _MAP_BATCH: Final = 2048
 _V1_ENTRY: Final = np.dtype([("flags", "<u2"), ("domid", "<u2"), ("frame", "<u4")])
@@ -68,12 +71,24 @@ def _at(address: int, frames: int) -> Words:
     return words.reshape(frames, WORDS_PER_PAGE)
 
 
+def _differing(mapped: Words, wanted: Words) -> Chosen:
+    """``core.moves.differing``, in a quarter of its time where nothing differs, which is usual."""
+    found = np.zeros(len(wanted), dtype=np.bool_)
+    if not (mapped.flags.c_contiguous and wanted.flags.c_contiguous):
+        return differing(mapped, wanted)
+    for start in range(0, len(wanted), _COMPARED_AT_ONCE):
+        one, other = (rows[start : start + _COMPARED_AT_ONCE] for rows in (mapped, wanted))
+        if _MEMCMP(one.ctypes.data, other.ctypes.data, other.nbytes):
+            found[start : start + _COMPARED_AT_ONCE] = differing(one, other)
+    return found
+
+
 def _fill(domid: Domid, mfns: FrameArray, mapped: Words, contents: Words) -> None:
     """Write the contents of some frames to where they are mapped.  Raises PortError."""
     count = len(mfns)
     source = contents[:count]
     ctypes.memmove(mapped.ctypes.data, source.ctypes.data, source.nbytes)
-    wrong = np.flatnonzero(differing(mapped[:count], source))
+    wrong = np.flatnonzero(_differing(mapped[:count], source))
     if len(wrong):
         mfn = int(mfns[wrong[0]])
         raise PortError(f"mfn {mfn:#x} of d{domid} does not hold what was written to it")
@@ -110,7 +125,7 @@ class Window:
         """Which frames do not hold what they are thought to hold."""
         found = np.empty(len(rows), dtype=np.bool_)
         for chosen, part, inside in self._split(rows):
-            found[chosen] = differing(part[_in_one_piece(inside)], contents[chosen])
+            found[chosen] = _differing(part[_in_one_piece(inside)], contents[chosen])
         return found
 
     def _split(

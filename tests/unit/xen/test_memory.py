@@ -321,3 +321,13 @@ def test_unknown_version_is_an_error() -> None:
 
 def test_domain_without_a_table_grants_nothing() -> None:
     assert granted(1, b"") == []
+
+
+@pytest.mark.parametrize("differing", [[], [0], [63, 64], [3, 128, 199]])
+def test_those_that_differ_among_many_are_found(differing: list[int]) -> None:
+    pages = Pages({mfn: page(mfn) for mfn in range(200)})
+    thought = np.repeat(np.arange(200, dtype=np.uint64)[:, None], 512, axis=1)
+    thought[differing, 510] += np.uint64(1)
+    rows = np.arange(200, dtype=np.intp)
+    with memory(pages).window(GUEST, rows.astype(np.uint64)) as window:
+        assert np.flatnonzero(window.differing(rows, thought)).tolist() == differing
