@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from enum import Enum, auto
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.events import Event
 from pgofflined.journal_log import event
 from pgofflined.letgo import let_go, told
-from pgofflined.ports import Clock, DomainControl, Journal
+from pgofflined.ports import Clock, DomainControl
 
 log = logging.getLogger(__name__)
 
@@ -19,20 +21,37 @@ log = logging.getLogger(__name__)
 _LATE = 300.0
 
 
+class _Found(Enum):
+    """What a look at a guest has shown."""
+
+    ENDED = auto()
+    """It needs nothing more, by what was done or because it is gone."""
+    RUNS = auto()
+    """It may still follow a request, until the time is over."""
+    WAITS = auto()
+    """It stands still, or may: it is looked after however long that lasts."""
+
+
 class Aftercare:
     """Guests that may still follow our request to suspend, and those that could not be let go.
 
     ``stuck`` says of the latter what keeps them.  ``interval`` is the time between two looks at
-    them, in seconds; there is none where no guest needs one.
+    them, in seconds; there is none where no guest needs one.  ``ended`` is told of a guest that
+    needs nothing more; no exchange may begin in it before.
     """
 
     def __init__(
-        self, xen: DomainControl, journal: Journal, clock: Clock, *, interval: float
+        self,
+        xen: DomainControl,
+        clock: Clock,
+        *,
+        interval: float,
+        ended: Callable[[DomainIdentity], None],
     ) -> None:
         self.stuck: dict[DomainIdentity, str] = {}
         self.interval = interval
         self._xen = xen
-        self._journal = journal
+        self._ended = ended
         self._clock = clock
         self._until: dict[DomainIdentity, float] = {}
 
@@ -59,48 +78,45 @@ class Aftercare:
     def look(self) -> None:
         """Resume those that are suspended.  Makes hypercalls; for a thread."""
         for domain, until in list(self._until.items()):
-            if self._needs_no_more(domain):
+            found = self._look_at(domain)
+            is_over = self._clock.monotonic() >= until
+            if found is _Found.ENDED or (found is _Found.RUNS and is_over):
                 self.stuck.pop(domain, None)
-                self._end(domain)
-            elif self._clock.monotonic() >= until:
-                self._end(domain)
+                del self._until[domain]
+                self._ended(domain)
 
-    def _end(self, domain: DomainIdentity) -> None:
-        del self._until[domain]
-        self._journal.done_with(domain)
-
-    def _needs_no_more(self, domain: DomainIdentity) -> bool:
+    def _look_at(self, domain: DomainIdentity) -> _Found:
         domid = domain.domid
         try:
             info = self._xen.condition(domid)
             if info.identity != domain:
-                return True
+                return _Found.ENDED
             if info.shutdown is ShutdownReason.SUSPEND and self._xen.somebody_at(domid) is not None:
-                return False  # it may stand still for him by now
+                return _Found.WAITS  # it may stand still for him by now
             if domain in self.stuck:
-                return self._is_let_go(info)
+                return self._let_go(info)
             if info.shutdown is not ShutdownReason.SUSPEND:
-                return False
+                return _Found.RUNS
             self._xen.resume(domid)
             self._xen.tell_resumed(domid)
         except DomainGone:
-            return True
+            return _Found.ENDED
         except PortError as error:
             log.warning("d%d may stand still because of us, and cannot be helped: %s", domid, error)
-            return False
+            return _Found.WAITS
         message = f"d{domid} was still suspended on our request and was resumed"
         event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)
-        return True
+        return _Found.ENDED
 
-    def _is_let_go(self, info: DomainInfo) -> bool:
-        """Try again to let a stuck guest go; whether it runs, by us or by somebody else."""
+    def _let_go(self, info: DomainInfo) -> _Found:
+        """Try again to let a stuck guest go, unless it runs by somebody else."""
         domid = info.domid
         if info.shutdown is not ShutdownReason.SUSPEND and not info.paused:
-            return True
+            return _Found.ENDED
         problem = let_go(self._xen, domid)
         told(self._xen, domid)
         if problem is not None:
-            return False
+            return _Found.WAITS
         message = f"d{domid}, which could not be let go, runs again"
         event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)
-        return True
+        return _Found.ENDED

@@ -183,6 +183,9 @@ def _start_alone(config_path: Path, host: Host) -> int:
         log.critical("pgofflined cannot start: %s", error)
         leftovers.see_out()
         return EX_UNAVAILABLE
+    except Exception:  # a fault of ours is told by who called, after the guests
+        leftovers.see_out()
+        raise
 
 
 async def _serve(

@@ -53,7 +53,8 @@ class Exchanging:
         self._rest: list[UnfinishedJob] = []
         self._tries: Counter[DomainIdentity] = Counter()
         self._busy: dict[DomainIdentity, str] = {}
-        # Jobs not ended yet: a new one would suspend the guest for us, and the old one resume it.
+        # Jobs not ended yet, and guests that are looked after since: a new job would suspend the
+        # guest for us, and who is to let it go would do so in the middle of that.
         self._unended: set[DomainIdentity] = set()
         self._next_try = 0.0
         # From the threads in which jobs run.
@@ -75,7 +76,7 @@ class Exchanging:
         from pgofflined.exchanger import exchange
 
         if domain in self._unended:
-            detail = f"what an earlier process left of an exchange in d{domain.domid} comes first"
+            detail = f"what was left of an earlier exchange in d{domain.domid} comes first"
             return _refused(domain, mfns, RefusalReason.DOMAIN_BUSY, detail)
         policy = self._policy()
         try:
@@ -94,6 +95,8 @@ class Exchanging:
                 marked=not self._marks_later(policy),
                 unended=self._give_up,
             )
+            if report.stuck is not None or report.may_suspend_late:
+                self._unended.add(domain)
             if not self._xen.version().offlines_free_frames_safely:
                 self._withdraw(report)
         except Exception:  # a fault in one job must not end the daemon of all other guests
@@ -101,6 +104,11 @@ class Exchanging:
             detail = "a fault of our own, which the journal tells; please report it"
             report = _refused(domain, mfns, RefusalReason.INTERNAL, detail)
         return report
+
+    def done_with(self, domain: DomainIdentity) -> None:
+        """Nobody has to look after the guest of an ended job any more."""
+        self._journal.done_with(domain)
+        self._unended.discard(domain)
 
     def _give_up(self, unfinished: UnfinishedJob) -> None:
         # Its record must not be replaced by that of another job.
@@ -171,7 +179,8 @@ class Exchanging:
                 self._rest.append(rest)
             else:
                 del self._tries[domain]
-                self._unended.discard(domain)
+                if report.stuck is None and not report.may_suspend_late:
+                    self._unended.discard(domain)
                 reports.append(report)
         return tuple(reports)
 
@@ -215,7 +224,10 @@ def _tell(report: RecoveryReport) -> None:
         case Recovered.NOT_YET:
             log.error("%s; the guest is held, and it is tried again", message)
         case Recovered.BUSY:
-            log.warning("%s; then it is tried again", message)
+            if report.results:
+                event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
+            else:
+                log.warning("%s; then it is tried again", message)
         case Recovered.LEFT_ALONE | Recovered.STANDS_STILL:
             event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
         case _:

@@ -47,7 +47,9 @@ _PUT_PAGE: Final = "INSERT OR REPLACE INTO page VALUES (?, ?)"
 ASIDE: Final = ".damaged"
 _STAGE: Final = "-stage"
 _WAL: Final = "-wal"
-_ALL_SUFFIXES: Final = (_STAGE, _WAL, "-shm", "-journal", "")
+# In the order of removal.  Without the first no process takes the others for a job, whereas a
+# record without its stage would be taken for another one.
+_ALL_SUFFIXES: Final = ("", _WAL, "-shm", "-journal", _STAGE)
 # A letter and the processor time in hex: so short that the kernel takes it whole or not at all.
 _PAUSING: Final = b"P"
 _HELD: Final = b"H"
@@ -126,6 +128,9 @@ class StoredJob:
     def leave(self) -> None:
         """Keep the record of the job, without anything that its guest's pages held."""
         try:
+            # Its contents must not be missing where they count.
+            if self._hold is not None:
+                self.settled()
             self._connection.execute("PRAGMA secure_delete = ON")
             with self._connection:
                 self._connection.execute("DELETE FROM page")
@@ -133,7 +138,7 @@ class StoredJob:
             # With all of it in the file, nothing in the log is looked at any more.
             self._connection.execute("PRAGMA wal_checkpoint(FULL)")
             _overwrite(_beside(self._path, _WAL))
-        except (OSError, sqlite3.Error) as error:
+        except (PortError, OSError, sqlite3.Error) as error:
             _log.error("%s holds pages of a guest still: %s", self._path, error)
         self._kept = None
         self._on_left(self)

@@ -72,9 +72,10 @@ class Leftovers:
         self._exchanging = Exchanging(
             xen=xen, journal=journal, clock=clock, policy=ExchangePolicy, poisoned=poisoned
         )
-        self._aftercare = Aftercare(xen, journal, clock, interval=_INTERVAL)
+        self._aftercare = Aftercare(
+            xen, clock, interval=_INTERVAL, ended=self._exchanging.done_with
+        )
         self._reports: list[RecoveryReport] = []
-        self._handed_over = False
 
     def recover(self) -> None:
         """Try each once.  A signal to stop waits until that is done."""
@@ -85,16 +86,15 @@ class Leftovers:
         """Let the service go on with what is not ended, and with guests to be looked after."""
         exchanging.take_over(self._exchanging)
         _note(aftercare, self._reports)
-        self._handed_over = True
+        self._exchanging, self._aftercare, self._reports = exchanging, aftercare, []
 
     def see_out(self, sleep: Callable[[float], None] = time.sleep) -> None:
         """There will be no service: go on until every guest that is left runs.
 
-        Does nothing after ``hand_over``.  How long it takes is systemd's to limit
-        (TimeoutStartSec); what is not ended then keeps its record for the next process.
+        After ``hand_over`` too, for a service that has ended without being told to.  How long it
+        takes is systemd's to limit (TimeoutStartSec); what is not ended then keeps its record for
+        the next process.
         """
-        if self._handed_over:
-            return
         _note(self._aftercare, self._reports)
         if self._waits():
             log.error("guests that exchanges have left are looked after first, then this ends")

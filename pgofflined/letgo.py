@@ -35,6 +35,11 @@ def let_go(
     return "; ".join(problem for problem in problems if problem) or None
 
 
+def unpause_only(xen: DomainControl, domid: Domid) -> str | None:
+    """Take our pause back from a guest that is somebody else's to resume."""
+    return _insist(lambda: xen.unpause(domid), "unpause")
+
+
 def resume_only(
     xen: DomainControl, domid: Domid, before: Callable[[], None] = nothing
 ) -> str | None:

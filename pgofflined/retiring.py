@@ -77,7 +77,6 @@ class Retirer:
         self.policy = policy
         self.wedged: set[DomainIdentity] = set()
         self.poisoned: set[Mfn] = set()
-        self.aftercare = Aftercare(xen, journal, clock, interval=late_look)
         self.exchanging = Exchanging(
             xen=xen,
             journal=journal,
@@ -85,6 +84,7 @@ class Retirer:
             policy=lambda: self.policy.exchange,
             poisoned=lambda: frozenset(self.poisoned),
         )
+        self.aftercare = Aftercare(xen, clock, interval=late_look, ended=self.exchanging.done_with)
         self.idle_scrub = 0
         self._xen = xen
         self._clock = clock

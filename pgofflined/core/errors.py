@@ -78,6 +78,13 @@ class SuspendNotAsked(XenError):
     """
 
 
+class SuspendShared(SuspendNotAsked):
+    """The guest was asked by us and by somebody else at once, and is his, should he go on.
+
+    It may suspend for us alone, if he is stopped before.
+    """
+
+
 class OfflineCallUnsafe(PortError):
     """No thread can be placed so that the offline call stays off pCPU 0 (see xen-bugs)."""
 

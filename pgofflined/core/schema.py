@@ -236,9 +236,12 @@ SECTIONS: Final[Mapping[str, Mapping[str, Reader]]] = {
         "workers": _whole(1, 64),
         "max_queued": _whole(1, 1_000_000),
         "max_pages_per_suspend": _whole(1, 4096),
-        "acknowledge_timeout": _duration("100ms", "10m"),
-        "suspend_timeout": _duration("100ms", "10m"),
-        "max_blackout": _duration("10ms", "10m"),
+        # Together less than TimeoutStopSec= of the unit.
+        "acknowledge_timeout": _duration("100ms", "2m"),
+        "suspend_timeout": _duration("100ms", "2m"),
+        # For no longer than 60 s does libxl wait for a guest that somebody else holds; then it
+        # takes what it finds suspended for its own.
+        "max_blackout": _duration("10ms", "20s"),
         "mark": _choice(Marking),
         "scrub_wait": _duration("1s", "1h"),
         **_RETRIES,

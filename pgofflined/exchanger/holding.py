@@ -8,11 +8,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError, SuspendNotAsked
+from pgofflined.core.errors import (
+    DomainGone,
+    GuestDidNotSuspend,
+    PortError,
+    SuspendNotAsked,
+    SuspendShared,
+)
 from pgofflined.core.frames import Domid
 from pgofflined.exchanger.moving import NotKept
-from pgofflined.letgo import let_go, resume_only, told
+from pgofflined.letgo import let_go, resume_only, told, unpause_only
 from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
+
+# libxl withdraws a request that was not followed for 60 s, and goes on where the guest is
+# suspended, for whomever (libxl_dom_suspend.c, domain_suspend_common_pvcontrol_suspending).
+_LONG = 45.0
 
 
 class Holding:
@@ -49,6 +59,9 @@ class Holding:
             self.may_suspend_late = error.stage == "suspend"
             self.owes_nothing = not self.may_suspend_late
             raise
+        except SuspendShared:
+            self.may_suspend_late = True
+            raise
         except (DomainGone, SuspendNotAsked):
             # One that somebody else has suspended is his to resume.
             self.owes_nothing = True
@@ -73,9 +86,22 @@ class Holding:
             yield
         finally:
             self._release()
-            self.stuck = let_go(self._xen, domid, paused=paused, before=self._release)
-            self.owes_nothing = self.stuck is None
+            if self._is_somebodys_by_now():
+                self.stuck = unpause_only(self._xen, domid) if paused else None
+                self.may_suspend_late = True
+            else:
+                self.stuck = let_go(self._xen, domid, paused=paused, before=self._release)
+                self.owes_nothing = self.stuck is None
             told(self._xen, domid)
+
+    def _is_somebodys_by_now(self) -> bool:
+        """Whether somebody has taken the suspend for his, which takes him a minute of waiting."""
+        if self._clock.monotonic() - self.held < _LONG:
+            return False
+        try:
+            return self._xen.somebody_at(self._domid) is not None
+        except PortError:
+            return False
 
     def _release(self) -> None:
         """The guest's wait is over when it may run, not when we run again: it is first, then."""

@@ -18,10 +18,11 @@ from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.exchanger.transfer import Transfer
 from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
 
-# What a step after the commit fails for (dom0 short of memory) passes within so many tries, so many
-# seconds apart, or not at all.  The guest is held meanwhile: with a page missing it is worse off.
-_TRIES = 12
-_SECONDS_BETWEEN = 5.0
+# What a step after the commit fails for (dom0 short of memory) mostly passes within so many
+# seconds.  The guest is held meanwhile: with a page missing it is worse off.  Not for longer: after
+# a minute libxl would take the suspend for its own.
+_SETTLE_SECONDS = 40.0
+_SECONDS_BETWEEN = 4.0
 # A survey tells these from pages that cannot be moved.
 _SURVEY_HELPS = frozenset({RefusalReason.OUT_OF_DATE, RefusalReason.OTHER_REFERENCES})
 
@@ -60,6 +61,7 @@ class Mover:
         self._news = np.empty(0, dtype=np.uint64)
         self._seen: Seen | None = None
         self._under_way: Group | None = None
+        self._held = 0.0
 
     @property
     def unsettled(self) -> Group | None:
@@ -95,6 +97,7 @@ class Mover:
 
         ``held`` is when the guest began to stand still, ``survey_seconds`` what a survey takes.
         """
+        self._held = held
         until = held + self._limits.blackout
         self._move_groups(info.domid, plan, until, self._seen)
         unsure = [refusal.mfn for refusal in self._refusals() if refusal.reason in _SURVEY_HELPS]
@@ -193,9 +196,8 @@ class Mover:
 
     def _conclude(self, domid: Domid, group: Group, transfer: Transfer) -> Transfer:
         """Settle again and again, if need be; the record counts no more then.  Raises PortError."""
-        for _ in range(_TRIES):
-            if transfer.is_whole:
-                break
+        until = self._held + _SETTLE_SECONDS
+        while not transfer.is_whole and self._clock.monotonic() < until:
             self._clock.wait(_SECONDS_BETWEEN)
             transfer = self._once_more(domid, group)
         self.is_whole = transfer.is_whole

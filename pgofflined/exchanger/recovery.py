@@ -17,12 +17,12 @@ from pgofflined.core.moves import Group
 from pgofflined.core.outcomes import Damaged, PageResult
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanger.transfer import Transfer
-from pgofflined.letgo import let_go, told
+from pgofflined.letgo import let_go, resume_only, told
 from pgofflined.ports import Hypervisor, JobRecord, UnfinishedJob
 
-# A guest that follows a request does so within the two time limits of the policy, 600 s each at
+# A guest that follows a request does so within the two time limits of the policy, 120 s each at
 # most (``core.schema``).  One that stands still later may do so for somebody else.
-_OURS_SECONDS = 1500.0
+_OURS_SECONDS = 600.0
 
 
 def recover(
@@ -59,7 +59,7 @@ def recover(
 
 
 class _LeftAlone(Exception):
-    """The guest is neither as we found it nor as we left it."""
+    """The guest has run since."""
 
 
 class _Recovery:
@@ -100,7 +100,13 @@ class _Recovery:
         somebody = self._xen.somebody_at(domid)
         if somebody is not None:
             # What stands in control/shutdown may be his, and so may be the guest's standing still.
-            return self.report(Recovered.BUSY, f"d{domid} is left alone until {somebody} has ended")
+            detail = f"d{domid} is left alone until {somebody} has ended"
+            if self._results:
+                detail += (
+                    "; its memory was just put right, perhaps while that was reading it: do not "
+                    "trust what it has saved or sent"
+                )
+            return self.report(Recovered.BUSY, detail)
         return self._end_request(info) if self._hold is None else self._end_hold(info)
 
     def _end_request(self, info: DomainInfo) -> RecoveryReport:
@@ -158,20 +164,26 @@ class _Recovery:
     def _make_whole(self, info: DomainInfo, group: Group) -> str:
         """Settle what was exchanged and undo what was not; what is damaged, if anything.
 
-        Raises _LeftAlone, PortError.
+        Raises _LeftAlone where it has run since, PortError.
         """
         paused = self._is_as_left(info) and not info.paused
         if paused:
             self._xen.pause(self._domid)
             # Nobody can let it run from here on.
             info = self._xen.condition(self._domid)
-        transfer = Transfer(self._xen, self._domid, group)
-        try:
-            self._take_over(info, transfer)
-        except _LeftAlone:
+        if not self._is_as_left(info):
             if paused:
                 self._xen.unpause(self._domid)
-            raise
+            pages = ", ".join(f"{mfn:#x}" for mfn in group.frames())
+            raise _LeftAlone(
+                f"d{self._domid} was let go by somebody else in the middle of the exchange of mfn "
+                f"{pages}: what it maps there may be missing, or read as zeros; restart it"
+            )
+        transfer = Transfer(self._xen, self._domid, group)
+        transfer.take_over()
+        changed = transfer.changed_by_others(self._never_read)
+        if changed is not None:
+            return f"it is not as it was left: {changed}"
         transfer.settle()
         self._results = tuple(transfer.progress.results())
         damage = "; ".join(each.detail for each in self._results if isinstance(each, Damaged))
@@ -180,28 +192,32 @@ class _Recovery:
             self._is_whole = True
         return damage
 
-    def _take_over(self, info: DomainInfo, transfer: Transfer) -> None:
-        """Find out how far it has come, and that only we have changed the guest."""
-        if not self._is_as_left(info):
-            pages = ", ".join(f"{mfn:#x}" for mfn in transfer.progress.group.frames())
-            raise _LeftAlone(
-                f"d{self._domid} was let go by somebody else in the middle of the exchange of mfn "
-                f"{pages}: what it maps there may be missing; restart it when convenient"
-            )
-        transfer.take_over()
-        changed = transfer.changed_by_others(self._never_read)
-        if changed is not None:
-            raise _LeftAlone(f"d{self._domid} is not as it was left: {changed}")
-
     def give_up(self, report: RecoveryReport) -> RecoveryReport:
-        """Let the guest go as it is.
+        """Let the guest go as it is, if it stands still for us.
 
-        What is not mapped it will fault at, which harms it less than to stand still for ever.
+        What is not mapped it faults at, as a rule (see decision 5), which harms it less than to
+        stand still for ever.
         """
-        stuck = let_go(self._xen, self._domid)
-        told(self._xen, self._domid)
+        domid = self._domid
+        try:
+            info = self._xen.condition(domid)
+        except DomainGone as error:
+            return self.report(Recovered.GONE, str(error))
+        except PortError:
+            return report
+        if not _is_same(info, self._record):
+            return self.report(Recovered.GONE, f"d{domid} is another domain by now")
+        stuck: str | None = None
+        if self._hold is None:
+            # It was not paused by us.
+            if self._now - self._record.began <= _OURS_SECONDS:
+                stuck = resume_only(self._xen, domid)
+        elif self._is_as_left(info):
+            stuck = let_go(self._xen, domid)
+        told(self._xen, domid)
         # Not before: if we are killed in between, another process tries once more.
-        self._job.set_aside()
+        if stuck is None:
+            self._job.set_aside()
         return self.report(Recovered.LEFT_ALONE, report.detail, stuck=stuck)
 
     def report(

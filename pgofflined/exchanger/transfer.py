@@ -3,8 +3,7 @@
 Up to the commit of a page (XENMEM_exchange) everything can be taken back: its entries are
 written as they were and the old frame never left the guest.  From the commit on only forward is
 possible: contents first, then the p2m, then the entries.  In this order a failure in the middle
-leaves the page unmapped, so that the guest stops there rather than reading bytes that are not
-its own.
+leaves the page unmapped, so that nobody in the guest reads bytes that are not its own (decision 5).
 
 A page table is held by its pin and by the entries of higher tables; when all are gone, Xen lets go
 of what it maps and it is an ordinary page.  The first entry of a higher table that names the new

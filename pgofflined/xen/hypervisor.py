@@ -88,7 +88,6 @@ class XenHypervisor:
         )
         self._guests_parts: _Guests | None = None
         self._guests_lock = threading.Lock()
-        self._looked = _Last()
 
     def close(self) -> None:
         """Let go of the hypervisor; no call may follow."""

@@ -25,6 +25,7 @@ from pgofflined.core.errors import (
     GuestDidNotSuspend,
     PortError,
     SuspendNotAsked,
+    SuspendShared,
     XenError,
 )
 from pgofflined.core.frames import Domid
@@ -202,7 +203,7 @@ class Suspension:
         if somebody is None or store.read(path) == _SUSPEND:
             return
         _LOG.warning("d%d was asked to suspend by us and by %s at once: it is his", domid, somebody)
-        raise SuspendNotAsked(errno.EBUSY, op="suspend (for somebody else as well)", domid=domid)
+        raise SuspendShared(errno.EBUSY, op="suspend (for somebody else as well)", domid=domid)
 
     def withdraw(self, domid: Domid) -> bool:
         """Take back a request that nobody has read; whether there was one."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from errno import EIO
+from errno import EBUSY, EIO
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from pgofflined.core.errors import PortError, XenError
+from pgofflined.core.errors import PortError, SuspendShared, XenError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import Damaged, Exchanged, Refusal, RefusalReason
 from pgofflined.core.recovery import Recovered, RecoveryReport
@@ -169,6 +169,44 @@ def test_a_guest_that_has_read_the_request_is_let_go_whatever_fails_then(
     bench.assert_guest_runs_unharmed()
     assert bench.journal.kept == {}
     assert bench.host.simulated(bench.domid).suspends_at is None
+
+
+def test_a_guest_that_has_read_a_request_of_two_is_left_to_the_other_and_looked_after() -> None:
+    bench = Bench.build()
+
+    class Shared(FaultyHypervisor):
+        """Finds that somebody has come; the guest suspends all the same."""
+
+        def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
+            del limits
+            bench.host.simulated(domid).suspends_at = bench.host.clock.monotonic() + 1
+            raise SuspendShared(EBUSY, op="suspend", domid=domid)
+
+    xen = Shared(bench.host)
+    report = bench.exchange(_pages(bench), xen)
+    assert "resume" not in xen.trace.methods
+    # He was stopped before he had begun.
+    bench.look_after([report])
+    bench.assert_guest_runs_unharmed()
+    assert bench.journal.kept == {}
+
+
+def test_a_guest_that_was_held_so_long_that_a_save_has_begun_is_not_resumed_in_it() -> None:
+    bench = Bench.build()
+    guest = bench.host.simulated(bench.domid)
+
+    def comes() -> None:
+        bench.host.clock.wait(61)
+        guest.somebody = "process 5 (xl save)"
+
+    xen = FaultyHypervisor(bench.host, Fault(method="exchange", act=comes))
+    report = bench.exchange(_pages(bench), xen)
+    assert "resume" not in xen.trace.methods
+    assert report.may_suspend_late
+    assert not bench.host.domain(bench.domid).paused
+    guest.somebody = None
+    bench.look_after([report])
+    bench.assert_guest_runs_unharmed()
 
 
 def test_a_shortage_that_passes_costs_time_and_no_page() -> None:

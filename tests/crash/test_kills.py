@@ -365,24 +365,31 @@ def test_a_guest_that_stays_beyond_help_is_let_go_and_its_record_kept_for_a_pers
     assert kept.group is not None
 
 
-def test_a_guest_that_somebody_else_let_go_and_stopped_again_is_left_as_it_is() -> None:
-    bench = Bench.build()
-    dying = Fault(method="update_ptes", moment=Moment.AFTER, kills=True)
-    with pytest.raises(Killed):
-        run(bench, bench.mark(*PAGES["data"](bench.layout)), FaultyHypervisor(bench.host, dying))
-    # Suspended and not paused, but with another entry.
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("what", ["an entry", "a broken table"])
+def test_a_guest_that_is_not_as_it_was_left_is_held_for_a_while_and_then_let_go(
+    what: str,
+    paused: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    bench = killed(Fault(method="update_ptes", moment=Moment.AFTER, kills=True))
     [kept] = bench.journal.kept.values()
     assert kept.group is not None
     table, index = int(kept.group.references.tables[0]), int(kept.group.references.indexes[0])
-    other = bench.host.frame_of(bench.domid, bench.layout.plain[9])
-    write = PteWrite(table=Mfn(table), index=index, value=other << 12 | 0x25)
-    set_ptes(bench.host, bench.domid, [write])
-    bench.host.unpause(bench.domid)
+    if what == "an entry":
+        other = bench.host.frame_of(bench.domid, bench.layout.plain[9])
+        write = PteWrite(table=Mfn(table), index=index, value=other << 12 | 0x25)
+        set_ptes(bench.host, bench.domid, [write])
+    else:
+        bench.host.poison(table, known=True)
+    if not paused:
+        bench.host.unpause(bench.domid)
     xen = FaultyHypervisor(bench.host)
     reports = bench.end_jobs(xen)
     assert [report.outcome for report in reports] == [Recovered.LEFT_ALONE]
-    assert not {"resume", "update_ptes", "exchange"} & set(xen.trace.methods)
-    assert not bench.host.domain(bench.domid).paused
+    assert not {"update_ptes", "exchange", "write_frames"} & set(xen.trace.methods)
+    info = bench.host.domain(bench.domid)
+    assert (info.shutdown, info.paused) == (None, False)
+    assert len(bench.journal.aside) == 1
 
 
 @pytest.mark.parametrize("stops", [False, True])
@@ -505,6 +512,39 @@ def test_a_process_that_is_killed_while_it_gives_up_has_not_lost_the_record() ->
     reports = bench.end_jobs()
     assert [report.outcome for report in reports] == [Recovered.FINISHED]
     assert_ended_well(bench, PAGES["data"](bench.layout), reports)
+
+
+@pytest.mark.parametrize("method", ["exchange", "unpause"])
+def test_giving_up_does_not_resume_a_guest_that_has_run_and_is_suspended_for_another(
+    method: str,
+) -> None:
+    bench = killed(Fault(method=method, moment=Moment.BEFORE, kills=True))
+    bench.host.unpause(bench.domid)
+    bench.host.resume(bench.domid)
+    bench.host.suspend(bench.domid, SuspendLimits())
+    xen = FaultyHypervisor(bench.host, Fault(method="somebody_at", times=10**6))
+    bench.end_jobs(xen)
+    assert not {"unpause", "resume"} & set(xen.trace.methods)
+
+
+def test_giving_up_does_not_take_back_a_pause_that_is_not_ours() -> None:
+    bench = killed(Fault(method="suspend", moment=Moment.BEFORE, kills=True))
+    bench.host.pause(bench.domid)
+    xen = FaultyHypervisor(bench.host, Fault(method="withdraw_suspend", times=10**6))
+    bench.end_jobs(xen)
+    assert bench.host.domain(bench.domid).paused
+
+
+def test_a_record_whose_removal_was_cut_off_is_none(tmp_path: Path) -> None:
+    bench = killed(Fault(method="unpause", kills=True))
+    [kept] = bench.journal.kept.values()
+    store = JobStore(tmp_path / "jobs")
+    job = store.open(kept.record)
+    job.hold(0)
+    for path in sorted((tmp_path / "jobs").iterdir(), key=lambda path: len(path.name))[:1]:
+        path.unlink()
+    assert JobStore(tmp_path / "jobs").unfinished() == []
+    assert list((tmp_path / "jobs").iterdir()) == []
 
 
 def test_memory_is_put_right_before_it_is_asked_whether_somebody_else_is_at_it() -> None:

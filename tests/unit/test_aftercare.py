@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pgofflined.aftercare import Aftercare
+from pgofflined.core.domains import DomainIdentity
 from pgofflined.ports import SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor
 from pgofflined.sim.journal import MemoryJournal
@@ -20,7 +21,7 @@ def held() -> SmallHost:
 
 def caring(small: SmallHost, *plan: Fault) -> Aftercare:
     xen = FaultyHypervisor(small.host, *plan)
-    aftercare = Aftercare(xen, MemoryJournal(), small.host.clock, interval=5)
+    aftercare = Aftercare(xen, small.host.clock, interval=5, ended=MemoryJournal().done_with)
     domain = small.host.domain(small.pv).identity
     aftercare.note("x1", domain, stuck="could not unpause it", may_suspend_late=False)
     return aftercare
@@ -61,7 +62,7 @@ def test_a_guest_that_somebody_has_helped_is_left_alone(held: SmallHost) -> None
 
 def test_a_guest_that_suspends_late_is_resumed(held: SmallHost) -> None:
     held.host.unpause(held.pv)
-    aftercare = Aftercare(held.host, MemoryJournal(), held.host.clock, interval=5)
+    aftercare = Aftercare(held.host, held.host.clock, interval=5, ended=MemoryJournal().done_with)
     domain = held.host.domain(held.pv).identity
     aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
     aftercare.look()
@@ -71,7 +72,7 @@ def test_a_guest_that_suspends_late_is_resumed(held: SmallHost) -> None:
 
 def test_a_guest_that_may_suspend_late_is_given_up_after_a_while() -> None:
     small = small_host()
-    aftercare = Aftercare(small.host, MemoryJournal(), small.host.clock, interval=5)
+    aftercare = Aftercare(small.host, small.host.clock, interval=5, ended=MemoryJournal().done_with)
     domain = small.host.domain(small.pv).identity
     aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
     aftercare.look()
@@ -90,7 +91,7 @@ def test_a_guest_that_somebody_saves_is_let_go_only_when_he_has_ended(
     guest = held.host.simulated(held.pv)
     guest.somebody = "process 5 (xl save)"
     xen = FaultyHypervisor(held.host)
-    aftercare = Aftercare(xen, MemoryJournal(), held.host.clock, interval=5)
+    aftercare = Aftercare(xen, held.host.clock, interval=5, ended=MemoryJournal().done_with)
     domain = held.host.domain(held.pv).identity
     aftercare.note("x1", domain, stuck=stuck, may_suspend_late=stuck is None)
     aftercare.look()
@@ -100,3 +101,25 @@ def test_a_guest_that_somebody_saves_is_let_go_only_when_he_has_ended(
     aftercare.look()
     assert runs(held)
     assert not aftercare
+
+
+@pytest.mark.parametrize("trouble", ["somebody", "xen"])
+def test_a_guest_that_stands_still_is_never_given_up(trouble: str) -> None:
+    small = small_host()
+    guest = small.host.simulated(small.pv)
+    xen = FaultyHypervisor(small.host, *[Fault(method="resume", times=2)][: trouble == "xen"])
+    ended: list[DomainIdentity] = []
+    aftercare = Aftercare(xen, small.host.clock, interval=5, ended=ended.append)
+    domain = small.host.domain(small.pv).identity
+    aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
+    small.host.suspend(small.pv, SuspendLimits())
+    guest.somebody = "process 5 (xl save)" if trouble == "somebody" else None
+    for _ in range(2):
+        small.host.clock.wait(301)
+        aftercare.look()
+        assert aftercare
+    assert ended == []
+    guest.somebody = None
+    aftercare.look()
+    assert runs(small)
+    assert ended == [domain]

@@ -86,15 +86,26 @@ def test_without_anything_left_it_ends_at_once(bench: Bench) -> None:
     left.see_out(sleep=lambda _: pytest.fail("nothing is waited for"))
 
 
-def test_what_was_handed_over_is_not_looked_after_twice(bench: Bench) -> None:
+def test_a_service_that_could_not_be_started_leaves_no_guest_that_was_handed_to_it(
+    bench: Bench,
+) -> None:
     killed(bench, "exchange", Moment.AFTER)
-    bench.host.simulated(bench.domid).somebody = "process 5 (xl save)"
+    guest = bench.host.simulated(bench.domid)
+    guest.somebody = "process 5 (xl save)"
     left = leftovers(bench)
     left.recover()
     work = bench.work()
     left.hand_over(work, aftercare(bench))
     assert work.has_rest
-    left.see_out(sleep=lambda _: pytest.fail("it is the service's"))
+
+    def sleep(seconds: float) -> None:
+        bench.host.clock.wait(seconds)
+        guest.somebody = None
+
+    left.see_out(sleep=sleep)
+    assert work.recover_rest() == ()
+    bench.assert_guest_runs_unharmed()
+    assert bench.journal.kept == {}
 
 
 def test_the_service_watches_guests_that_may_follow_late(bench: Bench) -> None:
@@ -128,4 +139,4 @@ def test_a_signal_to_stop_waits_until_a_guest_is_whole(bench: Bench) -> None:
 
 
 def aftercare(bench: Bench) -> Aftercare:
-    return Aftercare(bench.host, bench.journal, bench.host.clock, interval=5)
+    return Aftercare(bench.host, bench.host.clock, interval=5, ended=bench.journal.done_with)

@@ -21,7 +21,7 @@ def look_after(
     xen: XenHypervisor, journal: Journal, reports: Iterable[ExchangeReport | RecoveryReport]
 ) -> None:
     """Look at the guests of some jobs until none needs it, or the time is over."""
-    aftercare = Aftercare(xen, journal, HostClock(), interval=0)
+    aftercare = Aftercare(xen, HostClock(), interval=0, ended=journal.done_with)
     for report in reports:
         aftercare.note(
             "tests", report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late

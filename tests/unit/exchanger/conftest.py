@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -78,17 +78,22 @@ class Bench:
             assert work.recover_rest() == ()
             self.host.clock.wait(RECOVERY_SECONDS)
             reports += work.recover_rest()
-        self.look_after(reports, journal=journal)
+        self.look_after(reports, ended=(journal or self.journal).done_with)
         return reports
 
     def look_after(
         self,
         reports: Sequence[RecoveryReport | ExchangeReport],
         *,
-        journal: Journal | None = None,
+        ended: Callable[[DomainIdentity], None] | None = None,
     ) -> None:
         """Until no guest needs it."""
-        care = Aftercare(self.host, journal or self.journal, self.host.clock, interval=5)
+        care = Aftercare(
+            self.host,
+            self.host.clock,
+            interval=5,
+            ended=ended or self.journal.done_with,
+        )
         for report in reports:
             care.note(
                 "test", report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late

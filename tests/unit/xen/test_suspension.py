@@ -15,6 +15,7 @@ from pgofflined.core.errors import (
     GuestDidNotSuspend,
     PortError,
     SuspendNotAsked,
+    SuspendShared,
     XenError,
 )
 from pgofflined.core.frames import Domid
@@ -293,7 +294,7 @@ def test_guest_that_suspends_without_having_read_our_request_does_so_for_somebod
 
 def test_a_request_that_somebody_wrote_over_ours_makes_the_suspend_his() -> None:
     guest = Guest({0.5: acknowledges, 2.0: suspends})
-    with pytest.raises(SuspendNotAsked) as caught:
+    with pytest.raises(SuspendShared) as caught:
         suspension(guest, newcomer=lambda domid: f"process 5 (xl save {domid})").suspend(
             GUEST, LIMITS
         )
