@@ -81,7 +81,9 @@ class References:
         return len(self.pages)
 
     def chosen(self, rows: Chosen | NDArray[np.intp]) -> References:
-        """Some of the entries, or all in another order."""
+        """Some of the entries, or all in another order; themselves where all are chosen as such."""
+        if rows.dtype == np.bool_ and rows.all():
+            return self
         return References(
             pages=self.pages[rows],
             levels=self.levels[rows],
@@ -92,11 +94,19 @@ class References:
 
     def upwards(self) -> References:
         """Entries of L1 tables first, those of L4 tables last: the order to clear them in."""
+        if self._has_one_level():
+            return self
         return self.chosen(np.argsort(self.levels, kind="stable"))
 
     def downwards(self) -> References:
         """Entries of L4 tables first: the order to set them in."""
+        if self._has_one_level():
+            return self
         return self.chosen(np.argsort(-self.levels.astype(np.int8), kind="stable"))
+
+    def _has_one_level(self) -> bool:
+        """As those of ordinary pages have: there is nothing to put in order while a guest waits."""
+        return not len(self) or bool((self.levels == self.levels[0]).all())
 
     def cleared(self) -> PteWrites:
         """Writes that take all the entries away.
@@ -169,7 +179,9 @@ class Group:
 
     def renamed(self, olds: Frames, news: Frames) -> Group:
         """The same after frames have moved that hold entries or p2m slots of it."""
-        if not len(olds):
+        known = np.sort(olds)
+        # As for ordinary pages, while the guest waits.
+        if not (among(self.references.tables, known).any() or among(self.slot_frames, known).any()):
             return self
         references = replace(self.references, tables=_renamed(self.references.tables, olds, news))
         slots = _renamed(self.slot_frames, olds, news)
