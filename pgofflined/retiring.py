@@ -338,7 +338,10 @@ class Retirer:
             case Refusal():
                 self._refused(job, domain, result)
             case Damaged(old=old, detail=detail):
-                what = f"was exchanged, but the guest could not be put right: {detail}"
+                what = (
+                    f"was exchanged, but d{domid} could not be put right: {detail}; restart it at "
+                    "once, for its programs may read zeros there"
+                )
                 tell(logging.CRITICAL, Event.PAGE_DAMAGED, what, old, domid=domid, job=job)
                 self.ledger.leave(old, "damaged", detail, marked=True)
             case _:
