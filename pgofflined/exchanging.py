@@ -234,5 +234,8 @@ def _tell(report: RecoveryReport) -> None:
             assert_never(report.outcome)
     for result in report.results:
         if isinstance(result, Damaged):
-            what = f"mfn {result.old:#x} of d{domid} could not be put right: {result.detail}; restart it at once"
+            what = (
+                f"mfn {result.old:#x} of d{domid} could not be put right: {result.detail}; "
+                "restart it at once"
+            )
             event(log, logging.CRITICAL, Event.PAGE_DAMAGED, what, domid=domid, job=job)
