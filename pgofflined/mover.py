@@ -3,8 +3,9 @@
     python3 -m pgofflined.mover DOMID UUID DIRECTORY
 
 What it may do after each step is in ``core.saves``.  Told to stop before ``xl save`` is started, it
-does so; from then on it stops for no signal but SIGKILL, ends nothing it has started, and removes
-the file and its note only where it has seen the guest run.  It does not depend on anybody who reads
+does so; from then on it stops for no signal but SIGKILL, ends nothing it has started, destroys the
+guest only where its file is on the disk and it has not run since, and removes the file and its note
+only where it has seen the guest run.  It does not depend on anybody who reads
 what it says, and neither does xl: that writes into a log beside the note.
 
 Exit status: 0, the guest was saved and restored; ``EX_STAYS``, it was not saved and runs on; any
@@ -37,8 +38,11 @@ from pgofflined.core.saves import (
     Stand,
     Stays,
     Unclear,
+    after_destroy,
     after_restore,
     after_save,
+    before_destroy,
+    held,
     stand_of,
     when_unclear,
 )
@@ -67,6 +71,10 @@ MARK: Final = "pgofflined: "
 # A destroyed domain is dying at once; Xen only may be slow to say so.
 _LOOKS: Final = 20
 _BETWEEN_LOOKS: Final = 0.5
+# A guest that has taken notice of the request to suspend itself may follow it when xl has given up,
+# after 60 s: Linux gives up freezing its processes within 20 s.
+_LATE: Final = 60
+_BETWEEN_LATE_LOOKS: Final = 1.0
 # What a second restore could help with (memory that is not free yet, a device that is not let go)
 # takes a while to pass.
 _BEFORE_AGAIN: Final = 10.0
@@ -175,7 +183,9 @@ class Mover:
     def _run_alone(self, lock: int, log: int) -> None:
         self._note(SavePhase.SAVING, new=True)
         try:
-            saved = self._save(self._make_file(), lock, log)
+            saved, ran = self._save(self._make_file(), lock, log)
+            self._have_it_on_disk(lock, log)
+            self._destroy(saved, ran, lock, log)
             self._note(SavePhase.RESTORING, new=False)
             self._restore(saved, log)
             self._file.unlink()
@@ -236,38 +246,97 @@ class Mover:
         self._forget_note()
         return StaysError(why)
 
-    def _save(self, made: FileSeen, lock: int, log: int) -> FileSeen:
+    def _save(self, made: FileSeen, lock: int, log: int) -> tuple[FileSeen, int]:
+        """The file, and for how long the guest had run, which is paused."""
         domid = self._domain.domid
         if self._told_to_stop():
             self._file.unlink()
             raise self._stays(f"d{domid} is not saved: this process was told to stop")
-        # It has no time limit and is not ended: half-way it would leave the guest suspended.  It
-        # has the lock as well: should we be killed, it goes on, and the guest is on its way.
-        status = self._run_xl(["save", str(domid), str(self._file)], log, kept=[lock])
+        # Paused, as xl would destroy it whether its file is on the disk or not.  It has no time
+        # limit and is not ended: half-way it would leave the guest suspended.  It has the lock as
+        # well: should we be killed, it goes on, and the guest is on its way.
+        status = self._run_xl(["save", "-p", str(domid), str(self._file)], log, kept=[lock])
         file = see(self._file)
-        stand = self._stand(Stand.RUNS if status else Stand.ABSENT)
-        verdict = after_save(succeeded=not status, stand=stand, made=made, file=file)
+        stand, ran = self._look(Stand.RUNS if status else Stand.PAUSED)
+        if status not in (0, _NOT_STARTED):
+            stand, ran = self._watch(stand, ran)
+        verdict = after_save(
+            succeeded=not status, stand=stand, is_held=ran is not None, made=made, file=file
+        )
         match verdict:
             case GoOn():
                 assert file is not None  # noqa: S101 - GoOn says so
-                self._have_it_on_disk()
-                return file
+                assert ran is not None  # noqa: S101
+                return file, ran
             case Stays():
-                why = f"xl could not save d{domid} (status {status}): {last_words(log)}"
-                self._file.unlink(missing_ok=True)
-                raise self._stays(why)
+                raise self._runs_on(f" (status {status}): {last_words(log)}")
             case Unclear(what=what):
                 raise UnclearError(f"{what}; xl said: {last_words(log)}")
             case _:
                 assert_never(verdict)
 
-    def _have_it_on_disk(self) -> None:
-        descriptor = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    def _watch(self, stand: Stand, ran: int | None) -> tuple[Stand, int | None]:
+        """See whether the guest suspends itself although the save has failed."""
+        for _ in range(_LATE):
+            if stand is not Stand.RUNS:
+                break
+            self._sleep(_BETWEEN_LATE_LOOKS)
+            stand, ran = self._look(Stand.RUNS)
+        return stand, ran
+
+    def _runs_on(self, why: str) -> StaysError:
+        """To be raised where the guest stood still and was seen to run again.  Raises OSError."""
+        self._file.unlink(missing_ok=True)
+        return self._stays(f"xl could not save d{self._domain.domid}{why}")
+
+    def _have_it_on_disk(self, lock: int, log: int) -> None:
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        sync_directory(self._file.parent)
+            descriptor = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            sync_directory(self._file.parent)
+            self._note(SavePhase.SAVED, new=False)
+        except (OSError, UnclearError) as error:
+            self._phase = SavePhase.SAVING
+            raise self._let_run(f" so that it is on the disk: {error}", lock, log) from error
+
+    def _let_run(self, why: str, lock: int, log: int) -> StaysError | UnclearError:
+        """Let the guest run that is paused; gives what to raise.  Raises UnclearError, OSError."""
+        domid = self._domain.domid
+        if self._look(Stand.PAUSED)[1] is not None:
+            self._run_xl(["unpause", str(domid)], log, kept=[lock])
+        if self._look(Stand.RUNS)[0] is Stand.RUNS:
+            return self._runs_on(why)
+        return UnclearError(
+            f"xl could not save d{domid}{why}; it could not be let run; xl said: {last_words(log)}"
+        )
+
+    def _destroy(self, saved: FileSeen, ran: int, lock: int, log: int) -> None:
+        domid = self._domain.domid
+        stand, now = self._look(Stand.PAUSED)
+        verdict = before_destroy(stand=stand, then=ran, now=now)
+        match verdict:
+            case GoOn():
+                pass
+            case Stays():
+                raise self._runs_on(": somebody has let it run meanwhile")
+            case Unclear(what=what, has_run=has_run):
+                if has_run:
+                    self._note(SavePhase.RESTORED, new=False)
+                raise UnclearError(what)
+            case _:
+                assert_never(verdict)
+        status = self._run_xl(["destroy", str(domid)], log, kept=[lock])
+        done = after_destroy(
+            succeeded=not status,
+            stand=self._look(Stand.ABSENT)[0],
+            saved=saved,
+            file=see(self._file),
+        )
+        if isinstance(done, Unclear):
+            raise UnclearError(f"{done.what}; xl said: {last_words(log)}")
 
     def _restore(self, saved: FileSeen, log: int) -> None:
         tries = 0
@@ -276,12 +345,13 @@ class Mover:
             # What xl leaves behind to monitor the guest would have the lock for ever.
             status = self._run_xl(["restore", str(self._file)], log)
             if status == 0:
-                # Where that fails it is as good to have seen the guest run, in a moment.
-                with suppress(UnclearError):
-                    self._note(SavePhase.RESTORED, new=False)
+                self._note_restored()
+            stand, _ = self._look(Stand.ABSENT if status else Stand.RUNS)
+            if status and stand is Stand.RUNS:
+                self._note_restored()
             verdict = after_restore(
                 succeeded=not status,
-                stand=self._stand(Stand.ABSENT if status else Stand.RUNS),
+                stand=stand,
                 saved=saved,
                 file=see(self._file),
                 tries=tries,
@@ -296,15 +366,24 @@ class Mover:
                 case _:
                     assert_never(verdict)
 
-    def _stand(self, expected: Stand) -> Stand:
-        """How the guest stands; looked at for a while until it is what is expected."""
-        stand = Stand.SEVERAL
+    def _note_restored(self) -> None:
+        # Where that fails it is as good to have seen the guest run, in a moment.
+        with suppress(UnclearError):
+            self._note(SavePhase.RESTORED, new=False)
+
+    def _look(self, expected: Stand) -> tuple[Stand, int | None]:
+        """How the guest stands, and for how long it has run, if it is held.
+
+        Looked at for a while until it is what is expected.
+        """
+        stand, ran = Stand.SEVERAL, None
         problem: PortError | None = None
         for look in range(_LOOKS):
             if look:
                 self._sleep(_BETWEEN_LOOKS)
             try:
-                stand = stand_of(self._domain.uuid, self._xen.domains())
+                domains = self._xen.domains()
+                stand, ran = stand_of(self._domain.uuid, domains), held(self._domain, domains)
                 problem = None
             except PortError as error:
                 problem = error
@@ -313,7 +392,7 @@ class Mover:
                 break
         if problem is not None:
             raise UnclearError(f"whether the guest runs cannot be seen: {problem}")
-        return stand
+        return stand, ran
 
     def _note(self, phase: SavePhase, *, new: bool) -> None:
         self._phase = phase

@@ -33,7 +33,10 @@ if sys.argv[1] == "save":
     open(root / "begun", "w").close()
     open(root / "go on").close()
     say("progress\\n" * 1000)
-    Path(sys.argv[3]).write_bytes(b"memory")
+    assert sys.argv[2:4] == ["-p", "7"]
+    Path(sys.argv[4]).write_bytes(b"memory")
+    (root / "domains.json").write_text("[-7]")
+elif sys.argv[1] == "destroy":
     (root / "domains.json").write_text("[]")
 else:
     assert Path(sys.argv[2]).read_bytes() == b"memory"
@@ -130,9 +133,9 @@ def test_a_save_goes_on_without_its_mover_and_is_known_to(moving: Moving) -> Non
     # xl has it as long as it lives.
     with (moving.root / "notes" / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-    assert moving.domids() == []
+    assert moving.domids() == [-7]
     [told] = moving.told()
-    assert "`xl restore" in told
+    assert "`xl unpause` lets it run" in told
     assert str(log_path(IDENTITY.uuid, moving.root / "notes")) in told
 
 
