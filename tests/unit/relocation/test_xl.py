@@ -234,9 +234,18 @@ def test_a_host_that_shuts_down_waits_for_a_mover_and_then_ends_its_guests() -> 
     command = UnitLauncher().command(["mover"], "unit-1", MOVER_UNIT)
     properties = [word.removeprefix("--property=") for word in command if "--property=" in word]
     assert {*MOVER_UNIT} < {*properties}
-    for unit in ("xendomains.service", "libvirtd.service"):
-        assert f"After={unit}" in properties
-    assert {"TimeoutStopSec=infinity", "SendSIGKILL=no", "KillMode=process"} < {*properties}
+    assert {
+        "After=xendomains.service",
+        "After=libvirtd.service",
+        "After=xen.service",
+        "After=xenstored.service",
+        "TimeoutStopSec=infinity",
+        "SendSIGKILL=no",
+        "OOMPolicy=continue",
+        "LimitCORE=0",
+        "MemorySwapMax=0",
+    } == {*MOVER_UNIT}
+    assert "KillMode=process" in properties
     migration = UnitLauncher().command(["xl", "migrate", "7"], "unit-1")
     assert not {*MOVER_UNIT} & {word.removeprefix("--property=") for word in migration}
 
