@@ -80,6 +80,9 @@ _BETWEEN_LATE_LOOKS: Final = 1.0
 _BEFORE_AGAIN: Final = 10.0
 # As a shell says that a program cannot be started.
 _NOT_STARTED: Final = 127
+# What `xl restore` leaves behind for the guest's life, its monitor and a device model, is to be as
+# if a person had started it.
+_UMASK: Final = 0o022
 _OOM_SCORE: Final = Path("/proc/self/oom_score_adj")
 
 
@@ -425,6 +428,7 @@ class Mover:
 
 def run_xl(arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -> int:
     """Run xl, and be it not there or the host short of memory; ends it in no case."""
+    stays = arguments[0] == "restore"
     try:
         # Not subprocess.run, which would kill it should we fail.  A descriptor of a file, and no
         # pipe: xl would die of the end of whoever reads it.
@@ -434,11 +438,16 @@ def run_xl(arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -
             stdout=output,
             stderr=output,
             pass_fds=kept,
+            umask=_UMASK if stays else -1,
         )
     except OSError as error:
         with suppress(OSError):
             os.write(output, f"xl cannot be started: {error}\n".encode())
         return _NOT_STARTED
+    if stays:
+        # It has ended already, at the worst.
+        with suppress(OSError):
+            Path(f"/proc/{child.pid}/oom_score_adj").write_text("0")
     return child.wait()
 
 

@@ -197,6 +197,8 @@ def only_one(notes: Path = NOTES, name: UUID | None = None) -> Iterator[int | No
         except BlockingIOError:
             yield None
         else:
+            # Nobody is to be told that the last one is still at it.
+            os.ftruncate(descriptor, 0)
             if name is not None:
                 os.pwrite(descriptor, str(name).encode(), 0)
             yield descriptor
