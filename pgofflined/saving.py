@@ -211,6 +211,15 @@ def _is_at_work_on(notes: Path) -> str:
     return (notes / _LOCK).read_text(encoding="ascii", errors="replace")
 
 
+def is_under_way(uuid: UUID, notes: Path = NOTES) -> bool:
+    """Whether a process saves and restores this guest now."""
+    try:
+        with only_one(notes) as alone:
+            return alone is None and _is_at_work_on(notes) == str(uuid)
+    except OSError:
+        return False  # nor could anybody else have the lock
+
+
 class Saves:
     """Looks at notes and directories.  ``boot`` tells this boot of the host from any other."""
 
