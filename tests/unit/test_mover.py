@@ -22,7 +22,7 @@ from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.saves import SaveNote, SavePhase
 from pgofflined.jobstore import JobStore
-from pgofflined.mover import Mover, StaysError, UnclearError
+from pgofflined.moving import Mover, StaysError, UnclearError
 from pgofflined.ports import JobRecord
 from pgofflined.saving import Saves, log_path, note_path, only_one, write_note
 
