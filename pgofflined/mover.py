@@ -2,10 +2,11 @@
 
     python3 -m pgofflined.mover DOMID UUID DIRECTORY
 
-What it may do after each step is in ``core.saves``.  Told to stop before ``xl save`` is started, it
-does so; from then on it stops for no signal but SIGKILL, ends nothing it has started, and removes
-the file and its note only where it has seen the guest run.  It does not depend on anybody who reads
-what it says, and neither does xl: that writes into a log beside the note.
+Told to stop before ``xl save`` is started, it does so; from then on it stops for no signal but
+SIGKILL, ends nothing it has started, destroys the guest only where its file is on the disk and it
+has not run since, and removes the file and its note only where it has seen the guest run.  It does
+not depend on anybody who reads what it says, and neither does xl: that writes into a log beside the
+note.
 
 Exit status: 0, the guest was saved and restored; ``EX_STAYS``, it was not saved and runs on; any
 other: whether it runs is not certain, and where a note is left a person has to look.
@@ -18,334 +19,30 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol, assert_never
+from typing import Final
 from uuid import UUID
 
-from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
+from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
-from pgofflined.core.saves import (
-    Again,
-    FileSeen,
-    GoOn,
-    SaveNote,
-    SavePhase,
-    Stand,
-    Stays,
-    Unclear,
-    after_restore,
-    after_save,
-    stand_of,
-    when_unclear,
-)
-from pgofflined.saving import (
-    MOUNTS,
-    NOTES,
-    directory_trouble,
-    last_words,
-    log_path,
-    note_path,
-    only_one,
-    open_log,
-    see,
-    state_path,
-    sync_directory,
-    unfinished_save,
-    write_note,
-)
+from pgofflined.moving import MARK, NOT_STARTED, Mover, StaysError, UnclearError
+from pgofflined.saving import NOTES
 from pgofflined.store import read_boot_id
 
 EX_STAYS: Final = os.EX_TEMPFAIL
 EX_UNCLEAR: Final = os.EX_SOFTWARE
-JOBS: Final = Path("/run/pgofflined/jobs")
-MARK: Final = "pgofflined: "
-
-# A destroyed domain is dying at once; Xen only may be slow to say so.
-_LOOKS: Final = 20
-_BETWEEN_LOOKS: Final = 0.5
-# What a second restore could help with (memory that is not free yet, a device that is not let go)
-# takes a while to pass.
-_BEFORE_AGAIN: Final = 10.0
-# As a shell says that a program cannot be started.
-_NOT_STARTED: Final = 127
+# What `xl restore` leaves behind for the guest's life, its monitor and a device model, is to be as
+# if a person had started it.
+_UMASK: Final = 0o022
 _OOM_SCORE: Final = Path("/proc/self/oom_score_adj")
-
-
-class MoverHost(Protocol):
-    """The part of ``ports.Hypervisor`` that a save needs."""
-
-    def domains(self) -> Sequence[DomainInfo]:
-        """All domains."""
-        ...
-
-    def somebody_at(self, domid: Domid) -> str | None:
-        """Who saves or migrates the domain."""
-        ...
-
-    def serves(self, domid: Domid) -> str | None:
-        """What other domains need it for."""
-        ...
-
-
-class StaysError(Exception):
-    """Nothing was done to the guest, or it was seen to run on."""
-
-
-class UnclearError(Exception):
-    """Nothing more may be done without a person."""
-
-
-class RunXl(Protocol):
-    """Runs xl to its end."""
-
-    def __call__(self, arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -> int:
-        """The exit status.
-
-        ``output`` is a descriptor for what it says, ``kept`` are further ones that it keeps open.
-        """
-        ...
-
-
-class Mover:
-    """One guest's save and restore.  ``told_to_stop`` is asked before anything is done to it."""
-
-    def __init__(
-        self,
-        *,
-        xen: MoverHost,
-        domain: DomainIdentity,
-        directory: Path,
-        run_xl: RunXl,
-        boot: str,
-        told_to_stop: Callable[[], bool] = lambda: False,
-        notes: Path = NOTES,
-        jobs: Path = JOBS,
-        mounts: Path = MOUNTS,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self._xen = xen
-        self._domain = domain
-        self._file = state_path(domain.uuid, directory)
-        self._run_xl = run_xl
-        self._boot = boot
-        self._told_to_stop = told_to_stop
-        self._notes = notes
-        self._jobs = jobs
-        self._mounts = mounts
-        self._sleep = sleep
-        self._phase = SavePhase.SAVING
-
-    def run(self) -> None:
-        """Do it.  Raises StaysError, UnclearError."""
-        with ExitStack() as stack:
-            lock = self._lock(stack)
-            self._refuse_what_changed()
-            try:
-                log = open_log(self._domain.uuid, self._notes)
-            except OSError as error:
-                raise StaysError(f"{self._notes} cannot be used: {error}") from error
-            try:
-                self._run_alone(lock, log)
-            except UnclearError as error:
-                what = f"{error}; {self._advice()}"
-                # Whoever reads what we say may be gone.
-                with suppress(OSError):
-                    os.write(log, f"{MARK}{what}\n".encode())
-                raise UnclearError(what) from error
-            finally:
-                os.close(log)
-
-    def _lock(self, stack: ExitStack) -> int:
-        """Be the only one.  Raises StaysError."""
-        for look in range(_LOOKS):
-            if look:  # the daemon has it for moments, when it looks at notes
-                self._sleep(_BETWEEN_LOOKS)
-            try:
-                lock = stack.enter_context(only_one(self._notes, self._domain.uuid))
-            except OSError as error:
-                raise StaysError(f"{self._notes} cannot be used: {error}") from error
-            if lock is not None:
-                return lock
-        raise StaysError("another guest is being saved and restored")
-
-    def _run_alone(self, lock: int, log: int) -> None:
-        self._note(SavePhase.SAVING, new=True)
-        try:
-            saved = self._save(self._make_file(), lock, log)
-            self._note(SavePhase.RESTORING, new=False)
-            self._restore(saved, log)
-            self._file.unlink()
-            self._forget_note()
-        except OSError as error:
-            raise UnclearError(str(error)) from error
-
-    def _refuse_what_changed(self) -> None:
-        """What the daemon has seen may be otherwise by now."""
-        try:
-            domid = self._domain.domid
-            info = self._running()
-            if info.kind is not GuestKind.PV or info.is_dom0:
-                raise StaysError(f"d{domid} is no PV guest")
-            problem = (
-                directory_trouble(self._file.parent, self._mounts)
-                or self._xen.serves(domid)
-                or self._xen.somebody_at(domid)
-                or unfinished_save(self._domain.uuid, self._notes)
-            )
-        except PortError as error:
-            raise StaysError(f"nothing was done: {error}") from error
-        if problem is not None:
-            raise StaysError(f"d{domid} is not saved: {problem}")
-
-    def _running(self) -> DomainInfo:
-        """The guest, if it runs and is the one.  Raises StaysError, PortError."""
-        domains = self._xen.domains()
-        found = [info for info in domains if info.identity == self._domain]
-        if not found or stand_of(self._domain.uuid, domains) is not Stand.RUNS:
-            raise StaysError(f"d{self._domain.domid} is not there, or does not run")
-        return found[0]
-
-    def _make_file(self) -> FileSeen:
-        """The empty file, which no other process was given.  Raises StaysError, OSError."""
-        # Whoever exchanges pages of it has a record, looks for our note after he has made it, and
-        # has made it before we look for that.  One that was put aside has another suffix.
-        records = list(self._jobs.glob(f"d{self._domain.domid}-*.job"))
-        if records:
-            raise self._stays(f"an exchange in d{self._domain.domid} is under way ({records[0]})")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            os.close(os.open(self._file, flags, 0o600))
-        except FileExistsError as error:
-            raise self._stays(
-                f"{self._file} is there already, left by an earlier save, and "
-                f"d{self._domain.domid} has run since: remove that file"
-            ) from error
-        except OSError as error:
-            raise self._stays(f"{self._file} cannot be made: {error}") from error
-        made = see(self._file)
-        if made is None:
-            raise self._stays(f"{self._file} is gone again")
-        return made
-
-    def _stays(self, why: str) -> StaysError:
-        """To be raised where nothing was done to the guest, or it runs on.  Raises OSError."""
-        self._forget_note()
-        return StaysError(why)
-
-    def _save(self, made: FileSeen, lock: int, log: int) -> FileSeen:
-        domid = self._domain.domid
-        if self._told_to_stop():
-            self._file.unlink()
-            raise self._stays(f"d{domid} is not saved: this process was told to stop")
-        # It has no time limit and is not ended: half-way it would leave the guest suspended.  It
-        # has the lock as well: should we be killed, it goes on, and the guest is on its way.
-        status = self._run_xl(["save", str(domid), str(self._file)], log, kept=[lock])
-        file = see(self._file)
-        stand = self._stand(Stand.RUNS if status else Stand.ABSENT)
-        verdict = after_save(succeeded=not status, stand=stand, made=made, file=file)
-        match verdict:
-            case GoOn():
-                assert file is not None  # noqa: S101 - GoOn says so
-                self._have_it_on_disk()
-                return file
-            case Stays():
-                why = f"xl could not save d{domid} (status {status}): {last_words(log)}"
-                self._file.unlink(missing_ok=True)
-                raise self._stays(why)
-            case Unclear(what=what):
-                raise UnclearError(f"{what}; xl said: {last_words(log)}")
-            case _:
-                assert_never(verdict)
-
-    def _have_it_on_disk(self) -> None:
-        descriptor = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        sync_directory(self._file.parent)
-
-    def _restore(self, saved: FileSeen, log: int) -> None:
-        tries = 0
-        while True:
-            tries += 1
-            # What xl leaves behind to monitor the guest would have the lock for ever.
-            status = self._run_xl(["restore", str(self._file)], log)
-            if status == 0:
-                # Where that fails it is as good to have seen the guest run, in a moment.
-                with suppress(UnclearError):
-                    self._note(SavePhase.RESTORED, new=False)
-            verdict = after_restore(
-                succeeded=not status,
-                stand=self._stand(Stand.ABSENT if status else Stand.RUNS),
-                saved=saved,
-                file=see(self._file),
-                tries=tries,
-            )
-            match verdict:
-                case GoOn():
-                    return
-                case Again():
-                    self._sleep(_BEFORE_AGAIN)
-                case Unclear(what=what):
-                    raise UnclearError(f"{what}; xl said: {last_words(log)}")
-                case _:
-                    assert_never(verdict)
-
-    def _stand(self, expected: Stand) -> Stand:
-        """How the guest stands; looked at for a while until it is what is expected."""
-        stand = Stand.SEVERAL
-        problem: PortError | None = None
-        for look in range(_LOOKS):
-            if look:
-                self._sleep(_BETWEEN_LOOKS)
-            try:
-                stand = stand_of(self._domain.uuid, self._xen.domains())
-                problem = None
-            except PortError as error:
-                problem = error
-                continue
-            if stand is expected:
-                break
-        if problem is not None:
-            raise UnclearError(f"whether the guest runs cannot be seen: {problem}")
-        return stand
-
-    def _note(self, phase: SavePhase, *, new: bool) -> None:
-        self._phase = phase
-        try:
-            write_note(self._noted(), self._notes, new=new)
-        except OSError as error:
-            what = f"the note in {self._notes} could not be written: {error}"
-            if new:
-                self._forget_log()
-                raise StaysError(what) from error
-            raise UnclearError(what) from error
-
-    def _noted(self) -> SaveNote:
-        return SaveNote(
-            domain=self._domain, phase=self._phase, file=str(self._file), boot=self._boot
-        )
-
-    def _forget_note(self) -> None:
-        note_path(self._domain.uuid, self._notes).unlink(missing_ok=True)
-        self._forget_log()
-
-    def _forget_log(self) -> None:
-        # Without a note nobody asks for it, and the next save makes it anew.
-        with suppress(OSError):
-            log_path(self._domain.uuid, self._notes).unlink()
-
-    def _advice(self) -> str:
-        return when_unclear(self._noted(), str(note_path(self._domain.uuid, self._notes)))
 
 
 def run_xl(arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -> int:
     """Run xl, and be it not there or the host short of memory; ends it in no case."""
+    stays = arguments[0] == "restore"
     try:
         # Not subprocess.run, which would kill it should we fail.  A descriptor of a file, and no
         # pipe: xl would die of the end of whoever reads it.
@@ -355,11 +52,16 @@ def run_xl(arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -
             stdout=output,
             stderr=output,
             pass_fds=kept,
+            umask=_UMASK if stays else -1,
         )
     except OSError as error:
         with suppress(OSError):
             os.write(output, f"xl cannot be started: {error}\n".encode())
-        return _NOT_STARTED
+        return NOT_STARTED
+    if stays:
+        # It has ended already, at the worst.
+        with suppress(OSError):
+            Path(f"/proc/{child.pid}/oom_score_adj").write_text("0")
     return child.wait()
 
 

@@ -227,6 +227,11 @@ class Retirer:
             self.ledger.offlined(mfn, f"its owner d{domain.domid} has left it")
         self._wake.set()
 
+    def save_failed(self, domain: DomainIdentity) -> None:
+        """Look after a guest that was asked to suspend itself for a save, which has failed."""
+        self.aftercare.note("save", domain, stuck=None, may_suspend_late=True)
+        self._wake.set()
+
     def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:
         """Triage pages in one thread, so that the pages of one domain can go in one suspend."""
         rules = Rules(

@@ -197,6 +197,8 @@ def only_one(notes: Path = NOTES, name: UUID | None = None) -> Iterator[int | No
         except BlockingIOError:
             yield None
         else:
+            # Nobody is to be told that the last one is still at it.
+            os.ftruncate(descriptor, 0)
             if name is not None:
                 os.pwrite(descriptor, str(name).encode(), 0)
             yield descriptor
@@ -207,6 +209,15 @@ def only_one(notes: Path = NOTES, name: UUID | None = None) -> Iterator[int | No
 def _is_at_work_on(notes: Path) -> str:
     """The uuid of the guest that the holder of the lock is for."""
     return (notes / _LOCK).read_text(encoding="ascii", errors="replace")
+
+
+def is_under_way(uuid: UUID, notes: Path = NOTES) -> bool:
+    """Whether a process saves and restores this guest now."""
+    try:
+        with only_one(notes) as alone:
+            return alone is None and _is_at_work_on(notes) == str(uuid)
+    except OSError:
+        return False  # nor could anybody else have the lock
 
 
 class Saves:

@@ -1,9 +1,10 @@
 """Saving a guest into a file and restoring it: what may follow what.
 
-A guest that is saved exists in a file only, until it is restored.  Two mistakes would ruin it: to
-start it twice, which destroys its disks, and to lose the file while it runs nowhere.  So the
-process that does both steps goes on only where it has seen with its own eyes how the step before
-ended, and stops for a person in every other case.  Nobody else goes on with its work: what a
+The guest is paused while its file is had on the disk, and destroyed only then: it exists in a file
+only from there until it is restored.  Two mistakes would ruin it: to start it twice, which destroys
+its disks, and to lose the file while it runs nowhere.  So the process that does all steps goes on
+only where it has seen with its own eyes how the step before ended, and stops for a person in every
+other case.  Nobody else goes on with its work: what a
 process that died has left is described, and touched no more.
 """
 
@@ -23,10 +24,12 @@ _RESTORE_TRIES: Final = 2
 class SavePhase(StrEnum):
     """What was begun last, noted before it is begun; the last one when it is seen to be done.
 
+    ``SAVED``: all of the guest is in the file, which is on the disk, and it is being destroyed.
     ``RESTORED``: the guest has run since its file was written, which would roll it back.
     """
 
     SAVING = "saving"
+    SAVED = "saved"
     RESTORING = "restoring"
     RESTORED = "restored"
 
@@ -46,10 +49,14 @@ class SaveNote:
 
 
 class Stand(StrEnum):
-    """How a guest stands on this host, by its uuid.  A domain that is dying runs no more."""
+    """How a guest stands on this host, by its uuid.  A domain that is dying runs no more.
+
+    ``PAUSED`` is paused only; ``STANDS_STILL`` has suspended itself, has crashed or is shut down.
+    """
 
     ABSENT = "absent"
     RUNS = "runs"
+    PAUSED = "paused"
     STANDS_STILL = "stands_still"
     SEVERAL = "several"
 
@@ -80,9 +87,13 @@ class Stays:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unclear:
-    """Nothing more may be done without a person."""
+    """Nothing more may be done without a person.
+
+    ``has_run``: certainly since the file was written.
+    """
 
     what: str
+    has_run: bool = False
 
 
 def stand_of(uuid: UUID, domains: Iterable[DomainInfo]) -> Stand:
@@ -92,26 +103,65 @@ def stand_of(uuid: UUID, domains: Iterable[DomainInfo]) -> Stand:
         return Stand.ABSENT
     if len(found) > 1:
         return Stand.SEVERAL
-    still = found[0].paused or found[0].shutdown is not None
-    return Stand.STANDS_STILL if still else Stand.RUNS
+    if found[0].shutdown is not None:
+        return Stand.STANDS_STILL
+    return Stand.PAUSED if found[0].paused else Stand.RUNS
+
+
+def held(domain: DomainIdentity, domains: Iterable[DomainInfo]) -> int | None:
+    """For how long this very domain has run, where it is paused and no other has its uuid.
+
+    None where that is not so.  As long as it is the same, the domain is what it was.
+    """
+    found = [one for one in domains if one.uuid == domain.uuid and not one.dying]
+    if stand_of(domain.uuid, found) is not Stand.PAUSED or found[0].identity != domain:
+        return None
+    return found[0].cpu_time
 
 
 def after_save(
-    *, succeeded: bool, stand: Stand, made: FileSeen, file: FileSeen | None
+    *, succeeded: bool, stand: Stand, is_held: bool, made: FileSeen, file: FileSeen | None
 ) -> GoOn | Stays | Unclear:
     """What follows when the toolstack has ended saving; ``made`` is the file that it was given.
 
-    The toolstack destroys the domain only when all of it is in the file, and lets it run on where
-    that failed.
+    The toolstack leaves the domain paused when all of it is in the file, and lets it run on where
+    that failed.  Where it runs, its file is old in either case.
     """
+    if stand is Stand.RUNS:
+        return Stays()
     if not succeeded:
-        if stand is Stand.RUNS:
-            return Stays()
         return Unclear(what="the save failed, and the guest does not run")
-    if stand is not Stand.ABSENT:
-        return Unclear(what="the save succeeded, and the guest is still there")
+    if not is_held:
+        return Unclear(what="the save succeeded, and the guest is not just paused")
     if file is None or (file.device, file.inode) != (made.device, made.inode) or not file.size:
         return Unclear(what="the save succeeded, and its file is not there or not the one it was")
+    return GoOn()
+
+
+def before_destroy(*, stand: Stand, then: int, now: int | None) -> GoOn | Stays | Unclear:
+    """Whether the guest may be destroyed, its file being on the disk.
+
+    ``then`` and ``now`` are for how long it had run when the save had ended and has run by now,
+    None where it is not held any more.
+    """
+    if now == then:
+        return GoOn()
+    if stand is Stand.RUNS:
+        return Stays()
+    what = "somebody has let the guest run, or destroyed it, while its file was had on the disk"
+    return Unclear(what=what, has_run=now is not None)
+
+
+def after_destroy(
+    *, succeeded: bool, stand: Stand, saved: FileSeen, file: FileSeen | None
+) -> GoOn | Unclear:
+    """What follows when the toolstack has ended destroying the guest that was saved."""
+    if not succeeded:
+        return Unclear(what="the guest was saved, and could not be destroyed")
+    if stand is not Stand.ABSENT:
+        return Unclear(what="the guest was saved and destroyed, and is still there")
+    if file != saved:
+        return Unclear(what="the guest was destroyed, and the file is not what was saved")
     return GoOn()
 
 
@@ -169,7 +219,8 @@ def left_over(left: LeftOver, stand: Stand) -> str:
     log = "" if left.log is None else f" ({left.log} has xl's last words)"
     begin = (
         f"a save of the guest that was d{note.domain.domid} (uuid {note.domain.uuid}) was cut off"
-        f"{log}; once no xl is at work on it any more (`pgrep -a xl`)"
+        f"{log}; once no xl is at work on it any more (`pgrep -af 'libxl-save-helper|xl save'`; an "
+        "`xl restore` beside a guest that runs is what monitors it)"
     )
     remove = f"remove {note.file}, then {left.path}" if left.has_file else f"remove {left.path}"
     done = f"then {remove}; until then the guest is left alone"
@@ -178,19 +229,8 @@ def left_over(left: LeftOver, stand: Stand) -> str:
             return f"{begin} and it does not run: {_when_absent(left)}; {done}"
         case Stand.RUNS:
             return f"{begin} and it runs: do not restore {note.file} any more; {done}"
-        case Stand.STANDS_STILL:
-            if note.phase is SavePhase.RESTORING and left.has_file:
-                # Let go, what is restored in part only would run on memory that is not its own.
-                return (
-                    f"{begin} and it stands still: if `xl list` shows 0.0 as its time, it is "
-                    f"restored in part only, so `xl destroy` it; then {_when_absent(left)}; "
-                    f"otherwise `xl unpause` lets it run, and do not restore {note.file} as well; "
-                    f"{done}"
-                )
-            return (
-                f"{begin} and it stands still: `xl resume` or `xl unpause` lets it run; do not "
-                f"restore {note.file} as well; {done}"
-            )
+        case Stand.PAUSED | Stand.STANDS_STILL:
+            return f"{begin} and it stands still: {_when_still(left, stand)}; {done}"
         case Stand.SEVERAL:
             return (
                 f"{begin} and several domains have its uuid: destroy all but one at once, or its "
@@ -198,6 +238,30 @@ def left_over(left: LeftOver, stand: Stand) -> str:
             )
         case _:
             assert_never(stand)
+
+
+def _when_still(left: LeftOver, stand: Stand) -> str:
+    note = left.note
+    if note.phase is SavePhase.RESTORING and left.has_file:
+        # Let go, what is restored in part only would run on memory that is not its own.
+        return (
+            "if `xl list` shows 0.0 as its time, it is restored in part only, so `xl destroy` it; "
+            f"then {_when_absent(left)}; otherwise `xl unpause` lets it run, and do not restore "
+            f"{note.file} as well"
+        )
+    if note.phase is SavePhase.SAVED and stand is Stand.PAUSED and left.has_file:
+        return _either(note)
+    lets_it_run = "`xl unpause`" if stand is Stand.PAUSED else "`xl resume`, then `xl unpause`,"
+    return f"{lets_it_run} lets it run; do not restore {note.file} as well"
+
+
+def _either(note: SaveNote) -> str:
+    # Of a guest that is destroyed in part, devices may be gone: only its file is whole then.
+    return (
+        f"either `xl destroy` it, after which `xl restore {note.file}` lets it run, "
+        f"{_unless_it_has_run(note.file)}; or `xl unpause` lets it run, if nothing of it is "
+        "destroyed yet; never both"
+    )
 
 
 def _when_absent(left: LeftOver) -> str:
@@ -230,11 +294,20 @@ def when_unclear(note: SaveNote, path: str) -> str:
     done = f"then remove {note.file}, then {path}"
     if note.phase is SavePhase.RESTORED:
         return (
-            f"{look}; the guest was restored, so do not restore {note.file} again: it would be "
-            f"rolled back; if it is nowhere, start it anew; {done}"
+            f"{look}; the guest has run since {note.file} was written, so it would be "
+            f"rolled back: do not restore {note.file}; if it is nowhere, start it anew; {done}"
         )
+    still = ""
+    if note.phase is SavePhase.SAVING:
+        domid = note.domain.domid
+        still = (
+            f"; if it is suspended, `xl resume {domid}`, and if it is paused, `xl unpause {domid}` "
+            f"lets it run"
+        )
+    elif note.phase is SavePhase.SAVED:
+        still = f"; if it is still there and paused, {_either(note)}"
     return (
-        f"{look}; only if the guest is nowhere, `xl restore {note.file}` lets it run, "
+        f"{look}{still}; only if the guest is nowhere, `xl restore {note.file}` lets it run, "
         f"{_unless_it_has_run(note.file)}; {done}"
     )
 

@@ -83,6 +83,7 @@ class RelocationService:
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
     ``poison`` is asked in a thread just before anything is begun, for a frame that must not be read
     and may be somebody's, if any; ``denial`` then, for why a domain is to be left alone, if it is.
+    ``saved_in_vain`` is told of a guest that a save has asked to suspend itself, and that runs.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class RelocationService:
         finished: Finished,
         poison: Callable[[], Mfn | None],
         denial: Callable[[DomainInfo], str | None],
+        saved_in_vain: Callable[[DomainIdentity], None],
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
         saves: Saves | None = None,
@@ -109,6 +111,7 @@ class RelocationService:
         self._clock = clock
         self._finished = finished
         self._denial = denial
+        self._saved_in_vain = saved_in_vain
         self._sleep = sleep
         self._in_thread = in_thread
         self._following = Following(clock, sleep, stop_grace)
@@ -255,7 +258,10 @@ class RelocationService:
             case Migrated():
                 await self._settle(domain, outcome, self._clock.monotonic() - start)
             case NotMigrated(detail=detail):
-                self._retry(domain, detail, stood_still=_XL_FAILED in detail)
+                stood_still = _XL_FAILED in detail
+                if stood_still:
+                    self._saved_in_vain(domain)
+                self._retry(domain, detail, stood_still=stood_still)
             case InDoubt(detail=detail):
                 # Not ``stuck``: what is left is told for as long as its note is there.
                 telling.save_unfinished(job, detail)

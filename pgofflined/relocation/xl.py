@@ -18,7 +18,7 @@ from pgofflined.core.frames import Domid
 from pgofflined.core.relocation_outcomes import InDoubt, Migrated, MigrationOutcome, NotMigrated
 from pgofflined.relocation.processes import Found, Launcher, Run
 from pgofflined.relocation.transcript import Stage, Transcript
-from pgofflined.saving import NOTES, unfinished_save
+from pgofflined.saving import NOTES, is_under_way, unfinished_save
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ _SSH_COMMAND: Final = re.compile(r"[A-Za-z0-9/][A-Za-z0-9 /=.,:@%_+-]*")
 # Once told to stop, libxl cleans up and resumes the guest within seconds.
 _FIRST_GRACE: Final = 30.0
 _LAST_GRACE: Final = 480.0
+# Seconds between two looks at a save whose end will not be told.
+_BETWEEN_LOOKS: Final = 5.0
 
 
 class XlRelocator:
@@ -139,19 +141,24 @@ class XlRelocator:
             return NotMigrated(detail=f"{argv[0]} cannot be started: {error}")
         try:
             status = await run.ended()
+            # What has ended may be systemd-run alone, and the mover at work, or the mover, and xl.
+            is_lost = False
+            while status != 0 and is_under_way(domain.uuid, self._notes):
+                is_lost = True
+                await self._sleep(_BETWEEN_LOOKS)
         except asyncio.CancelledError:
             log.warning("the save of d%d goes on without us (process %d)", domain.domid, run.pid)
             raise
         finally:
             run.close()
-        return self._saved(domain, status, transcript)
-
-    def _saved(
-        self, domain: DomainIdentity, status: int, transcript: Transcript
-    ) -> MigrationOutcome:
         if status == 0:
             return Migrated()
-        detail = f"saving and restoring failed: {transcript.last_words()}"
+        what = "saving and restoring failed"
+        if is_lost:
+            what = f"how saving and restoring d{domain.domid} ended was not told"
+        return self._not_saved(domain, f"{what}: {transcript.last_words()}")
+
+    def _not_saved(self, domain: DomainIdentity, detail: str) -> MigrationOutcome:
         try:
             note = unfinished_save(domain.uuid, self._notes)
         except PortError as error:

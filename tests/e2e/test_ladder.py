@@ -74,7 +74,7 @@ def test_a_guest_whose_mover_is_killed_when_it_is_saved_is_left_to_a_person(host
     uuid = host.run(["xl", "vm-list"]).out
     uuid = next(line.split()[0] for line in uuid.splitlines() if line.split()[-1] == "pv")
     file, note, log = f"{SAVES}/{uuid}.state", f"{NOTES}/{uuid}.save", f"{NOTES}/{uuid}.log"
-    # The restore is the mover's last call before it would be through: it is killed there.
+    # The guest is destroyed by now, and in its file only: the mover is killed there.
     killed_at_the_restore = 'if [ "$1" = restore ]; then kill -9 $PPID; exit 1; fi\n'
     with before_xl(host, killed_at_the_restore), running(host, SAVING) as daemon:
         daemon.offline(ring)

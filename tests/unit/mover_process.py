@@ -6,26 +6,31 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from uuid import UUID
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.frames import Domid
-from pgofflined.mover import Mover, carry_out, heed_stops, run_xl
+from pgofflined.mover import carry_out, heed_stops, run_xl
+from pgofflined.moving import Mover
 from tests.unit.relocation.doubles import guest
 
 IDENTITY = DomainIdentity(Domid(7), UUID(int=7))
 
 
 class FileHost:
-    """Its guests are the domids in ``domains.json``, all of the same uuid."""
+    """Its guests are the domids in ``domains.json``, all of one uuid; a negative one is paused."""
 
     def __init__(self, root: Path) -> None:
         self._file = root / "domains.json"
 
     def domains(self) -> Sequence[DomainInfo]:
         domids = json.loads(self._file.read_text())
-        return [guest(domid, uuid=7, kind=GuestKind.PV) for domid in domids]
+        return [
+            replace(guest(abs(domid), uuid=7, kind=GuestKind.PV), paused=domid < 0)
+            for domid in domids
+        ]
 
     def somebody_at(self, domid: Domid) -> str | None:
         del domid

@@ -22,7 +22,7 @@ from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.saves import SaveNote, SavePhase
 from pgofflined.jobstore import JobStore
-from pgofflined.mover import Mover, StaysError, UnclearError
+from pgofflined.moving import Mover, StaysError, UnclearError
 from pgofflined.ports import JobRecord
 from pgofflined.saving import Saves, log_path, note_path, only_one, write_note
 
@@ -51,7 +51,12 @@ class World:
         self.guests = [guest(0, uuid=0, kind=GuestKind.PV), guest(UNIT, kind=GuestKind.PV)]
         self.file = self.files / f"{IDENTITY.uuid}.state"
         self.is_whole = False
+        self.has_run = False
         self.save = "works"
+        self.destroy = "works"
+        self.somebody_does: str | None = None
+        self.somebody_at_look: int | None = None
+        self.looks = 0
         self.restores = ["works"]
         self.calls: list[str] = []
         self.somebody: str | None = None
@@ -91,8 +96,15 @@ class World:
     def runs(self) -> bool:
         return [one.paused or one.shutdown is not None for one in self.alive()] == [False]
 
+    def may_be_restored(self) -> bool:
+        """Whether all that the guest has ever done is in its file."""
+        return self.file.exists() and self.file.read_bytes() == b"memory" and not self.has_run
+
     def domains(self) -> Sequence[DomainInfo]:
         self.step()
+        self.looks += 1
+        if self.looks == self.somebody_at_look:
+            self._interfere()
         if self.looks_fail and self.calls:
             raise PortError("Xen does not answer")
         return tuple(self.guests)
@@ -108,21 +120,54 @@ class World:
     def change(self, **changes: object) -> None:
         self.guests[-1] = replace(self.guests[-1], **changes)  # type: ignore[arg-type]
 
+    def _interfere(self) -> None:
+        """What a person does to a guest that he finds paused."""
+        if not self.alive() or not self.guests[-1].paused or self.guests[-1].shutdown is not None:
+            return
+        match self.somebody_does:
+            case "unpauses":
+                self.change(paused=False)
+            case "unpauses, pauses":
+                pass
+            case "resumes late":
+                self.change(shutdown=ShutdownReason.SUSPEND)
+            case _:
+                raise AssertionError(self.somebody_does)
+        self.change(cpu_time=self.guests[-1].cpu_time + 1)
+        self.has_run = True
+
     def run_xl(self, arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -> int:
         self.step()
-        assert len(kept) == (arguments[0] == "save")
+        assert len(kept) == (arguments[0] != "restore")
         os.write(output, f"{arguments[0]}: no luck\n".encode())
         self.calls.append(arguments[0])
         note = self.note()
         assert note is not None
-        assert note.phase == {"save": "saving", "restore": "restoring"}[arguments[0]]
+        phases = {"save": "saving", "destroy": "saved", "restore": "restoring"}
+        assert note.phase == phases.get(arguments[0], note.phase)
         # Only what the mover itself does may fail as a call.
         with pytest.MonkeyPatch.context() as patch:
             for name, call in REAL.items():
                 patch.setattr(os, name, call)
-            status = self._save() if arguments[0] == "save" else self._restore(arguments[1])
+            status = self._do(arguments)
         self.step()
         return status
+
+    def _do(self, arguments: Sequence[str]) -> int:
+        match list(arguments):
+            case ["save", "-p", "7", path]:
+                assert path == str(self.file)
+                return self._save()
+            case ["destroy", "7"]:
+                return self._destroy()
+            case ["unpause", "7"]:
+                self.change(paused=False)
+                self.has_run = True
+                return 0
+            case ["restore", path]:
+                return self._restore(path)
+            case _:
+                raise AssertionError(arguments)
 
     def _save(self) -> int:
         [domain] = self.alive()
@@ -131,15 +176,24 @@ class World:
             case "works" | "works, status lost":
                 self.file.write_bytes(b"memory")
                 self.is_whole = True
-                self.change(dying=True)
+                self.change(paused=True)
             case "works, another file":
                 other = self.file.with_suffix(".other")
                 other.write_bytes(b"memory")
                 other.replace(self.file)
                 self.is_whole = True
-                self.change(dying=True)
-            case "says so":
+                self.change(paused=True)
+            case "works, not resumed":
                 self.file.write_bytes(b"memory")
+                self.is_whole = True
+                self.change(paused=True, shutdown=ShutdownReason.SUSPEND)
+            case "works, destroyed":
+                self.file.write_bytes(b"memory")
+                self.is_whole = True
+                self.change(dying=True)
+            case "works, not paused":
+                self.file.write_bytes(b"memory")
+                self.has_run = True
             case "fails":
                 self.file.write_bytes(b"mem")
             case "fails, suspended":
@@ -149,7 +203,16 @@ class World:
                 raise AssertionError(self.save)
         return int("fails" in self.save or "lost" in self.save)
 
+    def _destroy(self) -> int:
+        [domain] = self.alive()
+        assert domain.domid == UNIT
+        assert self.may_be_restored(), "it would be lost"
+        if self.destroy not in ("fails", "says so"):
+            self.change(dying=True)
+        return int("fails" in self.destroy)
+
     def _restore(self, path: str) -> int:
+        assert self.may_be_restored(), "it would be rolled back"
         assert Path(path).read_bytes() == b"memory"
         assert not self.alive(), "it would run twice"
         how = self.restores.pop(0) if self.restores else "fails"
@@ -188,7 +251,7 @@ def world(tmp_path: Path) -> World:
 
 def test_a_guest_is_saved_and_restored_and_nothing_is_left(world: World) -> None:
     world.mover().run()
-    assert world.calls == ["save", "restore"]
+    assert world.calls == ["save", "destroy", "restore"]
     assert world.runs()
     assert not world.has_traces()
 
@@ -196,7 +259,7 @@ def test_a_guest_is_saved_and_restored_and_nothing_is_left(world: World) -> None
 def test_a_restore_that_left_nothing_is_tried_once_more(world: World) -> None:
     world.restores = ["fails", "works"]
     world.mover().run()
-    assert world.calls == ["save", "restore", "restore"]
+    assert world.calls == ["save", "destroy", "restore", "restore"]
     assert world.runs()
     assert world.slept == [10.0], "what has failed it has to have time to pass"
 
@@ -204,12 +267,14 @@ def test_a_restore_that_left_nothing_is_tried_once_more(world: World) -> None:
 @pytest.mark.parametrize(
     ("save", "restores", "calls"),
     [
-        ("works", ["fails", "fails"], ["save", "restore", "restore"]),
-        ("works", ["fails, paused"], ["save", "restore"]),
-        ("works", ["works, paused"], ["save", "restore"]),
+        ("works", ["fails", "fails"], ["save", "destroy", "restore", "restore"]),
+        ("works", ["fails, paused"], ["save", "destroy", "restore"]),
+        ("works", ["fails, runs"], ["save", "destroy", "restore"]),
+        ("works", ["works, paused"], ["save", "destroy", "restore"]),
         ("works, another file", [], ["save"]),
         ("works, status lost", [], ["save"]),
-        ("says so", [], ["save"]),
+        ("works, not resumed", [], ["save"]),
+        ("works, destroyed", [], ["save"]),
         ("fails, suspended", [], ["save"]),
     ],
 )
@@ -241,19 +306,115 @@ def test_a_guest_that_was_restored_is_not_to_be_restored_when_it_has_ended(world
     assert "start it anew" in told
 
 
-def test_what_cannot_be_had_on_the_disk_is_left_to_a_person(world: World) -> None:
+def test_a_guest_runs_on_where_its_file_cannot_be_had_on_the_disk(world: World) -> None:
     def fsync(descriptor: int) -> None:
-        if world.is_whole:
+        if world.is_whole and os.fstat(descriptor).st_ino == world.file.stat().st_ino:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         REAL["fsync"](descriptor)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(UnclearError, match=r"(?s)Input/output error.*xl restore"):
+        with pytest.raises(StaysError, match=r"could not save.*Input/output error"):
             world.mover().run()
+    assert world.calls == ["save", "unpause"]
+    assert world.runs()
+    assert not world.has_traces()
+
+
+@pytest.mark.parametrize("destroy", ["fails", "fails, gone", "says so"])
+def test_a_guest_that_was_not_destroyed_for_certain_is_not_restored(
+    world: World, destroy: str
+) -> None:
+    world.destroy = destroy
+    with pytest.raises(UnclearError, match="xl restore"):
+        world.mover().run()
+    assert world.calls == ["save", "destroy"]
+    assert world.may_be_restored()
+    note = world.note()
+    assert note is not None
+    assert note.phase is SavePhase.SAVED
+
+
+def looks_before_destroy(root: Path) -> int:
+    """Which look at the guest is the last one before it is destroyed."""
+    root.mkdir()
+    world = World(root)
+    world.destroy = "fails"
+    looks: list[int] = []
+
+    def run_xl(arguments: Sequence[str], output: int, *, kept: Sequence[int] = ()) -> int:
+        looks.append(world.looks)
+        return world.run_xl(arguments, output, kept=kept)
+
+    mover = world.mover()
+    mover._run_xl = run_xl
+    with pytest.raises(UnclearError):
+        mover.run()
+    return looks[-1]
+
+
+def test_a_guest_that_was_let_run_while_its_file_was_had_on_the_disk_runs_on(
+    world: World, tmp_path: Path
+) -> None:
+    world.somebody_at_look = looks_before_destroy(tmp_path / "other")
+    world.somebody_does = "unpauses"
+    with pytest.raises(StaysError, match="let it run"):
+        world.mover().run()
     assert world.calls == ["save"]
-    assert world.file.exists()
+    assert world.runs()
+    assert not world.has_traces()
+
+
+def test_a_guest_that_has_run_since_and_is_paused_again_is_never_to_be_restored(
+    world: World, tmp_path: Path
+) -> None:
+    world.somebody_at_look = looks_before_destroy(tmp_path / "other")
+    world.somebody_does = "unpauses, pauses"
+    with pytest.raises(UnclearError, match="do not restore"):
+        world.mover().run()
+    assert world.calls == ["save"]
+    note = world.note()
+    assert note is not None
+    assert note.phase is SavePhase.RESTORED
+    [told] = Saves("boot", notes=world.notes).left_over(lambda: world.guests[:1])
+    assert "do not restore" in told
+
+
+@pytest.mark.parametrize("after", [1, 30, 59])
+def test_a_guest_that_suspends_itself_when_xl_has_given_up_is_not_left_unseen(
+    world: World, after: int
+) -> None:
+    def sleep(seconds: float) -> None:
+        world.slept.append(seconds)
+        if sum(world.slept) == after:
+            assert world.note() is not None
+            with only_one(world.notes) as lock:
+                assert lock is None
+            world.change(shutdown=ShutdownReason.SUSPEND)
+
+    world.save = "fails"
+    mover = world.mover()
+    mover._sleep = sleep
+    with pytest.raises(UnclearError, match="`xl resume 7`"):
+        mover.run()
     assert world.note() is not None
+    assert world.calls == ["save"]
+
+
+def test_a_guest_is_watched_for_a_minute_after_a_save_that_failed(world: World) -> None:
+    world.save = "fails"
+    with pytest.raises(StaysError):
+        world.mover().run()
+    assert sum(world.slept) == 60
+
+
+def test_a_guest_that_runs_after_a_restore_that_failed_is_not_to_be_restored(world: World) -> None:
+    world.restores = ["fails, runs"]
+    with pytest.raises(UnclearError, match="do not restore"):
+        world.mover().run()
+    note = world.note()
+    assert note is not None
+    assert note.phase is SavePhase.RESTORED
 
 
 def test_a_note_that_cannot_be_had_on_the_disk_is_not_left(world: World) -> None:
@@ -312,8 +473,9 @@ def test_a_guest_that_cannot_be_seen_any_more_is_left_to_a_person(world: World) 
     assert world.note() is not None
 
 
-def test_a_save_that_fails_leaves_the_guest_running_and_no_trace(world: World) -> None:
-    world.save = "fails"
+@pytest.mark.parametrize("save", ["fails", "works, not paused"])
+def test_a_save_that_fails_leaves_the_guest_running_and_no_trace(world: World, save: str) -> None:
+    world.save = save
     with pytest.raises(StaysError, match="could not save"):
         world.mover().run()
     assert world.runs()
@@ -388,26 +550,50 @@ def test_nothing_is_done_where_it_must_not_be(world: World, what: str, why: str)
 
 
 _SAVES = st.sampled_from(
-    ["works", "works, status lost", "works, another file", "says so", "fails", "fails, suspended"]
+    [
+        "works",
+        "works, status lost",
+        "works, another file",
+        "works, not resumed",
+        "works, destroyed",
+        "works, not paused",
+        "fails",
+        "fails, suspended",
+    ]
 )
+_DESTROYS = st.sampled_from(["works", "fails", "fails, gone", "says so"])
+_SOMEBODY = st.sampled_from(["unpauses", "unpauses, pauses", "resumes late"])
+
 _RESTORES = st.lists(
-    st.sampled_from(["works", "works, paused", "fails", "fails, paused"]), min_size=2, max_size=3
+    st.sampled_from(["works", "works, paused", "fails", "fails, paused", "fails, runs"]),
+    min_size=2,
+    max_size=3,
 )
 
 
 @given(
     save=_SAVES,
+    destroy=_DESTROYS,
     restores=_RESTORES,
-    kill_at=st.none() | st.integers(0, 40),
-    fail_at=st.none() | st.integers(0, 40),
+    kill_at=st.none() | st.integers(0, 80),
+    fail_at=st.none() | st.integers(0, 80),
+    somebody=_SOMEBODY,
+    at_look=st.none() | st.integers(3, 50),
 )
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=1000)
 def test_a_guest_runs_at_most_once_and_its_state_is_never_lost(
-    save: str, restores: list[str], kill_at: int | None, fail_at: int | None
+    save: str,
+    destroy: str,
+    restores: list[str],
+    kill_at: int | None,
+    fail_at: int | None,
+    somebody: str,
+    at_look: int | None,
 ) -> None:
     with tempfile.TemporaryDirectory() as root:
         world = World(Path(root))
-        world.save, world.restores = save, restores
+        world.save, world.destroy, world.restores = save, destroy, restores
+        world.somebody_does, world.somebody_at_look = somebody, at_look
         world.kill_at, world.fail_at = kill_at, fail_at
         try:
             with world.its_calls():
@@ -419,12 +605,13 @@ def test_a_guest_runs_at_most_once_and_its_state_is_never_lost(
             pass
         assert len(world.alive()) <= 1
         if world.is_whole and not world.runs():
-            assert world.file.read_bytes() == b"memory"
+            assert world.alive() or world.file.read_bytes() == b"memory"
             assert world.note() is not None
         if world.note() is None:
             assert world.runs()
             assert not world.file.exists()
-        if len(world.guests) > 2:
-            # It was restored and may have run: nobody is told to roll it back.
+        if len(world.guests) > 2 or world.has_run:
+            # It may have run: nobody is told to roll it back.
             told = Saves("boot", notes=world.notes).left_over(lambda: world.guests[:1])
-            assert all("unless it has run since" in one or "do not restore" in one for one in told)
+            says = ("unless it has run since", "do not restore", f"{world.file} is not there")
+            assert all(any(word in one for word in says) for one in told)

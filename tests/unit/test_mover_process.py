@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pgofflined.mover import EX_STAYS
+from pgofflined.mover import EX_STAYS, run_xl
 from pgofflined.saving import Saves, log_path, only_one
 
 from .mover_process import IDENTITY, FileHost
@@ -33,12 +33,26 @@ if sys.argv[1] == "save":
     open(root / "begun", "w").close()
     open(root / "go on").close()
     say("progress\\n" * 1000)
-    Path(sys.argv[3]).write_bytes(b"memory")
+    assert sys.argv[2:4] == ["-p", "7"]
+    Path(sys.argv[4]).write_bytes(b"memory")
+    (root / "domains.json").write_text("[-7]")
+elif sys.argv[1] == "destroy":
     (root / "domains.json").write_text("[]")
 else:
     assert Path(sys.argv[2]).read_bytes() == b"memory"
     (root / "domains.json").write_text("[8]")
 say("done\\n")
+"""
+
+# Succeeds where it is killed no later than others, and its files are for others to read.
+MONITOR = """
+import os, sys, time
+from pathlib import Path
+until = time.monotonic() + (10 if sys.argv[1] == "restore" else 0)
+score = Path("/proc/self/oom_score_adj")
+while score.read_text() != "0\\n" and time.monotonic() < until:
+    time.sleep(0.01)
+sys.exit(score.read_text() != "0\\n" or os.umask(0) != 0o022)
 """
 
 
@@ -130,9 +144,9 @@ def test_a_save_goes_on_without_its_mover_and_is_known_to(moving: Moving) -> Non
     # xl has it as long as it lives.
     with (moving.root / "notes" / "lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-    assert moving.domids() == []
+    assert moving.domids() == [-7]
     [told] = moving.told()
-    assert "`xl restore" in told
+    assert "`xl unpause` lets it run" in told
     assert str(log_path(IDENTITY.uuid, moving.root / "notes")) in told
 
 
@@ -144,6 +158,24 @@ def test_a_guest_runs_on_where_there_is_no_xl(moving: Moving) -> None:
     assert b"xl cannot be started" in said
     assert moving.domids() == [7]
     assert moving.left() == ["lock"]
+
+
+def test_what_a_restore_leaves_behind_is_as_if_a_person_had_started_it(moving: Moving) -> None:
+    (moving.root / "bin" / "xl").write_text(f"#!{sys.executable}\n{MONITOR}")
+    own = Path("/proc/self/oom_score_adj")
+    before = own.read_text()
+    log = os.open(moving.root / "log", os.O_RDWR | os.O_CREAT, 0o600)
+    umask = os.umask(0o077)
+    try:
+        own.write_text("500")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PATH", str(moving.root / "bin"))
+            assert run_xl(["restore", "x"], log) == 0
+            assert run_xl(["save", "x"], log) == 1
+    finally:
+        os.umask(umask)
+        own.write_text(before)
+        os.close(log)
 
 
 def test_told_to_stop_in_the_middle_it_goes_on_to_the_end(moving: Moving) -> None:

@@ -26,7 +26,7 @@ from pgofflined.core.relocation_outcomes import NotRelocated, RelocationReason
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.jobs import ExchangePool
 from pgofflined.ledger import Ledger
-from pgofflined.ports import Clock
+from pgofflined.ports import Clock, SuspendLimits
 from pgofflined.retiring import Retirer
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
@@ -357,6 +357,14 @@ async def test_a_page_that_cannot_be_exchanged_has_its_guest_saved_after_the_las
         assert (await scene.pages.until(mfn, Phase.LEFT)).reason == "guest_stuck"
         assert scene.retirer.aftercare.stuck == {outcome.domain: "look"}
         assert not scene.retirer.aftercare, "it would be resumed"
+
+
+async def test_a_guest_that_follows_the_request_of_a_save_that_failed_is_resumed() -> None:
+    async with at_work() as scene:
+        scene.retirer.save_failed(scene.small.host.domain(scene.small.pv).identity)
+        await asyncio.to_thread(scene.small.host.suspend, scene.small.pv, SuspendLimits())
+        assert await asyncio.to_thread(scene.resumed.wait, 30)
+        assert scene.small.host.domain(scene.small.pv).shutdown is None
 
 
 async def test_a_guest_is_not_saved_earlier_because_its_page_had_to_wait_for_xen() -> None:

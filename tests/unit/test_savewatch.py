@@ -21,7 +21,7 @@ from pgofflined.core.saves import SaveNote, SavePhase
 from pgofflined.demo import SimulatedRelocator
 from pgofflined.journal_log import FieldHandler
 from pgofflined.notify import NullNotifier
-from pgofflined.relocation import KernelLinks
+from pgofflined.relocation import KernelLinks, Relocator
 from pgofflined.savewatch import TELL_AGAIN, SaveWatch
 from pgofflined.saving import Saves, only_one, write_note
 from pgofflined.service import Service, World
@@ -94,23 +94,31 @@ def test_a_save_that_an_earlier_daemon_began_is_nothing_to_act_upon_until_it_las
     assert told(caplog)[-1] == (logging.CRITICAL, "7")
 
 
-def service_of(demo: DemoHost, folder: Path, store: Store) -> Service:
+def service_of(
+    demo: DemoHost,
+    folder: Path,
+    store: Store,
+    *,
+    policy: Policy = Policy(),  # noqa: B008 - it does not change
+    relocator: Relocator | None = None,
+    saves: Saves | None = None,
+) -> Service:
     host = demo.host
     world = World(
         xen=host,
         clock=host.clock,
         machine=Machine(vendor=CpuVendor.INTEL, family=6, physical_bits=46, max_mfn=host.max_mfn()),
         sources=[lambda: demo.telemetry],
-        relocator=SimulatedRelocator(demo),
+        relocator=relocator or SimulatedRelocator(demo),
         links=KernelLinks(),
         zone=UTC,
         store=store,
         journal=MemoryJournal(),
         notifier=NullNotifier(),
-        saves=Saves("this", notes=folder),
+        saves=saves or Saves("this", notes=folder),
     )
     policy = replace(
-        Policy(),
+        policy,
         metrics=MetricsPolicy(listen=None),
         control=ControlPolicy(socket=str(folder / "control.sock")),
     )

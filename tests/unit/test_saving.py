@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
 from pgofflined.core.saves import SaveNote, SavePhase
@@ -107,6 +107,22 @@ def test_a_guest_that_runs_while_it_is_saved_has_not_run_since(
     with only_one(tmp_path, GUEST.uuid):
         assert "is being saved" in saves.left_over(lambda: [guest(7)])[0]
     assert f"`xl restore {note.file}`" in saves.left_over(list)[0]
+
+
+def test_two_who_look_at_a_save_that_was_cut_off_do_not_take_each_other_for_it(
+    tmp_path: Path, note: SaveNote
+) -> None:
+    with only_one(tmp_path, GUEST.uuid):
+        pass
+    inner: list[str] = []
+
+    def look() -> list[DomainInfo]:
+        inner.extend(Saves(note.boot, notes=tmp_path).left_over(list))
+        return []
+
+    outer = Saves(note.boot, notes=tmp_path).left_over(look)
+    assert len(inner) == 1
+    assert all("was cut off" in line for line in (*inner, *outer))
 
 
 def test_while_one_guest_is_saved_another_ones_note_is_told_of(

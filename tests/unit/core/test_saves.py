@@ -20,8 +20,12 @@ from pgofflined.core.saves import (
     SavePhase,
     Stand,
     Stays,
+    Unclear,
+    after_destroy,
     after_restore,
     after_save,
+    before_destroy,
+    held,
     left_over,
     seen_to_run,
     stand_of,
@@ -36,17 +40,37 @@ OTHER = replace(FILE, inode=9)
 FILES = st.sampled_from([None, FILE, EMPTY, OTHER])
 
 
+@given(succeeded=st.booleans(), stand=st.sampled_from(Stand), is_held=st.booleans(), file=FILES)
+def test_a_save_goes_on_only_with_a_guest_that_is_held_and_its_whole_file(
+    *, succeeded: bool, stand: Stand, is_held: bool, file: FileSeen | None
+) -> None:
+    verdict = after_save(succeeded=succeeded, stand=stand, is_held=is_held, made=EMPTY, file=file)
+    if isinstance(verdict, GoOn):
+        assert succeeded
+        assert is_held
+        assert file == FILE
+    assert isinstance(verdict, Stays) is (stand is Stand.RUNS)
+
+
+@given(stand=st.sampled_from(Stand), now=st.sampled_from([None, 5, 6]))
+def test_a_guest_is_destroyed_only_where_it_has_not_run_since(
+    stand: Stand, now: int | None
+) -> None:
+    verdict = before_destroy(stand=stand, then=5, now=now)
+    assert isinstance(verdict, GoOn) is (now == 5)
+    if isinstance(verdict, Stays):
+        assert stand is Stand.RUNS
+    if isinstance(verdict, Unclear):
+        assert verdict.has_run is (now == 6)
+
+
 @given(succeeded=st.booleans(), stand=st.sampled_from(Stand), file=FILES)
 def test_a_restore_is_begun_only_for_a_guest_that_is_nowhere_but_in_its_file(
     *, succeeded: bool, stand: Stand, file: FileSeen | None
 ) -> None:
-    verdict = after_save(succeeded=succeeded, stand=stand, made=EMPTY, file=file)
-    if isinstance(verdict, GoOn):
-        assert succeeded
-        assert stand is Stand.ABSENT
-        assert file == FILE
-    if isinstance(verdict, Stays):
-        assert stand is Stand.RUNS
+    verdict = after_destroy(succeeded=succeeded, stand=stand, saved=FILE, file=file)
+    is_certain = succeeded and stand is Stand.ABSENT and file == FILE
+    assert isinstance(verdict, GoOn) is is_certain
 
 
 @given(succeeded=st.booleans(), stand=st.sampled_from(Stand), file=FILES, tries=st.integers(1, 3))
@@ -65,7 +89,8 @@ def test_a_restore_is_tried_again_only_where_it_has_certainly_done_nothing(
 
 
 def test_saves_and_restores_that_went_well_go_on() -> None:
-    assert after_save(succeeded=True, stand=Stand.ABSENT, made=EMPTY, file=FILE) == GoOn()
+    saved = after_save(succeeded=True, stand=Stand.PAUSED, is_held=True, made=EMPTY, file=FILE)
+    assert saved == GoOn()
     done = after_restore(succeeded=True, stand=Stand.RUNS, saved=FILE, file=FILE, tries=2)
     assert done == GoOn()
 
@@ -78,9 +103,24 @@ def test_how_a_guest_stands_is_told_by_its_uuid() -> None:
     assert stand_of(uuid, [here, there]) is Stand.SEVERAL
     assert stand_of(uuid, [replace(here, dying=True)]) is Stand.ABSENT
     assert stand_of(uuid, [replace(here, dying=True), there]) is Stand.RUNS
-    assert stand_of(uuid, [replace(here, paused=True)]) is Stand.STANDS_STILL
+    assert stand_of(uuid, [replace(here, paused=True)]) is Stand.PAUSED
     suspended = replace(here, shutdown=ShutdownReason.SUSPEND)
     assert stand_of(uuid, [suspended]) is Stand.STANDS_STILL
+    assert stand_of(uuid, [replace(suspended, paused=True)]) is Stand.STANDS_STILL
+
+
+def test_held_is_only_the_very_domain_that_is_paused_and_alone() -> None:
+    paused = replace(guest(7), paused=True, cpu_time=5)
+    assert held(paused.identity, [guest(1), paused]) == 5
+    for others in (
+        [],
+        [replace(paused, paused=False)],
+        [replace(paused, shutdown=ShutdownReason.SUSPEND)],
+        [replace(paused, dying=True)],
+        [paused, guest(8, uuid=7)],
+        [replace(paused, domid=Domid(8))],
+    ):
+        assert held(paused.identity, others) is None
 
 
 NOTE = SaveNote(
@@ -110,11 +150,12 @@ def test_a_restore_is_advised_only_where_it_rolls_nothing_back(
     phase: SavePhase, stand: Stand, *, has_file: bool
 ) -> None:
     told = left_over(replace(left_in(phase), has_file=has_file), stand)
-    half_made = phase is SavePhase.RESTORING and stand is Stand.STANDS_STILL
-    advised = has_file and phase is not SavePhase.RESTORED and (stand is Stand.ABSENT or half_made)
+    half_made = phase is SavePhase.RESTORING and stand in (Stand.PAUSED, Stand.STANDS_STILL)
+    both = half_made or (phase is SavePhase.SAVED and stand is Stand.PAUSED)
+    advised = has_file and phase is not SavePhase.RESTORED and (stand is Stand.ABSENT or both)
     assert ("`xl restore /s/x` lets it run" in told) is advised
     assert ("unless it has run since /s/x was written" in told) is advised
-    assert ("`xl destroy`" in told) is (half_made and has_file)
+    assert ("`xl destroy`" in told) is (both and has_file)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ class World:
     links: FakeLinks
     denied: dict[int, str]
     outcomes: list[RelocationOutcome] = field(default_factory=list)
+    saved_in_vain: list[DomainIdentity] = field(default_factory=list)
 
     async def submit(self, domid: int, *mfns: int, uuid: int | None = None) -> DomainIdentity:
         if domid not in self.host.guests:
@@ -66,6 +67,7 @@ async def running(
     time, host, relocator, links = VirtualTime(), FakeHost(), FakeRelocator(), FakeLinks()
     outcomes: list[RelocationOutcome] = []
     denied: dict[int, str] = {}
+    saved_in_vain: list[DomainIdentity] = []
     service = RelocationService(
         policy=policy,
         xen=host,
@@ -76,13 +78,14 @@ async def running(
         finished=lambda _, outcome: outcomes.append(outcome),
         poison=lambda: host.poison,
         denial=lambda info: denied.get(info.domid),
+        saved_in_vain=saved_in_vain.append,
         sleep=time.sleep,
         in_thread=inline,
         saves=saves,
         stop_grace=20.0,
     )
     task = asyncio.create_task(service.run())
-    world = World(service, task, time, host, relocator, links, denied, outcomes)
+    world = World(service, task, time, host, relocator, links, denied, outcomes, saved_in_vain)
     try:
         await quiet()
         yield world

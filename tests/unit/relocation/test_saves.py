@@ -21,7 +21,7 @@ from pgofflined.core.relocation_outcomes import (
     RelocationReason,
 )
 from pgofflined.core.saves import SaveNote, SavePhase
-from pgofflined.mover import StaysError
+from pgofflined.moving import StaysError
 from pgofflined.saving import Saves, only_one, write_note
 from tests.unit.relocation.doubles import (
     guest,
@@ -48,7 +48,19 @@ async def test_a_pv_guest_is_saved_and_its_page_is_offline(saves: Saves, tmp_pat
         assert outcome.new_domid == 8
 
 
-async def test_a_guest_that_was_not_saved_is_tried_again_and_never_resumed(
+async def test_a_guest_that_a_save_has_asked_to_suspend_itself_in_vain_is_looked_after(
+    saves: Saves, tmp_path: Path
+) -> None:
+    failed = save_that_failed(tmp_path / "mover")
+    async with saving(saves, tmp_path) as world:
+        identity = by_saving(world, 7, 0x10)
+        await quiet()
+        await world.relocator.calls[0].end(failed)
+        assert world.saved_in_vain == [identity]
+        assert world.state() == [(7, "waiting")]
+
+
+async def test_a_guest_whose_save_was_not_begun_is_tried_again_and_not_looked_after(
     saves: Saves, tmp_path: Path
 ) -> None:
     async with saving(saves, tmp_path) as world:
@@ -62,7 +74,7 @@ async def test_a_guest_that_was_not_saved_is_tried_again_and_never_resumed(
         world.host.change(7, shutdown=None)
         await world.time.advance(3600)
         assert len(world.relocator.calls) == 2
-        assert world.host.resumed == []
+        assert world.saved_in_vain == []
 
 
 async def test_a_guest_that_is_down_for_long_raises_an_alarm_again_and_again(

@@ -23,7 +23,7 @@ from pgofflined.relocation import xl as xl_module
 from pgofflined.relocation.processes import SessionLauncher, UnitLauncher
 from pgofflined.relocation.transcript import Transcript
 from pgofflined.relocation.xl import MOVER_UNIT, XlRelocator
-from pgofflined.saving import note_path
+from pgofflined.saving import note_path, only_one
 from tests.unit.relocation.doubles import VirtualTime, quiet
 
 GUEST = DomainIdentity(Domid(7), UUID(int=7))
@@ -234,9 +234,18 @@ def test_a_host_that_shuts_down_waits_for_a_mover_and_then_ends_its_guests() -> 
     command = UnitLauncher().command(["mover"], "unit-1", MOVER_UNIT)
     properties = [word.removeprefix("--property=") for word in command if "--property=" in word]
     assert {*MOVER_UNIT} < {*properties}
-    for unit in ("xendomains.service", "libvirtd.service"):
-        assert f"After={unit}" in properties
-    assert {"TimeoutStopSec=infinity", "SendSIGKILL=no", "KillMode=process"} < {*properties}
+    assert {
+        "After=xendomains.service",
+        "After=libvirtd.service",
+        "After=xen.service",
+        "After=xenstored.service",
+        "TimeoutStopSec=infinity",
+        "SendSIGKILL=no",
+        "OOMPolicy=continue",
+        "LimitCORE=0",
+        "MemorySwapMax=0",
+    } == {*MOVER_UNIT}
+    assert "KillMode=process" in properties
     migration = UnitLauncher().command(["xl", "migrate", "7"], "unit-1")
     assert not {*MOVER_UNIT} & {word.removeprefix("--property=") for word in migration}
 
@@ -310,6 +319,33 @@ async def test_a_mover_that_left_its_note_leaves_the_guest_to_a_person(
     note = note_path(GUEST.uuid, mover.notes)
     outcome = await mover.run(f"import os, sys; open({str(note)!r}, 'w'); {end}")
     assert isinstance(outcome, InDoubt)
+
+
+@pytest.mark.parametrize("leaves_note", [False, True])
+async def test_a_mover_that_goes_on_without_who_has_started_it_is_waited_for(
+    mover: FakeMover, monkeypatch: pytest.MonkeyPatch, *, leaves_note: bool
+) -> None:
+    asleep, sleep = asyncio.Event(), mover.time.sleep
+
+    async def sleeps(seconds: float) -> None:
+        asleep.set()
+        await sleep(seconds)
+
+    monkeypatch.setattr(mover.time, "sleep", sleeps)
+    note = note_path(GUEST.uuid, mover.notes)
+    note.touch()
+    async with asyncio.timeout(30):
+        with only_one(mover.notes, GUEST.uuid):
+            saving = asyncio.create_task(mover.run("import os; os.kill(os.getpid(), 9)"))
+            await asleep.wait()
+            await mover.time.advance(3600)
+            assert not saving.done()
+            if not leaves_note:
+                note.unlink()
+        await mover.time.advance(60)
+        outcome = await saving
+    assert isinstance(outcome, InDoubt if leaves_note else NotMigrated)
+    assert "was not told" in outcome.detail
 
 
 async def test_no_mover_is_a_failure_with_its_reason(mover: FakeMover) -> None:
