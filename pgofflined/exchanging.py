@@ -105,6 +105,10 @@ class Exchanging:
             report = _refused(domain, mfns, RefusalReason.INTERNAL, detail)
         return report
 
+    def hold_off(self, domain: DomainIdentity) -> None:
+        """Begin no job in a guest that is looked after, before ``done_with``."""
+        self._unended.add(domain)
+
     def done_with(self, domain: DomainIdentity) -> None:
         """Nobody has to look after the guest of an ended job any more."""
         self._journal.done_with(domain)

@@ -28,7 +28,7 @@ from uuid import UUID
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
-from pgofflined.moving import MARK, NOT_STARTED, Mover, StaysError, UnclearError
+from pgofflined.savesteps import MARK, NOT_STARTED, Mover, StaysError, UnclearError
 from pgofflined.saving import NOTES
 from pgofflined.store import read_boot_id
 

@@ -229,6 +229,7 @@ class Retirer:
 
     def save_failed(self, domain: DomainIdentity) -> None:
         """Look after a guest that was asked to suspend itself for a save, which has failed."""
+        self.exchanging.hold_off(domain)
         self.aftercare.note("save", domain, stuck=None, may_suspend_late=True)
         self._wake.set()
 

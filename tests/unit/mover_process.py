@@ -13,7 +13,7 @@ from uuid import UUID
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.frames import Domid
 from pgofflined.mover import carry_out, heed_stops, run_xl
-from pgofflined.moving import Mover
+from pgofflined.savesteps import Mover
 from tests.unit.relocation.doubles import guest
 
 IDENTITY = DomainIdentity(Domid(7), UUID(int=7))

@@ -22,8 +22,8 @@ from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.saves import SaveNote, SavePhase
 from pgofflined.jobstore import JobStore
-from pgofflined.moving import Mover, StaysError, UnclearError
 from pgofflined.ports import JobRecord
+from pgofflined.savesteps import Mover, StaysError, UnclearError
 from pgofflined.saving import Saves, log_path, note_path, only_one, write_note
 
 from .relocation.doubles import guest

@@ -21,7 +21,7 @@ from pgofflined.core.relocation_outcomes import (
     RelocationReason,
 )
 from pgofflined.core.saves import SaveNote, SavePhase
-from pgofflined.moving import StaysError
+from pgofflined.savesteps import StaysError
 from pgofflined.saving import Saves, only_one, write_note
 from tests.unit.relocation.doubles import (
     guest,
