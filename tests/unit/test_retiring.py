@@ -12,7 +12,7 @@ from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
-from pgofflined.core.outcomes import ExchangeReport
+from pgofflined.core.outcomes import ExchangeReport, Refusal, RefusalReason
 from pgofflined.core.policy import (
     Backoff,
     DomainPolicy,
