@@ -82,8 +82,10 @@ class Aftercare:
             is_over = self._clock.monotonic() >= until
             if found is _Found.ENDED or (found is _Found.RUNS and is_over):
                 self.stuck.pop(domain, None)
-                del self._until[domain]
-                self._ended(domain)
+                # Unless it was noted anew just now.
+                if self._until.get(domain) == until:
+                    del self._until[domain]
+                    self._ended(domain)
 
     def _look_at(self, domain: DomainIdentity) -> _Found:
         domid = domain.domid

@@ -205,6 +205,8 @@ class Exchanging:
             log.exception("the job of d%d could not be ended", domain.domid)
             detail = f"a fault of our own in ending the job of d{domain.domid}; please report it"
             outcome = Recovered.LEFT_ALONE if last else Recovered.NOT_YET
+            if last:
+                unfinished.job.leave(damaged=unfinished.group is not None)
             return RecoveryReport(
                 domain=domain, outcome=outcome, detail=detail, stuck=detail if last else None
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -78,8 +79,11 @@ class StoredJob:
         self._connection = connection
         self._stage_path = _beside(path, _STAGE)
         self._stage = os.open(self._stage_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Once, here or with the object.
+        self._close_stage = weakref.finalize(self, os.close, self._stage)
         self._hold = hold
         self._on_left = on_left
+        self._is_damaged = False
         self._kept: Group | None = None
 
     def keep(self, group: Group) -> None:
@@ -125,8 +129,21 @@ class StoredJob:
         except OSError as error:
             raise PortError(f"{self._stage_path} could not be written: {error}") from error
 
-    def leave(self) -> None:
-        """Keep the record of the job, without anything that its guest's pages held."""
+    def leave(self, *, damaged: bool = False) -> None:
+        """Keep the record of the job, without what its guest's pages held, unless it is damaged."""
+        self._is_damaged = damaged
+        if not damaged:
+            self._forget_pages()
+        self._on_left(self)
+
+    def end(self) -> None:
+        """End a job that was left."""
+        if self._is_damaged:
+            self.set_aside()
+        else:
+            self.close()
+
+    def _forget_pages(self) -> None:
         try:
             # Its contents must not be missing where they count.
             if self._hold is not None:
@@ -141,7 +158,6 @@ class StoredJob:
         except (PortError, OSError, sqlite3.Error) as error:
             _log.error("%s holds pages of a guest still: %s", self._path, error)
         self._kept = None
-        self._on_left(self)
 
     def close(self) -> None:
         """Remove the files.  What cannot be removed is told, and looked at by the next process."""
@@ -166,9 +182,7 @@ class StoredJob:
     def _shut(self) -> None:
         with suppress(sqlite3.Error):
             self._connection.close()
-        if self._stage >= 0:
-            os.close(self._stage)
-            self._stage = -1
+        self._close_stage()
 
 
 def _arrays(group: Group) -> tuple[NDArray[Any], ...]:

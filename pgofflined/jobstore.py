@@ -80,7 +80,7 @@ class JobStore:
         with self._lock:
             earlier = self._left.pop(record.domain, None)
             if earlier is not None:
-                earlier.close()
+                earlier.end()
             try:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 remove(path)
@@ -100,7 +100,7 @@ class JobStore:
         with self._lock:
             job = self._left.pop(domain, None)
             if job is not None:
-                job.close()
+                job.end()
 
     def unfinished(self) -> Sequence[UnfinishedJob]:
         """The jobs that earlier processes left; those that cannot be read are told and kept."""

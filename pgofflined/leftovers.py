@@ -92,8 +92,8 @@ class Leftovers:
         """There will be no service: go on until every guest that is left runs.
 
         After ``hand_over`` too, for a service that has ended without being told to.  How long it
-        takes is systemd's to limit (TimeoutStartSec); what is not ended then keeps its record for
-        the next process.
+        takes is systemd's to limit (TimeoutStartSec, later its watchdog); what is not ended then
+        keeps its record for the next process.
         """
         _note(self._aftercare, self._reports)
         if self._waits():

@@ -101,7 +101,7 @@ class Holding:
         try:
             return self._xen.somebody_at(self._domid) is not None
         except PortError:
-            return False
+            return True  # it is asked again, a little later
 
     def _release(self) -> None:
         """The guest's wait is over when it may run, not when we run again: it is first, then."""

@@ -201,12 +201,16 @@ class _Recovery:
         domid = self._domid
         try:
             info = self._xen.condition(domid)
+            if not _is_same(info, self._record):
+                raise DomainGone(domid)
         except DomainGone as error:
+            self._job.close()
             return self.report(Recovered.GONE, str(error))
         except PortError:
             return report
-        if not _is_same(info, self._record):
-            return self.report(Recovered.GONE, f"d{domid} is another domain by now")
+        if self._is_somebodys():
+            # By now he takes the suspend for his: it is held until he has ended.
+            return report
         stuck: str | None = None
         if self._hold is None:
             # It was not paused by us.
@@ -218,7 +222,15 @@ class _Recovery:
         # Not before: if we are killed in between, another process tries once more.
         if stuck is None:
             self._job.set_aside()
+        else:
+            self._job.leave(damaged=not self._is_whole)
         return self.report(Recovered.LEFT_ALONE, report.detail, stuck=stuck)
+
+    def _is_somebodys(self) -> bool:
+        try:
+            return self._xen.somebody_at(self._domid) is not None
+        except PortError:
+            return False  # so often has it been asked for in vain
 
     def report(
         self,

@@ -238,7 +238,7 @@ class ExchangeJob:
             job.leave()
         else:
             # Neither whole nor let go: it must not be taken up by those who only resume.
-            held.stuck = None
+            held.stuck, held.may_suspend_late = None, False
             hold = Hold(cpu_time=held.cpu_time)
             self._unended(UnfinishedJob(record=record, hold=hold, group=mover.unsettled, job=job))
 

@@ -77,10 +77,11 @@ class OpenJob(Protocol):
         """The guest's memory is whole: what was kept counts no more."""
         ...
 
-    def leave(self) -> None:
+    def leave(self, *, damaged: bool = False) -> None:
         """The guest may stand still because of us, but its memory is whole: keep no more than that.
 
-        ``Journal.done_with`` ends the job.
+        With ``damaged`` it will never be whole, and all is kept.  ``Journal.done_with`` ends the
+        job, as ``close`` or as ``set_aside`` would.
         """
         ...
 

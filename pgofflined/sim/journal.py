@@ -54,7 +54,9 @@ class MemoryJournal:
     def done_with(self, domain: DomainIdentity) -> None:
         """End a job that was left."""
         if domain in self.kept and self.kept[domain].is_left:
-            del self.kept[domain]
+            left = self.kept.pop(domain)
+            if left.group is not None:
+                self.aside.append(left)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +80,12 @@ class _MemoryJob:
         """It counts no more."""
         self.journal.kept[self.domain].has_begun = False
 
-    def leave(self) -> None:
-        """Forget all but that there is a job."""
+    def leave(self, *, damaged: bool = False) -> None:
+        """Forget all but that there is a job, unless it is damaged."""
         kept = self.journal.kept[self.domain]
-        kept.kept, kept.has_begun, kept.is_left = None, False, True
+        kept.is_left = True
+        if not damaged:
+            kept.kept, kept.has_begun = None, False
 
     def close(self) -> None:
         """Forget the job."""

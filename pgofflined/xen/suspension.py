@@ -268,7 +268,11 @@ class Suspension:
         self._untold.add(domid)
 
     def tell_resumed(self, domid: Domid) -> None:
-        """Tell xenstored that a domain runs again, if it does because of us."""
+        """Tell xenstored that a domain runs again, if it does because of us.
+
+        It is the end of our suspend also where somebody else is to resume the guest.
+        """
+        self._release_monitors(domid)
         if domid in self._untold:
             self._tell_xenstored(domid)
 

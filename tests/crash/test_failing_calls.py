@@ -209,6 +209,23 @@ def test_a_guest_that_was_held_so_long_that_a_save_has_begun_is_not_resumed_in_i
     bench.assert_guest_runs_unharmed()
 
 
+def test_a_guest_that_is_neither_whole_nor_let_go_is_taken_up_by_one_alone() -> None:
+    bench = Bench.build()
+    guest = bench.host.simulated(bench.domid)
+
+    def comes() -> None:
+        bench.host.clock.wait(61)
+        guest.somebody = "process 5 (xl save)"
+
+    broken = Fault(method="write_frames", times=10**6)
+    xen = FaultyHypervisor(bench.host, Fault(method="exchange", act=comes), broken)
+    work = bench.work(xen)
+    report = work.run(bench.identity, tuple(_pages(bench)[:1]))
+    # Those who only resume would let it run as it is.
+    assert (report.stuck, report.may_suspend_late) == (None, False)
+    assert work.has_rest
+
+
 def test_a_shortage_that_passes_costs_time_and_no_page() -> None:
     bench = Bench.build()
     xen = FaultyHypervisor(bench.host, Fault(method="write_frames", times=12))

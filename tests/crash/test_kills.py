@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group, PteWrite, PteWrites, frames_of
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanger import exchange, recover
+from pgofflined.exchanging import RECOVERY_SECONDS, RECOVERY_TRIES
 from pgofflined.jobstore import JobStore
 from pgofflined.ports import JobRecord, Journal, OpenJob, SuspendLimits, UnfinishedJob
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
@@ -52,6 +54,10 @@ PAGES: dict[str, Pick] = {
 }
 
 
+# A process that is killed tidies nothing up, as Python does here with what nobody has any more.
+LEFT_BY_THE_DEAD: deque[OpenJob] = deque(maxlen=8)
+
+
 @dataclass
 class MortalJournal:
     """The journal of a process that is killed at its n-th record, or at a call of ``xen``."""
@@ -63,7 +69,9 @@ class MortalJournal:
     count: int = 0
 
     def open(self, record: JobRecord) -> OpenJob:
-        return _MortalJob(self, self.strike(lambda: self.inner.open(record)))
+        job = _MortalJob(self, self.strike(lambda: self.inner.open(record)))
+        LEFT_BY_THE_DEAD.append(job)
+        return job
 
     def unfinished(self) -> Sequence[UnfinishedJob]:
         return self.inner.unfinished()
@@ -104,8 +112,8 @@ class _MortalJob:
     def settled(self) -> None:
         self.journal.strike(self.inner.settled)
 
-    def leave(self) -> None:
-        self.journal.strike(self.inner.leave)
+    def leave(self, *, damaged: bool = False) -> None:
+        self.journal.strike(lambda: self.inner.leave(damaged=damaged))
 
     def close(self) -> None:
         self.journal.strike(self.inner.close)
@@ -525,6 +533,50 @@ def test_giving_up_does_not_resume_a_guest_that_has_run_and_is_suspended_for_ano
     xen = FaultyHypervisor(bench.host, Fault(method="somebody_at", times=10**6))
     bench.end_jobs(xen)
     assert not {"unpause", "resume"} & set(xen.trace.methods)
+
+
+def test_giving_up_does_not_resume_a_guest_that_somebody_saves() -> None:
+    bench = killed(Fault(method="exchange", moment=Moment.AFTER, kills=True))
+    guest = bench.host.simulated(bench.domid)
+    guest.somebody = "process 5 (xl save)"
+    xen = FaultyHypervisor(bench.host, Fault(method="write_frames", times=10**6))
+    work = bench.work(xen)
+    work.recover()
+    for _ in range(2 * RECOVERY_TRIES):
+        bench.host.clock.wait(RECOVERY_SECONDS)
+        assert work.recover_rest() == ()
+    assert not {"unpause", "resume"} & set(xen.trace.methods)
+    guest.somebody = None
+    bench.host.clock.wait(RECOVERY_SECONDS)
+    [report] = work.recover_rest()
+    assert report.outcome is Recovered.LEFT_ALONE
+    assert bench.host.domain(bench.domid).shutdown is None
+
+
+def test_a_record_of_a_guest_that_cannot_be_let_go_is_put_aside_when_it_is() -> None:
+    bench = killed(Fault(method="exchange", moment=Moment.AFTER, kills=True))
+    broken = Fault(method="write_frames", times=10**6), Fault(method="resume", times=10)
+    [report] = bench.end_jobs(FaultyHypervisor(bench.host, *broken))
+    assert report.outcome is Recovered.LEFT_ALONE
+    assert report.stuck is not None
+    # Aftercare has let it go.
+    assert bench.host.domain(bench.domid).shutdown is None
+    assert bench.journal.kept == {}
+    [aside] = bench.journal.aside
+    assert aside.group is not None
+
+
+def test_a_record_of_a_guest_that_ends_while_it_is_given_up_is_removed() -> None:
+    bench = killed(Fault(method="exchange", moment=Moment.AFTER, kills=True))
+    broken = Fault(method="write_frames", times=10**6)
+    last = Fault(
+        method="condition",
+        nth=RECOVERY_TRIES + 4,
+        act=lambda: bench.host.destroy(bench.domid),
+    )
+    reports = bench.end_jobs(FaultyHypervisor(bench.host, broken, last))
+    assert [report.outcome for report in reports] == [Recovered.GONE]
+    assert bench.journal.kept == {}
 
 
 def test_giving_up_does_not_take_back_a_pause_that_is_not_ours() -> None:

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import sqlite3
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -60,9 +61,14 @@ def equal(one: Group, other: Group) -> bool:
     return parts(one) == parts(other)
 
 
+# A process that is killed tidies nothing up, as Python does here with what nobody has any more.
+LEFT_BY_THE_DEAD: deque[OpenJob] = deque(maxlen=8)
+
+
 def begun(folder: Path, of: Group | None = None) -> OpenJob:
     """A job that may have changed its group."""
     job = JobStore(folder).open(RECORD)
+    LEFT_BY_THE_DEAD.append(job)
     job.keep(of or group())
     job.begin()
     return job
@@ -203,7 +209,9 @@ def test_a_stage_that_cannot_be_written_is_a_failure(folder: Path) -> None:
     job.keep(group())
     [stage] = folder.glob("*-stage")
     [number] = [each for each in os.listdir("/proc/self/fd") if _leads_to(each, stage)]
-    os.close(int(number))
+    read_only = os.open(stage, os.O_RDONLY)
+    os.dup2(read_only, int(number))
+    os.close(read_only)
     with pytest.raises(PortError, match="-stage could not be written"):
         job.hold(1)
     with pytest.raises(PortError, match="-stage could not be written"):
@@ -298,6 +306,20 @@ def test_a_job_that_was_left_is_removed_when_its_guest_needs_it_no_more(folder: 
     store.done_with(RECORD.domain)
     assert list(folder.iterdir()) == []
     store.done_with(RECORD.domain)
+
+
+def test_a_job_that_is_left_damaged_keeps_all_and_is_put_aside_in_the_end(folder: Path) -> None:
+    store = JobStore(folder)
+    job = store.open(RECORD)
+    job.hold(5)
+    job.keep(group())
+    job.begin()
+    job.leave(damaged=True)
+    [found] = JobStore(left(folder)).unfinished()
+    assert found.group is not None
+    store.done_with(RECORD.domain)
+    assert list(folder.glob("*.job")) == []
+    assert len(list(folder.glob("*.damaged"))) == 1
 
 
 def test_a_job_of_another_process_can_be_left_as_well(folder: Path) -> None:

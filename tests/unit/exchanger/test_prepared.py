@@ -25,6 +25,7 @@ from pgofflined.ports import JobRecord, Journal, OpenJob, SuspendLimits, Unfinis
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.layout import DIRECT_MAP
+from tests.crash.test_kills import LEFT_BY_THE_DEAD
 from tests.unit.exchanger.conftest import Bench
 
 PAGES = 5
@@ -102,7 +103,9 @@ class _Mortal:
         self._xen = xen
 
     def open(self, record: JobRecord) -> OpenJob:
-        return _MortalJob(self._inner.open(record), self._xen, self.kept)
+        job = _MortalJob(self._inner.open(record), self._xen, self.kept)
+        LEFT_BY_THE_DEAD.append(job)
+        return job
 
     def unfinished(self) -> list[UnfinishedJob]:
         return []
@@ -130,10 +133,10 @@ class _MortalJob:
     def settled(self) -> None:
         self._inner.settled()
 
-    def leave(self) -> None:
+    def leave(self, *, damaged: bool = False) -> None:
         if self._xen.killed:
             raise Killed
-        self._inner.leave()
+        self._inner.leave(damaged=damaged)
 
     def close(self) -> None:
         if self._xen.killed:
