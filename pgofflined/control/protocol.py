@@ -23,6 +23,8 @@ MAX_ATTENTION: Final = 100
 # Texts are cut, so that no reply is larger than MAX_REPLY: JSON may need 6 bytes for a character.
 MAX_REPLY: Final = 8 << 20
 _MAX_TEXT: Final = 400
+# What somebody has to do, with the names of the files that it is about.
+MAX_ADVICE: Final = 1600
 
 _MfnText = Annotated[str, Meta(min_length=1, max_length=32)]
 _PageLimit = Annotated[int, Meta(ge=0, le=MAX_PAGES)]
@@ -226,7 +228,7 @@ def status_reply(snapshot: Snapshot, *, pages: int) -> StatusReply:
         started=snapshot.started,
         xen_version=snapshot.xen_version,
         dry_run=snapshot.dry_run,
-        attention=[_clean(line) for line in snapshot.attention[:MAX_ATTENTION]],
+        attention=[_clean(line, MAX_ADVICE) for line in snapshot.attention[:MAX_ATTENTION]],
         source=Source(name=source.name, note=_clean(source.note), last_record=source.last_record),
         errors=[
             ErrorCount(error_class=error_class, source=name, count=count)
@@ -322,7 +324,7 @@ def _job(job: JobStatus) -> Job:
     )
 
 
-def _clean(text: str) -> str:
+def _clean(text: str, most: int = _MAX_TEXT) -> str:
     """Short enough for a reply, and without the lone surrogates of a name that was no UTF-8."""
-    cut = text if len(text) <= _MAX_TEXT else text[: _MAX_TEXT - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    cut = text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
     return cut.encode("utf-8", "backslashreplace").decode()

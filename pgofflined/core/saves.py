@@ -216,14 +216,14 @@ class LeftOver:
 def left_over(left: LeftOver, stand: Stand) -> str:
     """What a person is to do about it."""
     note = left.note
-    log = "" if left.log is None else f" ({left.log} has xl's last words)"
     begin = (
-        f"a save of the guest that was d{note.domain.domid} (uuid {note.domain.uuid}) was cut off"
-        f"{log}; once no xl is at work on it any more (`pgrep -af 'libxl-save-helper|xl save'`; an "
-        "`xl restore` beside a guest that runs is what monitors it)"
+        f"a save of the guest that was d{note.domain.domid} (uuid {note.domain.uuid}) was cut off; "
+        "once no xl is at work on it any more (`pgrep -af 'libxl-save-helper|xl save'`; an `xl "
+        "restore` beside a guest that runs is what monitors it)"
     )
     remove = f"remove {note.file}, then {left.path}" if left.has_file else f"remove {left.path}"
-    done = f"then {remove}; until then the guest is left alone"
+    log = "" if left.log is None else f" ({left.log} has xl's last words)"
+    done = f"then {remove}; until then the guest is left alone{log}"
     match stand:
         case Stand.ABSENT:
             return f"{begin} and it does not run: {_when_absent(left)}; {done}"

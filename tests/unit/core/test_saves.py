@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgofflined.control.protocol import MAX_ADVICE
 from pgofflined.core.domains import DomainIdentity, ShutdownReason
 from pgofflined.core.frames import Domid
 from pgofflined.core.saves import (
@@ -207,3 +208,12 @@ def test_a_file_without_a_note_is_told_of_with_what_to_do() -> None:
     told = without_note("/s/x", NOTE.domain.uuid)
     assert str(NOTE.domain.uuid) in told
     assert "has run since" in told
+
+
+@pytest.mark.parametrize("phase", SavePhase)
+@pytest.mark.parametrize("stand", Stand)
+def test_what_a_person_is_told_reaches_him_whole(phase: SavePhase, stand: Stand) -> None:
+    note = replace(LEFT.note, phase=phase, file="/" + "x" * 120 + "/" + str(UUID(int=7)) + ".state")
+    path = f"/var/lib/pgofflined/notes/{UUID(int=7)}"
+    left = replace(LEFT, note=note, path=f"{path}.save", log=f"{path}.log", same_boot=False)
+    assert len(left_over(left, stand)) <= MAX_ADVICE
