@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from pgofflined.aftercare import Aftercare
 from pgofflined.core.outcomes import ExchangeReport
@@ -18,7 +18,7 @@ _INTERVAL = 0.2
 
 
 def look_after(
-    xen: XenHypervisor, journal: Journal, reports: Iterable[ExchangeReport | RecoveryReport]
+    xen: XenHypervisor, journal: Journal, reports: Sequence[ExchangeReport | RecoveryReport]
 ) -> None:
     """Look at the guests of some jobs until none needs it, or the time is over."""
     aftercare = Aftercare(xen, HostClock(), interval=0, ended=journal.done_with)
@@ -30,3 +30,6 @@ def look_after(
     while aftercare and time.monotonic() < until:
         aftercare.look()
         time.sleep(_INTERVAL)
+    # As after the five minutes that a daemon takes: none of them is going to follow any more.
+    for report in reports:
+        journal.done_with(report.domain)
