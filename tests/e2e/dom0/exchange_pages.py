@@ -68,13 +68,15 @@ def _mark(xen: XenHypervisor, mfns: Iterator[Mfn], count: int) -> list[Mfn]:
     return marked
 
 
-def run_job(xen: Hypervisor, domid: Domid, mfns: list[Mfn]) -> ExchangeReport:
+def run_job(
+    xen: Hypervisor, domid: Domid, mfns: list[Mfn], journal: JobStore | None = None
+) -> ExchangeReport:
     """Exchange marked pages in one suspend."""
     return exchange(
         xen.domain(domid).identity,
         mfns,
         xen=xen,
-        journal=JobStore(JOBS),
+        journal=journal or JobStore(JOBS),
         clock=HostClock(),
         limits=SuspendLimits(),
     )

@@ -84,7 +84,8 @@ class Driver:
         for _ in range(_REFUSED_PAGES):
             mfns = self._mark()
             xen = FaultyHypervisor(self._xen, Fault(method="suspend"))
-            run_job(xen, self._domid, mfns)
+            journal = JobStore(JOBS)
+            look_after(self._xen, journal, [run_job(xen, self._domid, mfns, journal)])
             self._end({"rehearsal": True, "killed": False}, mfns)
             if "suspend" in xen.trace.methods:
                 return xen.trace.methods.index("suspend")
