@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum, auto
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.events import Event
+from pgofflined.core.recovery import RecoveryReport
 from pgofflined.journal_log import event
 from pgofflined.letgo import let_go, told
 from pgofflined.ports import Clock, DomainControl
@@ -74,6 +75,16 @@ class Aftercare:
                 f"`xl resume {domain.domid}`"
             )
             event(log, logging.CRITICAL, Event.GUEST_STUCK, message, domid=domain.domid, job=job)
+
+    def note_recovered(self, reports: Iterable[RecoveryReport]) -> None:
+        """The same for jobs of an earlier process."""
+        for report in reports:
+            self.note(
+                "recovery",
+                report.domain,
+                stuck=report.stuck,
+                may_suspend_late=report.may_suspend_late,
+            )
 
     def look(self) -> None:
         """Resume those that are suspended.  Makes hypercalls; for a thread."""

@@ -56,6 +56,7 @@ class Exchanging:
         # Jobs not ended yet, and guests that are looked after since: a new job would suspend the
         # guest for us, and who is to let it go would do so in the middle of that.
         self._unended: set[DomainIdentity] = set()
+        self._looked_after: set[DomainIdentity] = set()
         self._next_try = 0.0
         # From the threads in which jobs run.
         self._given_up: SimpleQueue[UnfinishedJob] = SimpleQueue()
@@ -66,7 +67,7 @@ class Exchanging:
 
         It must not be used any more.
         """
-        names = ("_rest", "_tries", "_busy", "_unended", "_next_try")
+        names = ("_rest", "_tries", "_busy", "_unended", "_looked_after", "_next_try")
         vars(self).update({name: vars(earlier).pop(name) for name in names})
         self._took_over = True
 
@@ -75,7 +76,7 @@ class Exchanging:
         # numpy comes with it, which a daemon that has nothing to do need not hold.
         from pgofflined.exchanger import exchange
 
-        if domain in self._unended:
+        if domain in self._unended or domain in self._looked_after:
             detail = f"what was left of an earlier exchange in d{domain.domid} comes first"
             return _refused(domain, mfns, RefusalReason.DOMAIN_BUSY, detail)
         policy = self._policy()
@@ -96,7 +97,7 @@ class Exchanging:
                 unended=self._give_up,
             )
             if report.stuck is not None or report.may_suspend_late:
-                self._unended.add(domain)
+                self.hold_off(domain)
             if not self._xen.version().offlines_free_frames_safely:
                 self._withdraw(report)
         except Exception:  # a fault in one job must not end the daemon of all other guests
@@ -107,12 +108,12 @@ class Exchanging:
 
     def hold_off(self, domain: DomainIdentity) -> None:
         """Begin no job in a guest that is looked after, before ``done_with``."""
-        self._unended.add(domain)
+        self._looked_after.add(domain)
 
     def done_with(self, domain: DomainIdentity) -> None:
         """Nobody has to look after the guest of an ended job any more."""
         self._journal.done_with(domain)
-        self._unended.discard(domain)
+        self._looked_after.discard(domain)
 
     def _give_up(self, unfinished: UnfinishedJob) -> None:
         # Its record must not be replaced by that of another job.
@@ -183,8 +184,9 @@ class Exchanging:
                 self._rest.append(rest)
             else:
                 del self._tries[domain]
-                if report.stuck is None and not report.may_suspend_late:
-                    self._unended.discard(domain)
+                if report.stuck is not None or report.may_suspend_late:
+                    self.hold_off(domain)
+                self._unended.discard(domain)
                 reports.append(report)
         return tuple(reports)
 

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -85,7 +85,7 @@ class Leftovers:
     def hand_over(self, exchanging: Exchanging, aftercare: Aftercare) -> None:
         """Let the service go on with what is not ended, and with guests to be looked after."""
         exchanging.take_over(self._exchanging)
-        _note(aftercare, self._reports)
+        aftercare.note_recovered(self._reports)
         self._exchanging, self._aftercare, self._reports = exchanging, aftercare, []
 
     def see_out(self, sleep: Callable[[float], None] = time.sleep) -> None:
@@ -95,27 +95,17 @@ class Leftovers:
         takes is systemd's to limit (TimeoutStartSec, later its watchdog); what is not ended then
         keeps its record for the next process.
         """
-        _note(self._aftercare, self._reports)
+        self._aftercare.note_recovered(self._reports)
         if self._waits():
             log.error("guests that exchanges have left are looked after first, then this ends")
         while self._waits():
             sleep(_INTERVAL)
             with _undisturbed():
-                _note(self._aftercare, self._exchanging.recover_rest())
+                self._aftercare.note_recovered(self._exchanging.recover_rest())
                 self._aftercare.look()
 
     def _waits(self) -> bool:
         return self._exchanging.has_rest or bool(self._aftercare)
-
-
-def _note(aftercare: Aftercare, reports: Iterable[RecoveryReport]) -> None:
-    for report in reports:
-        aftercare.note(
-            "recovery",
-            report.domain,
-            stuck=report.stuck,
-            may_suspend_late=report.may_suspend_late,
-        )
 
 
 @contextmanager

@@ -8,7 +8,8 @@ has not run since, and removes the file and its note only where it has seen the 
 not depend on anybody who reads what it says, and neither does xl: that writes into a log beside the
 note.
 
-Exit status: 0, the guest was saved and restored; ``EX_STAYS``, it was not saved and runs on; any
+Exit status: 0, the guest was saved and restored; ``EX_STAYS``, it was not saved and runs as before;
+``EX_RUNS_ON``, it was asked to suspend itself, was not saved, and was seen to run afterwards; any
 other: whether it runs is not certain, and where a note is left a person has to look.
 """
 
@@ -28,12 +29,11 @@ from uuid import UUID
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
-from pgofflined.savesteps import MARK, NOT_STARTED, Mover, StaysError, UnclearError
+from pgofflined.core.saves import EX_RUNS_ON, EX_STAYS, EX_UNCLEAR
+from pgofflined.savesteps import MARK, NOT_STARTED, Mover, RunsOnError, StaysError, UnclearError
 from pgofflined.saving import NOTES
 from pgofflined.store import read_boot_id
 
-EX_STAYS: Final = os.EX_TEMPFAIL
-EX_UNCLEAR: Final = os.EX_SOFTWARE
 # What `xl restore` leaves behind for the guest's life, its monitor and a device model, is to be as
 # if a person had started it.
 _UMASK: Final = 0o022
@@ -78,6 +78,8 @@ def carry_out(mover: Mover) -> int:
     """Save and restore, and say what came of it; gives the exit status."""
     try:
         mover.run()
+    except RunsOnError as error:
+        return _tell(EX_RUNS_ON, str(error))
     except StaysError as error:
         return _tell(EX_STAYS, str(error))
     except UnclearError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import assert_never
 
 from pgofflined.aftercare import Aftercare
@@ -28,7 +28,6 @@ from pgofflined.core.outcomes import (
     Refusal,
 )
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
-from pgofflined.core.recovery import RecoveryReport
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
 from pgofflined.exchanging import Exchanging
 from pgofflined.journal_log import event
@@ -172,21 +171,12 @@ class Retirer:
 
     def recover(self) -> None:
         """End what an earlier process left of exchanges; makes hypercalls, for a thread."""
-        self._care_for(self.exchanging.recover())
+        self.aftercare.note_recovered(self.exchanging.recover())
 
     def _look_after(self) -> None:
         if self.exchanging.has_rest:
-            self._care_for(self.exchanging.recover_rest())
+            self.aftercare.note_recovered(self.exchanging.recover_rest())
         self.aftercare.look()
-
-    def _care_for(self, reports: Iterable[RecoveryReport]) -> None:
-        for report in reports:
-            self.aftercare.note(
-                "recovery",
-                report.domain,
-                stuck=report.stuck,
-                may_suspend_late=report.may_suspend_late,
-            )
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""

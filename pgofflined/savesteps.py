@@ -85,6 +85,10 @@ class StaysError(Exception):
     """Nothing was done to the guest, or it was seen to run on."""
 
 
+class RunsOnError(StaysError):
+    """It was asked to suspend itself, or did, and was seen to run on: it may suspend late."""
+
+
 class UnclearError(Exception):
     """Nothing more may be done without a person."""
 
@@ -130,7 +134,7 @@ class Mover:
         self._phase = SavePhase.SAVING
 
     def run(self) -> None:
-        """Do it.  Raises StaysError, UnclearError."""
+        """Do it.  Raises StaysError, RunsOnError, UnclearError."""
         with ExitStack() as stack:
             lock = self._lock(stack)
             self._refuse_what_changed()
@@ -250,6 +254,9 @@ class Mover:
                 assert file is not None  # noqa: S101 - GoOn says so
                 assert ran is not None  # noqa: S101
                 return file, ran
+            case Stays() if status == NOT_STARTED:
+                self._file.unlink(missing_ok=True)
+                raise self._stays(f"d{domid} is not saved: {last_words(log)}")
             case Stays():
                 raise self._runs_on(f" (status {status}): {last_words(log)}")
             case Unclear(what=what):
@@ -266,10 +273,11 @@ class Mover:
             stand, ran = self._look(Stand.RUNS)
         return stand, ran
 
-    def _runs_on(self, why: str) -> StaysError:
+    def _runs_on(self, why: str) -> RunsOnError:
         """To be raised where the guest stood still and was seen to run again.  Raises OSError."""
         self._file.unlink(missing_ok=True)
-        return self._stays(f"xl could not save d{self._domain.domid}{why}")
+        self._forget_note()
+        return RunsOnError(f"xl could not save d{self._domain.domid}{why}")
 
     def _have_it_on_disk(self, lock: int, log: int) -> None:
         try:

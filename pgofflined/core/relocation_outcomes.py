@@ -77,10 +77,13 @@ class NotMigrated:
     """The migration failed before the target may have started the guest.
 
     The toolstack has tried to let the guest run on; whether it does is for the caller to see.
+    ``was_asked``: a save that failed has asked it to suspend itself, or may have, so that it may
+    do so late.
     """
 
     detail: str
     timed_out: bool = False
+    was_asked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,10 @@ from uuid import UUID
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 
+# How the process ends that saves and restores (sysexits(3): TEMPFAIL, IOERR, SOFTWARE).
+EX_STAYS: Final = 75
+EX_RUNS_ON: Final = 74
+EX_UNCLEAR: Final = 70
 _RESTORE_TRIES: Final = 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from pgofflined.core.errors import (
@@ -48,8 +48,11 @@ class Holding:
         self._limits = limits
 
     @contextmanager
-    def suspended(self, job: OpenJob) -> Iterator[None]:
-        """Hold the guest suspended and paused; let it go on every way out."""
+    def suspended(self, job: OpenJob, is_whole: Callable[[], bool]) -> Iterator[None]:
+        """Hold the guest suspended and paused; let it go on every way out.
+
+        Not one that is not whole and that somebody else would resume: it stays paused.
+        """
         domid = self._domid
         self.asked = self._clock.monotonic()
         self.owes_nothing = False
@@ -75,10 +78,17 @@ class Holding:
             self.owes_nothing = not self.may_suspend_late
             raise
         self.held = self._clock.monotonic()
-        paused = False
         try:
             with kept():
                 job.hold(None)
+        except NotKept:
+            self._release()
+            self.stuck = resume_only(self._xen, domid, self._release)
+            self.owes_nothing = self.stuck is None
+            told(self._xen, domid)
+            raise
+        paused = False
+        try:
             # The guest has stopped itself, but its vCPUs' state may still be loaded on a pCPU:
             # only a pause waits for that, and only then are changes to its page tables safe.
             self._xen.pause(domid)
@@ -87,7 +97,8 @@ class Holding:
         finally:
             self._release()
             if self._is_somebodys_by_now():
-                self.stuck = unpause_only(self._xen, domid) if paused else None
+                if paused and is_whole():
+                    self.stuck = unpause_only(self._xen, domid)
                 self.may_suspend_late = True
             else:
                 self.stuck = let_go(self._xen, domid, paused=paused, before=self._release)

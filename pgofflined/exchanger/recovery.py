@@ -127,7 +127,8 @@ class _Recovery:
             detail = f"d{domid} is suspended for somebody else: our request was still unread"
             return self.report(Recovered.NOTHING_TO_DO, detail)
         if is_recent:
-            return self._let_go()
+            # A pause, if there is one, is not ours: that is noted before it is made.
+            return self._told_of(resume_only(self._xen, domid))
         detail = (
             f"d{domid} is suspended, and we had asked it to, but so long ago that it may be for "
             f"somebody else: if nobody saves or migrates it, `xl resume {domid}` (Xen 4.20 or "
@@ -138,15 +139,15 @@ class _Recovery:
     def _end_hold(self, info: DomainInfo) -> RecoveryReport:
         """It had suspended itself for us, and its memory is whole."""
         if self._is_as_left(info):
-            return self._let_go()
+            return self._told_of(let_go(self._xen, self._domid))
         state = "runs" if info.shutdown is None else "is suspended again, for somebody else"
         return self.report(
             Recovered.NOTHING_TO_DO,
             f"d{self._domid} has run since it stood still for us, and {state}",
         )
 
-    def _let_go(self) -> RecoveryReport:
-        stuck = let_go(self._xen, self._domid)
+    def _told_of(self, stuck: str | None) -> RecoveryReport:
+        """The end of a guest that was let go, unless something keeps it."""
         told(self._xen, self._domid)
         detail = f"d{self._domid} still stood still; its memory is whole, and it was let go"
         return self.report(Recovered.FINISHED, detail, stuck=stuck)
@@ -208,9 +209,11 @@ class _Recovery:
             return self.report(Recovered.GONE, str(error))
         except PortError:
             return report
-        if self._is_somebodys():
-            # By now he takes the suspend for his: it is held until he has ended.
-            return report
+        somebody = self._somebody()
+        if somebody is not None:
+            # By now he takes the suspend for his.
+            detail = f"{report.detail}; it is held until {somebody} has ended"
+            return self.report(Recovered.BUSY, detail)
         stuck: str | None = None
         if self._hold is None:
             # It was not paused by us.
@@ -226,11 +229,11 @@ class _Recovery:
             self._job.leave(damaged=not self._is_whole)
         return self.report(Recovered.LEFT_ALONE, report.detail, stuck=stuck)
 
-    def _is_somebodys(self) -> bool:
+    def _somebody(self) -> str | None:
         try:
-            return self._xen.somebody_at(self._domid) is not None
+            return self._xen.somebody_at(self._domid)
         except PortError:
-            return False  # so often has it been asked for in vain
+            return None  # so often has it been asked for in vain
 
     def report(
         self,

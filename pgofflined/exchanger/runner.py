@@ -213,7 +213,7 @@ class ExchangeJob:
         try:
             mover.prepare(self._domain.domid, surveyed.plan)
             self._leave_to_others()
-            with UNCOLLECTED, self._held.suspended(job):
+            with UNCOLLECTED, self._held.suspended(job, lambda: mover.is_whole):
                 self._move(mover, info, surveyed, job)
         except _InUseByOthers as error:
             why = RefusalReason.DOMAIN_BUSY, str(error)

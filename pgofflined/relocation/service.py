@@ -60,11 +60,9 @@ _SETTLE_FIRST = 0.25
 _SETTLE_LAST = 8.0
 _SETTLE_LIMIT = 120.0
 
-# The mover's words where `xl save` was run and has failed, after which it has seen the guest run.
-_XL_FAILED = "xl could not save"
 _NO_MORE_SAVES = (
-    "saves of it have failed before, each after it had stood still; see to the cause (disk and "
-    "space of relocation.save_directory, /var/log/xen), then `systemctl reload pgofflined` and "
+    "saves of it have failed before, each of which may have kept it still; see to the cause (disk "
+    "and space of relocation.save_directory, /var/log/xen), then `systemctl reload pgofflined` and "
     "`pgofflined offline MFN`"
 )
 
@@ -257,11 +255,10 @@ class RelocationService:
         match outcome:
             case Migrated():
                 await self._settle(domain, outcome, self._clock.monotonic() - start)
-            case NotMigrated(detail=detail):
-                stood_still = _XL_FAILED in detail
-                if stood_still:
+            case NotMigrated(detail=detail, was_asked=was_asked):
+                if was_asked:
                     self._saved_in_vain(domain)
-                self._retry(domain, detail, stood_still=stood_still)
+                self._retry(domain, detail, stood_still=was_asked)
             case InDoubt(detail=detail):
                 # Not ``stuck``: what is left is told for as long as its note is there.
                 telling.save_unfinished(job, detail)

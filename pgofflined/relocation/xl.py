@@ -16,6 +16,7 @@ from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
 from pgofflined.core.relocation_outcomes import InDoubt, Migrated, MigrationOutcome, NotMigrated
+from pgofflined.core.saves import EX_STAYS
 from pgofflined.relocation.processes import Found, Launcher, Run
 from pgofflined.relocation.transcript import Stage, Transcript
 from pgofflined.saving import NOTES, is_under_way, unfinished_save
@@ -156,15 +157,20 @@ class XlRelocator:
         what = "saving and restoring failed"
         if is_lost:
             what = f"how saving and restoring d{domain.domid} ended was not told"
-        return self._not_saved(domain, f"{what}: {transcript.last_words()}")
+        detail = f"{what}: {transcript.last_words()}"
+        return self._not_saved(domain, detail, was_asked=status != EX_STAYS)
 
-    def _not_saved(self, domain: DomainIdentity, detail: str) -> MigrationOutcome:
+    def _not_saved(
+        self, domain: DomainIdentity, detail: str, *, was_asked: bool
+    ) -> MigrationOutcome:
         try:
             note = unfinished_save(domain.uuid, self._notes)
         except PortError as error:
             return InDoubt(detail=f"{detail}; {error}")
         # A note is written before anything is done, and removed when the guest was seen to run.
-        return NotMigrated(detail=detail) if note is None else InDoubt(detail=detail)
+        if note is not None:
+            return InDoubt(detail=detail)
+        return NotMigrated(detail=detail, was_asked=was_asked)
 
     async def _watch(
         self, run: Run, transcript: Transcript, domid: Domid, time_limit: float

@@ -13,8 +13,9 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import Damaged, Exchanged, Refusal, RefusalReason
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanging import RECOVERY_SECONDS
-from pgofflined.ports import SuspendLimits
+from pgofflined.ports import JobRecord, OpenJob, SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
+from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.layout import DIRECT_MAP
 from pgofflined.sim.pagetables import PageFault
 from tests.unit.exchanger.conftest import Bench
@@ -221,9 +222,35 @@ def test_a_guest_that_is_neither_whole_nor_let_go_is_taken_up_by_one_alone() -> 
     xen = FaultyHypervisor(bench.host, Fault(method="exchange", act=comes), broken)
     work = bench.work(xen)
     report = work.run(bench.identity, tuple(_pages(bench)[:1]))
-    # Those who only resume would let it run as it is.
+    # Those who only resume would let it run as it is, and so would he when he gives up.
     assert (report.stuck, report.may_suspend_late) == (None, False)
+    assert bench.host.domain(bench.domid).paused
     assert work.has_rest
+
+
+def test_a_hold_that_cannot_be_noted_lets_the_guest_go_and_takes_no_pause_back() -> None:
+    bench = Bench.build()
+
+    class Full(MemoryJournal):
+        """Takes no word of a guest that stands still."""
+
+        def open(self, record: JobRecord) -> OpenJob:
+            job = super().open(record)
+
+            def hold(cpu_time: int | None) -> None:
+                bench.host.pause(bench.domid)  # by an admin
+                raise PortError(f"no room for {cpu_time}")
+
+            object.__setattr__(job, "hold", hold)
+            return job
+
+    bench.journal = Full()
+    report = bench.exchange(_pages(bench))
+    reasons = {result.reason for result in report.results if isinstance(result, Refusal)}
+    assert reasons == {RefusalReason.NOT_KEPT}
+    info = bench.host.domain(bench.domid)
+    assert (info.shutdown, info.paused) == (None, True)
+    assert bench.journal.kept == {}
 
 
 def test_a_shortage_that_passes_costs_time_and_no_page() -> None:

@@ -10,7 +10,7 @@ import contextlib
 import shutil
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
@@ -60,13 +60,17 @@ LEFT_BY_THE_DEAD: deque[OpenJob] = deque(maxlen=8)
 
 @dataclass
 class MortalJournal:
-    """The journal of a process that is killed at its n-th record, or at a call of ``xen``."""
+    """The journal of a process that is killed at its n-th record, or at a call of ``xen``.
+
+    ``groups`` are those that it was told to keep.
+    """
 
     inner: Journal
     xen: FaultyHypervisor
     at: int = 0
     after: bool = False
     count: int = 0
+    groups: list[Group] = field(default_factory=list)
 
     def open(self, record: JobRecord) -> OpenJob:
         job = _MortalJob(self, self.strike(lambda: self.inner.open(record)))
@@ -101,6 +105,7 @@ class _MortalJob:
     inner: OpenJob
 
     def keep(self, group: Group) -> None:
+        self.journal.groups.append(group)
         self.journal.strike(lambda: self.inner.keep(group))
 
     def hold(self, cpu_time: int | None) -> None:
@@ -577,6 +582,15 @@ def test_a_record_of_a_guest_that_ends_while_it_is_given_up_is_removed() -> None
     reports = bench.end_jobs(FaultyHypervisor(bench.host, broken, last))
     assert [report.outcome for report in reports] == [Recovered.GONE]
     assert bench.journal.kept == {}
+
+
+def test_a_pause_before_ours_was_noted_is_not_taken_back() -> None:
+    bench = killed(Fault(method="suspend", moment=Moment.AFTER, kills=True))
+    bench.host.pause(bench.domid)
+    [report] = bench.end_jobs()
+    assert report.outcome is Recovered.FINISHED
+    info = bench.host.domain(bench.domid)
+    assert (info.shutdown, info.paused) == (None, True)
 
 
 def test_giving_up_does_not_take_back_a_pause_that_is_not_ours() -> None:

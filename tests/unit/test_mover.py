@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.saves import SaveNote, SavePhase
+from pgofflined.core.saves import EX_RUNS_ON, EX_STAYS, EX_UNCLEAR, SaveNote, SavePhase
 from pgofflined.jobstore import JobStore
+from pgofflined.mover import carry_out
 from pgofflined.ports import JobRecord
-from pgofflined.savesteps import Mover, StaysError, UnclearError
+from pgofflined.savesteps import Mover, RunsOnError, StaysError, UnclearError
 from pgofflined.saving import Saves, log_path, note_path, only_one, write_note
 
 from .relocation.doubles import guest
@@ -476,10 +477,35 @@ def test_a_guest_that_cannot_be_seen_any_more_is_left_to_a_person(world: World) 
 @pytest.mark.parametrize("save", ["fails", "works, not paused"])
 def test_a_save_that_fails_leaves_the_guest_running_and_no_trace(world: World, save: str) -> None:
     world.save = save
-    with pytest.raises(StaysError, match="could not save"):
-        world.mover().run()
+    mover = world.mover()
+    with pytest.raises(RunsOnError, match="could not save"):
+        mover.run()
     assert world.runs()
     assert not world.has_traces()
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (StaysError("no"), EX_STAYS),
+        (RunsOnError("no"), EX_RUNS_ON),
+        (UnclearError("no"), EX_UNCLEAR),
+        (None, 0),
+    ],
+)
+def test_the_exit_status_says_how_the_guest_stands(
+    world: World, end: Exception | None, status: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mover = world.mover()
+
+    def run() -> None:
+        if end is not None:
+            raise end
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mover, "run", run)
+        assert carry_out(mover) == status
+    assert capfd.readouterr().out.startswith("pgofflined: ")
 
 
 def prevent(world: World, what: str) -> None:

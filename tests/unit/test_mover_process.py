@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pgofflined.mover import EX_STAYS, run_xl
+from pgofflined.core.saves import EX_STAYS
+from pgofflined.mover import run_xl
 from pgofflined.saving import Saves, log_path, only_one
 
 from .mover_process import IDENTITY, FileHost

@@ -98,12 +98,15 @@ class Bench:
                 raise AssertionError(how)
 
 
-def heard_of(module: str, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+def heard_of(
+    module: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> asyncio.Event:
     """Set with the next entry of a module in the journal."""
     heard = asyncio.Event()
     logger = logging.getLogger(module)
     monkeypatch.setattr(logger, "handlers", [FieldHandler(lambda *_, **__: heard.set())])
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    # Not by the attribute alone: a logger remembers which levels it has found switched off.
+    caplog.set_level(logging.INFO, logger=module)
     return heard
 
 
@@ -148,7 +151,7 @@ async def test_no_save_is_begun_where_the_service_knows_better(
 ) -> None:
     async with bench_at(tmp_path, NotMigrated(detail="it was begun")) as bench:
         bench.hinder(how)
-        heard = heard_of(telling.__name__, monkeypatch)
+        heard = heard_of(telling.__name__, monkeypatch, caplog)
         bench.submit()
         await heard.wait()
         assert bench.mover.called == []
@@ -158,10 +161,10 @@ async def test_no_save_is_begun_where_the_service_knows_better(
 
 
 async def test_a_save_that_is_left_to_a_person_is_shown_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with bench_at(tmp_path, InDoubt(detail="look")) as bench:
-        heard = heard_of(SaveWatch.__module__, monkeypatch)
+        heard = heard_of(SaveWatch.__module__, monkeypatch, caplog)
         bench.submit()
         await heard.wait()
         assert bench.mover.called == [bench.guest]
@@ -172,7 +175,7 @@ async def test_a_save_that_is_left_to_a_person_is_shown_at_once(
 async def test_a_guest_is_looked_after_when_its_save_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with bench_at(tmp_path, NotMigrated(detail="xl could not save d1")) as bench:
+    async with bench_at(tmp_path, NotMigrated(detail="no", was_asked=True)) as bench:
         noted = asyncio.Event()
         monkeypatch.setattr(telling, "failed", lambda *_: noted.set())
         bench.submit()

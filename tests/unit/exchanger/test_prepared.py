@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn
 from pgofflined.core.moves import Group, frames_of
@@ -21,11 +20,11 @@ from pgofflined.exchanger.check import check, look_at
 from pgofflined.exchanger.plan import make_plan
 from pgofflined.exchanger.survey import survey
 from pgofflined.jobstore import JobStore
-from pgofflined.ports import JobRecord, Journal, OpenJob, SuspendLimits, UnfinishedJob
+from pgofflined.ports import JobRecord, Journal, OpenJob, SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.layout import DIRECT_MAP
-from tests.crash.test_kills import LEFT_BY_THE_DEAD
+from tests.crash.test_kills import MortalJournal
 from tests.unit.exchanger.conftest import Bench
 
 PAGES = 5
@@ -74,7 +73,7 @@ def test_a_page_that_is_written_to_before_the_suspend_keeps_that_through_a_kill(
     xen = FaultyHypervisor(bench.host, writes(bench, pfns[2], 0xFEED), dying)
     left, found = tmp_path / "left", tmp_path / "found"
     with pytest.raises(Killed):
-        run(bench, bench.mark(*pfns), xen, _Mortal(JobStore(left), xen))
+        run(bench, bench.mark(*pfns), xen, MortalJournal(JobStore(left), xen))
     shutil.copytree(left, found)
     [report] = bench.end_jobs(journal=JobStore(found))
     assert len(report.results) == PAGES
@@ -91,62 +90,6 @@ def run(bench: Bench, mfns: list[Mfn], xen: FaultyHypervisor, journal: Journal) 
         clock=bench.host.clock,
         limits=SuspendLimits(),
     )
-
-
-class _Mortal:
-    """A journal that a process that is dead does not close any more; ``kept`` is what it was told
-    to keep."""
-
-    def __init__(self, inner: Journal, xen: FaultyHypervisor) -> None:
-        self.kept: list[Group] = []
-        self._inner = inner
-        self._xen = xen
-
-    def open(self, record: JobRecord) -> OpenJob:
-        job = _MortalJob(self._inner.open(record), self._xen, self.kept)
-        LEFT_BY_THE_DEAD.append(job)
-        return job
-
-    def unfinished(self) -> list[UnfinishedJob]:
-        return []
-
-    def done_with(self, domain: DomainIdentity) -> None:
-        self._inner.done_with(domain)
-
-
-class _MortalJob:
-    def __init__(self, inner: OpenJob, xen: FaultyHypervisor, kept: list[Group]) -> None:
-        self._inner = inner
-        self._xen = xen
-        self._kept = kept
-
-    def keep(self, group: Group) -> None:
-        self._kept.append(group)
-        self._inner.keep(group)
-
-    def hold(self, cpu_time: int | None) -> None:
-        self._inner.hold(cpu_time)
-
-    def begin(self) -> None:
-        self._inner.begin()
-
-    def settled(self) -> None:
-        self._inner.settled()
-
-    def leave(self, *, damaged: bool = False) -> None:
-        if self._xen.killed:
-            raise Killed
-        self._inner.leave(damaged=damaged)
-
-    def close(self) -> None:
-        if self._xen.killed:
-            raise Killed
-        self._inner.close()
-
-    def set_aside(self) -> None:
-        if self._xen.killed:
-            raise Killed
-        self._inner.set_aside()
 
 
 @pytest.mark.parametrize("error", [None, PortError("no"), MemoryError()])
@@ -319,9 +262,9 @@ def test_a_group_is_kept_anew_where_an_entry_was_used_meanwhile(bench: Bench) ->
         bench.host.frames.contents.write(table, index, frames_of([dirty]))
 
     xen = FaultyHypervisor(bench.host, Fault(method="suspend", act=use))
-    journal = _Mortal(bench.journal, xen)
+    journal = MortalJournal(bench.journal, xen)
     run(bench, group.frames(), xen, journal)
-    assert [int(of.references.values[0]) for of in journal.kept] == [value, dirty]
+    assert [int(of.references.values[0]) for of in journal.groups] == [value, dirty]
     # And back it comes as it was last, naming the new frame.
     new = bench.host.frame_of(bench.domid, pfn)
     left = bench.host.frames.contents.word(table, index)

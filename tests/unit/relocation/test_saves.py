@@ -144,7 +144,7 @@ def save_that_failed(root: Path) -> NotMigrated:
     world.save = "fails"
     with pytest.raises(StaysError) as error:
         world.mover().run()
-    return NotMigrated(detail=f"saving and restoring failed: {error.value}")
+    return NotMigrated(detail=f"saving and restoring failed: {error.value}", was_asked=True)
 
 
 async def test_a_guest_stands_still_for_saves_that_fail_twice_and_no_more(

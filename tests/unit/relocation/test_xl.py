@@ -19,6 +19,7 @@ import pytest
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid
 from pgofflined.core.relocation_outcomes import InDoubt, Migrated, MigrationOutcome, NotMigrated
+from pgofflined.core.saves import EX_RUNS_ON, EX_STAYS
 from pgofflined.relocation import xl as xl_module
 from pgofflined.relocation.processes import SessionLauncher, UnitLauncher
 from pgofflined.relocation.transcript import Transcript
@@ -306,10 +307,24 @@ async def test_the_mover_is_told_which_guest_and_where(mover: FakeMover) -> None
     assert await mover.run(script) == Migrated()
 
 
-async def test_a_mover_that_left_no_note_has_done_nothing(mover: FakeMover) -> None:
-    outcome = await mover.run("import sys; print('pgofflined: no room'); sys.exit(75)")
+@pytest.mark.parametrize(
+    ("end", "was_asked"),
+    [
+        (f"sys.exit({EX_STAYS})", False),
+        (f"sys.exit({EX_RUNS_ON})", True),
+        # Whether it had begun is not known.
+        ("os.kill(os.getpid(), 9)", True),
+    ],
+)
+async def test_a_guest_of_which_no_note_is_left_was_asked_to_suspend_itself_or_not(
+    mover: FakeMover, end: str, *, was_asked: bool
+) -> None:
+    outcome = await mover.run(
+        f"import os, sys; print('pgofflined: no room'); sys.stdout.flush(); {end}"
+    )
     assert isinstance(outcome, NotMigrated)
     assert "no room" in outcome.detail
+    assert outcome.was_asked is was_asked
 
 
 @pytest.mark.parametrize("end", ["sys.exit(70)", "sys.exit(75)", "os.kill(os.getpid(), 9)"])
