@@ -13,9 +13,8 @@ from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanging import RECOVERY_SECONDS, RECOVERY_TRIES
 from pgofflined.ports import SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
+from tests.crash.killing import PAGES, assert_ended_well, run
 from tests.unit.exchanger.conftest import Bench
-
-from .test_kills import PAGES, assert_ended_well, run
 
 
 def killed_asking(*, moment: Moment) -> Bench:

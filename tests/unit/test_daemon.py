@@ -19,7 +19,7 @@ from pgofflined.jobstore import JobStore
 from pgofflined.ports import Hypervisor
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.store import Store, read_boot_id
-from tests.crash.test_kills import PAGES, MortalJournal, run
+from tests.crash.killing import PAGES, MortalJournal, run
 from tests.unit.exchanger.conftest import Bench
 
 GOOD = """

@@ -4,7 +4,6 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -21,6 +20,7 @@ from pgofflined.core.moves import Group, References, frames_of
 from pgofflined.core.pages import PageKind
 from pgofflined.jobstore import JobStore
 from pgofflined.ports import Hold, JobRecord, OpenJob
+from tests.crash.killing import LEFT_BY_THE_DEAD
 
 RECORD = JobRecord(
     domain=DomainIdentity(Domid(7), UUID(int=5)), shared_info=Mfn(0xAB), cpu_time=9, began=1.5
@@ -59,10 +59,6 @@ def equal(one: Group, other: Group) -> bool:
         return [of.kind, of.pinned, *(a.tolist() for a in arrays + entries)]
 
     return parts(one) == parts(other)
-
-
-# A process that is killed tidies nothing up, as Python does here with what nobody has any more.
-LEFT_BY_THE_DEAD: deque[OpenJob] = deque(maxlen=8)
 
 
 def begun(folder: Path, of: Group | None = None) -> OpenJob:

@@ -14,7 +14,7 @@ from pgofflined.exchanging import RECOVERY_TRIES
 from pgofflined.leftovers import Leftovers
 from pgofflined.ports import Hypervisor, SuspendLimits, nothing
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
-from tests.crash.test_kills import PAGES, run
+from tests.crash.killing import PAGES, run
 from tests.unit.exchanger.conftest import Bench
 
 

@@ -24,7 +24,7 @@ from pgofflined.ports import JobRecord, Journal, OpenJob, SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.layout import DIRECT_MAP
-from tests.crash.test_kills import MortalJournal
+from tests.crash.killing import MortalJournal
 from tests.unit.exchanger.conftest import Bench
 
 PAGES = 5
