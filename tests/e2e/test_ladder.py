@@ -17,6 +17,14 @@ SAVING = f"{POLICY}save_restore = true\n"
 # Stands before xl in the mover's PATH.
 BIN = "/run/rig-guests/bin"
 SYSTEM_PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
+# What it says when it goes on would end it, were it a pipe of the daemon's that it says it to.
+WAITS_AT_THE_SAVE = (
+    'if [ "$1" = save ]; then\n'
+    f"    touch {BIN}/begun\n"
+    f"    while [ ! -e {BIN}/go-on ]; do sleep 1; done\n"
+    "    echo goes on || exit 1\n"
+    "fi\n"
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.hosts("intel-native-noservice")]
 
@@ -108,15 +116,7 @@ def test_a_guest_whose_mover_is_killed_when_it_is_saved_is_left_to_a_person(host
 def test_a_guest_is_restored_though_the_daemon_is_restarted_when_it_is_saved(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
     before, ring = guest.domid, ring_of(host, guest)
-    # What it says after the restart would end it, were the daemon the one to read it.
-    waits_at_the_save = (
-        'if [ "$1" = save ]; then\n'
-        f"    touch {BIN}/begun\n"
-        f"    while [ ! -e {BIN}/go-on ]; do sleep 1; done\n"
-        "    echo goes on || exit 1\n"
-        "fi\n"
-    )
-    with before_xl(host, waits_at_the_save), running(host, SAVING) as daemon:
+    with before_xl(host, WAITS_AT_THE_SAVE), running(host, SAVING) as daemon:
         daemon.offline(ring)
         wait_until(lambda: "begun" in left_in(host, BIN), timeout=300, what="the save", interval=1)
         host.run(["systemctl", "restart", UNIT], timeout=300)
@@ -142,3 +142,61 @@ def test_a_guest_is_restored_though_the_daemon_is_restarted_when_it_is_saved(hos
         wait_until(
             lambda: daemon.state(ring) == "OFFLINED", timeout=60, what="the page to be offline"
         )
+
+
+# In place of the real one, which is masked here: it is the order that counts.
+XENDOMAINS = "/etc/systemd/system/xendomains.service"
+STAND_IN = """\
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/true
+ExecStop=/bin/sh -c "xl list > /run/rig-guests/when-stopped"
+"""
+
+
+@contextmanager
+def xendomains(host: Host) -> Iterator[None]:
+    """A service of that name which notes, when it is stopped, what guests there are."""
+    host.run(["rm", XENDOMAINS])
+    host.write_text(XENDOMAINS, STAND_IN)
+    host.run("systemctl daemon-reload && systemctl start xendomains.service")
+    try:
+        yield
+    finally:
+        host.run(["rm", XENDOMAINS])
+        host.run("systemctl mask xendomains.service && systemctl daemon-reload")
+
+
+def state_of(host: Host, units: str) -> list[str]:
+    return host.run(["systemctl", "show", "--value", "--property=ActiveState", units]).out.split()
+
+
+def test_who_ends_all_guests_at_a_shutdown_waits_for_a_save(host: Host) -> None:
+    guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
+    before, ring = guest.domid, ring_of(host, guest)
+    with before_xl(host, WAITS_AT_THE_SAVE), xendomains(host), running(host, SAVING) as daemon:
+        daemon.offline(ring)
+        wait_until(lambda: "begun" in left_in(host, BIN), timeout=300, what="the save", interval=1)
+        # In one transaction, as a shutdown stops them.
+        host.run("systemctl stop --no-block xendomains.service 'pgofflined-save-*.service'")
+        wait_until(
+            lambda: state_of(host, "pgofflined-save-*.service") == ["deactivating"],
+            timeout=60,
+            what="the mover to be told to stop",
+            interval=1,
+        )
+        assert state_of(host, "xendomains.service") == ["active"]
+        host.run(["touch", f"{BIN}/go-on"])
+        wait_until(
+            lambda: state_of(host, "xendomains.service") == ["inactive"],
+            timeout=300,
+            what="xendomains to be stopped",
+            interval=1,
+        )
+        assert guest.domid != before
+        rows = [row.split() for row in host.read_text("/run/rig-guests/when-stopped").splitlines()]
+        assert ["pv", str(guest.domid)] in [row[:2] for row in rows]
+        assert (left_in(host, NOTES), left_in(host, SAVES)) == (["lock"], [])
+        guest.wait_passes(2)
+        guest.assert_clean(migrated=True)
