@@ -75,16 +75,18 @@ def _rate(record_format: str, records: list[bytes]) -> float:
         threshold=policy.corrected_errors,
         max_pages=policy.max_tracked_pages,
     )
+    limit = policy.max_retired.frames(_HOST_FRAMES)
     verdicts: Counter[str] = Counter()
     began = perf_counter()
     for number, record in enumerate(records):
         for report in classify(decode(record_format, record), machine):
-            hits = 0
-            if isinstance(report, CorrectedPageError):
-                hits = history.record(report.mfn, number * 0.001, report.weight)
-            verdict = decide(report, hits, policy, retired_frames=0, host_frames=_HOST_FRAMES)
+            if not isinstance(report, CorrectedPageError):
+                verdicts[type(report).__name__] += 1
+                continue
+            hits = history.record(report.mfn, number * 0.001, 1)
+            verdict = decide(report.mfn, hits, policy, retired_frames=0, limit_frames=limit)
             verdicts[type(verdict).__name__] += 1
     seconds = perf_counter() - began
     assert verdicts.total() == len(records)
-    assert {"Retire", "Watch", "Ignore"} == verdicts.keys()
+    assert {"Retire", "Watch", "OtherError"} == verdicts.keys()
     return len(records) / seconds

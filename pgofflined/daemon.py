@@ -23,13 +23,12 @@ from pgofflined.core.machine import read_cpuinfo
 from pgofflined.core.policy import Policy, SourceName, effective
 from pgofflined.core.relocation_outcomes import MigrationOutcome, NotMigrated
 from pgofflined.diskless import may_reach_a_disk
-from pgofflined.intake import stored_poison
 from pgofflined.jobstore import JobStore
 from pgofflined.journal_log import event, setup_logging
 from pgofflined.leftovers import Leftovers, only_daemon
 from pgofflined.mce_listener import SourceFactory
 from pgofflined.notify import ChannelName, Notifier, kept_descriptors, make_notifier
-from pgofflined.ports import Clock, Hypervisor, Journal, TelemetrySource
+from pgofflined.ports import Clock, DomainEnds, Hypervisor, Journal, TelemetrySource
 from pgofflined.relocation import (
     KernelLinks,
     NoLauncher,
@@ -42,7 +41,9 @@ from pgofflined.saving import Saves
 from pgofflined.service import Service, World
 from pgofflined.serving import CannotListen
 from pgofflined.store import Store, StoreInUse, read_boot_id
+from pgofflined.uncorrected import stored_poison
 from pgofflined.xen.abi.mca import VIRQ_MCA
+from pgofflined.xen.ends import XenstoreEnds
 from pgofflined.xen.hypervisor import XenHypervisor, release_monitors
 from pgofflined.xen.process import leave_no_core
 from pgofflined.xen.telemetry import McelogSource, NativeSource
@@ -79,6 +80,7 @@ class Host:
 
     open_xen: Callable[[], Hypervisor] = XenHypervisor
     release_monitors: Callable[[], object] = release_monitors
+    open_ends: Callable[[], DomainEnds] = XenstoreEnds
     directory: Path = _RUN
     clock: Clock = field(default_factory=HostClock)
 
@@ -217,6 +219,7 @@ async def _serve(
         journal=journal,
         notifier=notifier,
         saves=Saves(read_boot_id()),
+        ends=host.open_ends,
         source_opened=native.keep,
         source_broken=native.let_go,
     )
@@ -319,5 +322,5 @@ def _tell_started(policy: Policy, xen: Hypervisor, service: Service) -> None:
 
 
 def _tell_policy(policy: Policy, service: Service) -> None:
-    for line in effective(policy, host_frames=service.intake.host_frames):
+    for line in effective(policy, host_frames=service.retirer.host_frames):
         log.info("policy: %s", line)

@@ -42,6 +42,7 @@ from pgofflined.service import Service, World
 from pgofflined.serving import CannotListen
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.dimm import FailingDimm
+from pgofflined.sim.ends import SimulatedEnds
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import DemoHost, demo_host
 from pgofflined.store import Store
@@ -186,6 +187,7 @@ async def _run(demo: DemoHost, screen: Screen, seconds: float, port: int, folder
         store=Store.open(folder / "state.db", "demo"),
         journal=MemoryJournal(),
         notifier=NullNotifier(),
+        ends=lambda: SimulatedEnds(demo.host),
         saves=Saves(notes=folder / "notes"),
     )
     service = Service(world, _policy(port, folder))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 from typing import assert_never
 
-from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
@@ -31,9 +31,10 @@ RECOVERY_SECONDS = 5.0
 class Exchanging:
     """Runs jobs, by the policy that is in force when each begins.
 
-    ``poisoned`` gives the frames whose contents must never be read.  No method but ``run`` may be
-    called from several threads.  A job of this process whose guest it can neither put right nor let
-    go is tried again as if an earlier process had left it.
+    ``poisoned`` gives the frames whose contents must never be read, ``denial`` why a domain is not
+    to be suspended now, if it is not.  No method but ``run`` may be called from several threads.  A
+    job of this process whose guest it can neither put right nor let go is tried again as if an
+    earlier process had left it.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class Exchanging:
         clock: Clock,
         policy: Callable[[], ExchangePolicy],
         poisoned: Callable[[], frozenset[Mfn]],
+        denial: Callable[[DomainInfo], str | None] = lambda _: None,
     ) -> None:
         self._xen = xen
         self._journal = journal
         self._clock = clock
         self._policy = policy
         self._poisoned = poisoned
+        self._denial = denial
         self._rest: list[UnfinishedJob] = []
         self._tries: Counter[DomainIdentity] = Counter()
         self._busy: dict[DomainIdentity, str] = {}
@@ -85,6 +88,7 @@ class Exchanging:
                 domain,
                 mfns,
                 never_read=self._poisoned(),
+                denial=self._denial,
                 xen=self._xen,
                 journal=self._journal,
                 clock=self._clock,

@@ -7,10 +7,8 @@ import logging
 from collections.abc import Iterable
 from typing import Protocol, assert_never
 
-import msgspec
-
 from pgofflined.core.book import Cause
-from pgofflined.core.domains import DomainIdentity, DomainInfo
+from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
@@ -24,23 +22,12 @@ from pgofflined.store import StoredHit
 
 log = logging.getLogger(__name__)
 
-_POISONED = "poisoned"
-_WEDGED = "wedged"
 
-
-class FactStore(Protocol):
-    """What is kept over a restart besides the pages."""
+class HitStore(Protocol):
+    """Where hits are kept over a restart."""
 
     def add_hits(self, batch: Iterable[StoredHit]) -> None:
         """Keep hits."""
-        ...
-
-    def get_meta(self, key: str) -> str | None:
-        """A value by its key."""
-        ...
-
-    def set_meta(self, key: str, value: str) -> None:
-        """Keep a value."""
         ...
 
 
@@ -55,35 +42,30 @@ class Intake:
         policy: Policy,
         history: History,
         retirer: Retirer,
-        store: FactStore,
-        host_frames: int,
+        store: HitStore,
     ) -> None:
         self.policy = policy
         self.history = history
-        self.host_frames = host_frames
-        self.cap_reached = False
         self._xen = xen
         self._clock = clock
         self._retirer = retirer
         self._store = store
-        self._load_facts()
-
-    def cap_frames(self) -> int:
-        """Frames that may be retired in all."""
-        return self.policy.retire.max_retired.frames(self.host_frames)
+        # Pages that the policy keeps although they have had errors enough, each told once.
+        self._kept_back: set[Mfn] = set()
+        retirer.room_again = self.decide_again
 
     async def take(self, sighting: Sighting) -> None:
         """Act on one report."""
         report = sighting.report
         match report:
             case CorrectedPageError():
-                self._corrected(report, sighting.when)
+                self._corrected(report)
             case HypervisorActed():
                 await self._hypervisor_acted(report)
             case OtherError(mfn=mfn):
                 event(log, logging.WARNING, Event.ERROR_SEEN, report.describe(), mfn=mfn)
                 if mfn is not None:
-                    self._note_poison(mfn)
+                    self._retirer.take_poisoned(mfn, report.describe())
             case _:
                 assert_never(report)
         # A flood of reports must not keep the loop from everything else.
@@ -91,52 +73,86 @@ class Intake:
 
     def request(self, mfn: Mfn) -> tuple[bool, str]:
         """Take a page in hand because an operator says so; whether it was, and why (not)."""
-        retired, limit = self._retirer.ledger.book.marked(), self.cap_frames()
-        if not self.policy.retire.enabled:
-            return False, "retiring is switched off (retire.enabled = false)"
-        if self.policy.retire.dry_run:
-            return False, "this is a dry run (retire.dry_run = true); nothing was done"
-        if mfn in self._retirer.poisoned:
-            return False, "the page has had an uncorrected error; Xen deals with it"
-        if self._retirer.ledger.is_under_way(mfn):
+        hold = self._retirer.on_hold()
+        if hold is not None:
+            return False, f"{hold}; nothing was done"
+        ledger = self._retirer.ledger
+        if ledger.is_under_way(mfn):
             return True, "it is under way already"
-        if retired >= limit:
-            return False, f"{retired} pages are retired and retire.max_retired allows {limit}"
+        if mfn in self._retirer.errors.poisoned:
+            self._retirer.take_poisoned(mfn, "an operator asked for it")
+            return True, "it has had an uncorrected error, so it is marked and not moved"
+        entry = ledger.book.get(mfn)
+        if not self._retirer.has_room() and not (entry is not None and entry.is_counted):
+            return False, (
+                f"{ledger.book.counted()} pages are retired or on their way, and "
+                f"retire.max_retired allows {self._retirer.cap_frames()}"
+            )
         self._retirer.take(mfn, Cause.OPERATOR, "an operator asked for it")
         return True, "taken in hand"
 
-    def _corrected(self, report: CorrectedPageError, when: float) -> None:
+    def policy_changed(self, policy: Policy) -> None:
+        """Follow another policy: also what was counted under the old one is decided upon anew."""
+        self.policy = policy
+        self._kept_back.clear()
+        self.history.adapt(
+            window=policy.retire.window,
+            threshold=policy.retire.corrected_errors,
+            max_pages=policy.retire.max_tracked_pages,
+        )
+        self.decide_again()
+
+    def decide_again(self) -> None:
+        """Decide about all pages that have had errors enough and are not in hand."""
+        now = self._clock.monotonic()
+        book = self._retirer.ledger.book
+        for mfn, hits in self.history.reached(now):
+            if mfn not in book:
+                self._decide(mfn, hits)
+
+    def _corrected(self, report: CorrectedPageError) -> None:
         mfn = report.mfn
         event(
             log, logging.WARNING, Event.ERROR_SEEN, report.describe(), mfn=mfn, domid=report.domid
         )
-        hits = self.history.record(mfn, when, report.weight)
-        self._store.add_hits([StoredHit(mfn, when, report.weight)])
-        entry = self._retirer.ledger.book.get(mfn)
-        if entry is not None and (not entry.phase.is_final or entry.marked):
-            return
+        # By a clock that nobody sets: what is counted lives no longer than this boot of the host.
+        when = self._clock.monotonic()
+        hits = self.history.record(mfn, when, 1)
+        self._store.add_hits([StoredHit(mfn, when, 1)])
+        if mfn not in self._retirer.ledger.book:
+            self._decide(mfn, hits)
+
+    def _decide(self, mfn: Mfn, hits: int) -> None:
         verdict = decide(
-            report,
+            mfn,
             hits,
             self.policy.retire,
-            retired_frames=self._retirer.ledger.book.marked(),
-            host_frames=self.host_frames,
-            poisoned=self._retirer.poisoned,
+            retired_frames=self._retirer.ledger.book.counted(),
+            limit_frames=self._retirer.cap_frames(),
+            poisoned=self._retirer.errors.poisoned,
         )
         match verdict:
             case Ignore(reason=reason) | Watch(reason=reason):
                 log.info("mfn %#x is kept: %s", mfn, reason)
             case DryRun(reason=reason):
                 what = f"mfn {mfn:#x} would be retired, were this no dry run: {reason}"
-                event(log, logging.WARNING, Event.PAGE_WOULD_RETIRE, what, mfn=mfn)
+                self._keep_back(mfn, logging.WARNING, Event.PAGE_WOULD_RETIRE, what)
             case CapReached(reason=reason):
-                self.cap_reached = True
                 what = f"mfn {mfn:#x} is kept although it is failing: {reason}"
-                event(log, logging.ERROR, Event.CAP_REACHED, what, mfn=mfn)
+                self._keep_back(mfn, logging.ERROR, Event.CAP_REACHED, what)
             case Retire(reason=reason):
                 self._retirer.take(mfn, Cause.CORRECTED, reason)
             case _:
                 assert_never(verdict)
+
+    def _keep_back(self, mfn: Mfn, level: int, kind: Event, what: str) -> None:
+        """A verdict is told whatever else is said, and once: a page may fail a thousand times."""
+        if mfn in self._kept_back:
+            return
+        if len(self._kept_back) >= self.policy.retire.max_tracked_pages:
+            self._kept_back.clear()
+        self._kept_back.add(mfn)
+        event(log, level, kind, what, mfn=mfn)
 
     async def _hypervisor_acted(self, report: HypervisorActed) -> None:
         event(
@@ -151,41 +167,9 @@ class Intake:
         if report.domid is not None:
             domain = await asyncio.to_thread(self._find, report.domid)
         self._retirer.note_hypervisor_action(report.mfn, domain, report.describe())
-        self._save_facts()
 
     def _find(self, domid: Domid) -> DomainInfo | None:
         try:
             return self._xen.domain(domid)
         except PortError:
             return None
-
-    def _note_poison(self, mfn: Mfn) -> None:
-        self._retirer.poisoned.add(mfn)
-        self._save_facts()
-
-    def _save_facts(self) -> None:
-        poisoned = sorted(self._retirer.poisoned)
-        wedged = sorted(self._retirer.wedged, key=lambda domain: domain.domid)
-        self._store.set_meta(_POISONED, msgspec.json.encode(poisoned).decode())
-        self._store.set_meta(_WEDGED, msgspec.json.encode(wedged).decode())
-
-    def _load_facts(self) -> None:
-        self._retirer.poisoned |= stored_poison(self._store)
-        try:
-            wedged = msgspec.json.decode(
-                self._store.get_meta(_WEDGED) or "[]", type=list[DomainIdentity]
-            )
-        except msgspec.MsgspecError as error:
-            log.error("what was stored of domains that Xen has hit cannot be read: %s", error)
-            return
-        self._retirer.wedged.update(wedged)
-
-
-def stored_poison(store: FactStore) -> frozenset[Mfn]:
-    """The frames that were known to have an uncorrected error."""
-    try:
-        found = msgspec.json.decode(store.get_meta(_POISONED) or "[]", type=list[int])
-    except msgspec.MsgspecError as error:
-        log.error("what was stored of uncorrected errors cannot be read: %s", error)
-        return frozenset()
-    return frozenset(Mfn(mfn) for mfn in found)

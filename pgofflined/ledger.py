@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
 from pgofflined.core.book import Book, Cause, PageEntry, Phase
@@ -16,6 +17,8 @@ from pgofflined.ports import Clock
 
 log = logging.getLogger(__name__)
 
+_ON_HOLD = "on_hold"
+
 
 class PageStore(Protocol):
     """Where entries are kept over a restart of the daemon."""
@@ -24,16 +27,31 @@ class PageStore(Protocol):
         """Keep an entry, replacing the page's earlier one."""
         ...
 
+    def remove_page(self, mfn: Mfn) -> None:
+        """Keep the entry of a page no longer."""
+        ...
+
 
 class Ledger:
-    """Moves pages from phase to phase."""
+    """Moves pages from phase to phase.
 
-    def __init__(self, store: PageStore, clock: Clock, entries: Iterable[PageEntry] = ()) -> None:
-        self.book = Book(tuple(entries))
+    When a page is due is known by the monotonic clock, whatever becomes of the host's date.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        clock: Clock,
+        entries: Iterable[PageEntry] = (),
+        *,
+        max_forgettable: int = 10_000,
+    ) -> None:
+        self.book = Book(entries, max_forgettable=max_forgettable)
         self._store = store
         self._clock = clock
-        # Waits in a row that were no tries; they begin anew with the daemon.
-        self._waits: dict[Mfn, int] = {}
+        # Waits in a row for the same reason that were no tries; they begin anew with the daemon.
+        self._waits: dict[Mfn, tuple[str, int]] = {}
+        self._due: dict[Mfn, float] = {}
 
     def is_under_way(self, mfn: Mfn) -> bool:
         """Whether a page is in hand and not at its end."""
@@ -42,7 +60,8 @@ class Ledger:
 
     def begin(self, mfn: Mfn, cause: Cause, reason: str) -> None:
         """Take a page in hand, for the first time or anew."""
-        tell(logging.WARNING, Event.PAGE_TO_RETIRE, f"is to be retired: {reason}", mfn)
+        what = "has an uncorrected error" if cause is Cause.UNCORRECTED else "is to be retired"
+        tell(logging.WARNING, Event.PAGE_TO_RETIRE, f"{what}: {reason}", mfn)
         known = self.book.get(mfn)
         self.put(
             PageEntry(
@@ -51,15 +70,33 @@ class Ledger:
                 phase=Phase.TRIAGE,
                 since=self._clock.now(),
                 marked=known is not None and known.marked,
+                domain=known.domain if known is not None else None,
+                domain_name=known.domain_name if known is not None else "",
                 detail=reason,
             )
         )
 
     def begin_again(self) -> None:
         """Have everything unfinished looked at anew, as after a restart."""
-        for entry in self.book:
-            if not entry.phase.is_final:
-                self._enter(entry.mfn, phase=Phase.TRIAGE, next_try=None)
+        self.look_again(entry.mfn for entry in tuple(self.book.unfinished()))
+
+    def look_again(self, mfns: Iterable[Mfn]) -> None:
+        """Have pages looked at anew; what was refused to their owner so far still counts."""
+        for mfn in mfns:
+            self._enter(mfn, phase=Phase.TRIAGE, next_try=None)
+
+    def is_poisoned(self, mfn: Mfn) -> None:
+        """A page that is in hand has had an uncorrected error: it is no predicted one any more."""
+        self._enter(mfn, cause=Cause.UNCORRECTED)
+
+    def hold(self, mfn: Mfn, detail: str) -> None:
+        """Do nothing about a page until the policy changes (``release``)."""
+        self._enter(mfn, phase=Phase.WAITING, reason=_ON_HOLD, detail=detail, next_try=None)
+
+    def release(self) -> None:
+        """Look at the pages that were held."""
+        held = [entry for entry in self.book.in_phase(Phase.WAITING) if entry.reason == _ON_HOLD]
+        self.look_again(entry.mfn for entry in held)
 
     def hand_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase, *, marked: bool = True) -> None:
         """Note the owner, whose job has the page now."""
@@ -85,11 +122,31 @@ class Ledger:
         tell(logging.WARNING, Event.PAGE_OFFLINED, f"is offline: {detail}", mfn)
         self._enter(mfn, phase=Phase.OFFLINED, marked=True, reason="", detail=detail, next_try=None)
 
-    def leave(self, mfn: Mfn, reason: str, detail: str, *, marked: bool) -> None:
-        """Nothing more is going to be done about the page by itself."""
-        tell(logging.WARNING, Event.PAGE_LEFT, f"stays where it is: {detail}", mfn)
+    def leave(
+        self,
+        mfn: Mfn,
+        reason: str,
+        detail: str,
+        *,
+        marked: bool,
+        domain: DomainInfo | None = None,
+    ) -> None:
+        """Nothing more is going to be done about the page by itself.
+
+        ``domain`` is its owner, where that is known anew.  The same once more is not said again.
+        """
+        entry = self.book.change(mfn)
+        if (entry.reason, entry.detail, entry.marked) != (reason, detail, marked):
+            tell(logging.WARNING, Event.PAGE_LEFT, f"stays where it is: {detail}", mfn)
+        owner = {} if domain is None else {"domain": domain.identity, "domain_name": domain.name}
         self._enter(
-            mfn, phase=Phase.LEFT, marked=marked, reason=reason, detail=detail, next_try=None
+            mfn,
+            phase=Phase.LEFT,
+            marked=marked,
+            reason=reason,
+            detail=detail,
+            next_try=None,
+            **owner,
         )
 
     def wait(
@@ -99,16 +156,21 @@ class Ledger:
 
         ``marked`` None keeps what is known of the mark.
         """
-        waits = self._waits[mfn] = self._waits.get(mfn, 0) + 1
+        waits = self.waits(mfn, reason) + 1
+        self._waits[mfn] = (reason, waits)
         delay = backoff.delay(waits)
-        self._enter(
+        self._enter_waiting(
             mfn,
-            phase=Phase.WAITING,
+            backoff.last if delay is None else delay,
             marked=self.book.change(mfn).marked if marked is None else marked,
             reason=reason,
             detail=detail,
-            next_try=self._clock.now() + (backoff.last if delay is None else delay),
         )
+
+    def waits(self, mfn: Mfn, reason: str) -> int:
+        """How often in a row a page has waited for this reason."""
+        last, waits = self._waits.get(mfn, ("", 0))
+        return waits if last == reason else 0
 
     def refused(
         self, mfn: Mfn, backoff: Backoff, reason: str, detail: str, *, marked: bool
@@ -120,44 +182,52 @@ class Ledger:
             again = f"after {attempts} tries; try again with `pgofflined offline {mfn:#x}`"
             self.leave(mfn, reason, f"{detail} ({again})", marked=marked)
             return
-        self._enter(
-            mfn,
-            phase=Phase.WAITING,
-            marked=marked,
-            reason=reason,
-            detail=detail,
-            attempts=attempts,
-            next_try=self._clock.now() + delay,
+        self._enter_waiting(
+            mfn, delay, marked=marked, reason=reason, detail=detail, attempts=attempts
         )
 
     def due(self, limit: int) -> list[Mfn]:
         """Pages whose triage is due now."""
-        now = self._clock.now()
-        return [
-            entry.mfn
-            for entry in self.book
-            if entry.phase is Phase.TRIAGE
-            or (entry.phase is Phase.WAITING and (entry.next_try or 0.0) <= now)
-        ][:limit]
+        now = self._clock.monotonic()
+        due = [entry.mfn for entry in self.book.in_phase(Phase.TRIAGE)]
+        due += [mfn for mfn, time in self._due.items() if time <= now]
+        return due[:limit]
 
     def seconds_to_next(self) -> float | None:
         """Seconds until the next page is due; None when nothing waits."""
-        times = [entry.next_try for entry in self.book if entry.phase is Phase.WAITING]
-        due = [time for time in times if time is not None]
-        return max(0.0, min(due) - self._clock.now()) if due else None
+        if not self._due:
+            return None
+        return max(0.0, min(self._due.values()) - self._clock.monotonic())
+
+    def shown(self, entry: PageEntry) -> PageEntry:
+        """An entry for people: its next try by the date as it is now."""
+        due = self._due.get(entry.mfn)
+        if due is None:
+            return entry
+        return replace(entry, next_try=self._clock.now() + due - self._clock.monotonic())
 
     def put(self, entry: PageEntry) -> None:
         """Enter a whole entry."""
         self.book.put(entry)
         self._stored(entry)
 
+    def _enter_waiting(self, mfn: Mfn, seconds: float, **changes: object) -> None:
+        next_try = self._clock.now() + seconds
+        self._enter(mfn, phase=Phase.WAITING, next_try=next_try, **changes)
+        self._due[mfn] = self._clock.monotonic() + seconds
+
     def _enter(self, mfn: Mfn, **changes: object) -> None:
         self._stored(self.book.change(mfn, **changes))
 
     def _stored(self, entry: PageEntry) -> None:
+        if entry.next_try is None:
+            self._due.pop(entry.mfn, None)
         if entry.phase.is_final:
             self._waits.pop(entry.mfn, None)
         self._store.put_page(entry)
+        for mfn in self.book.surplus():
+            self.book.remove(mfn)
+            self._store.remove_page(mfn)
 
 
 def tell(

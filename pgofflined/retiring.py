@@ -9,41 +9,37 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
-from typing import assert_never
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from pgofflined.aftercare import Aftercare
-from pgofflined.core.book import Cause, PageEntry, Phase
+from pgofflined.consequences import Consequences
+from pgofflined.core.book import Cause, Phase
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import PortError
-from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
-from pgofflined.core.ladder import HandOver, LookAgain, SaveRestore, TryAgain, next_rung
-from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import (
-    Damaged,
-    Exchanged,
     ExchangeReport,
-    PageResult,
-    Refusal,
 )
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
-from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
+from pgofflined.core.relocation_outcomes import (
+    NotRelocated,
+    RelocationOutcome,
+)
 from pgofflined.exchanging import Exchanging
-from pgofflined.journal_log import event
-from pgofflined.ledger import Ledger, tell
-from pgofflined.ports import Clock, Hypervisor, Journal
-from pgofflined.takers import Exchanges, Nobody, Relocations
+from pgofflined.ledger import Ledger
+from pgofflined.ports import Clock, Hypervisor, Journal, nothing
+from pgofflined.takers import Exchanges, Relocations
 from pgofflined.triage import (
     Disposition,
-    Later,
-    Left,
-    Offlined,
     Rules,
-    ToExchange,
-    ToRelocate,
     triage,
 )
+from pgofflined.uncorrected import UncorrectedErrors, known_owners, poison_of
+from pgofflined.unresolved import Occasion, look_once_more
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +47,18 @@ log = logging.getLogger(__name__)
 # that cannot be asked may take longer.
 _SOON = Backoff(first=2.0, last=300.0)
 _ROUND = 256
+# A page that is being handed to its owner has one a moment later.  One that Xen cannot name an
+# owner of after these tries (2 + 4 + 8 s) is Xen's own, allocated without an owner.
+_ANONYMOUS_TRIES = 3
+# Seconds between two looks at pages that stay in use, should nothing else tell of a change.
+_SLOWLY = 3600.0
 
 
 class Retirer:
     """Everything that happens to pages that are to go.
 
-    All methods but ``recover`` and ``poison_in_use`` belong to the loop's thread; ``exchanging`` is
-    for the workers.
-    ``wedged`` holds the domains of which Xen itself has broken a page, ``poisoned`` the frames
-    whose contents must never be read.
+    All methods but ``recover`` and ``poison_of`` belong to the loop's thread; ``exchanging`` is for
+    the workers.
     """
 
     def __init__(
@@ -70,35 +69,50 @@ class Retirer:
         clock: Clock,
         policy: Policy,
         ledger: Ledger,
+        errors: UncorrectedErrors,
         late_look: float = 5.0,
+        slowly: float = _SLOWLY,
     ) -> None:
         self.ledger = ledger
         self.policy = policy
-        self.wedged: set[DomainIdentity] = set()
-        self.poisoned: set[Mfn] = set()
+        self.errors = errors
+        self.host_frames = xen.total_frames()
         self.exchanging = Exchanging(
             xen=xen,
             journal=journal,
             clock=clock,
             policy=lambda: self.policy.exchange,
-            poisoned=lambda: frozenset(self.poisoned),
+            poisoned=lambda: self.errors.poisoned,
+            denial=self._exchange_denial,
         )
         self.aftercare = Aftercare(xen, clock, interval=late_look, ended=self.exchanging.done_with)
-        self.idle_scrub = 0
+        self.consequences = Consequences(ledger, errors, lambda: self.policy)
         self._xen = xen
         self._clock = clock
-        self._exchanges: Exchanges = Nobody()
-        self._relocations: Relocations | None = None
         self._wake = asyncio.Event()
         self._stopping = False
         self._triage_began: float | None = None
-        # Whether a page may stay marked while somebody owns it; see XenVersion.
-        self._marks_are_safe = False
+        # Of its own: whoever else waits for Xen must not keep pages waiting, and no two looks at
+        # pages overlap.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="triage")
+        self._occasion: Occasion | None = None
+        self._slowly = slowly
+        self._next_slow_look = clock.monotonic() + slowly
+        self._was_full = False
+        # Told when there is room for further pages again.
+        self.room_again: Callable[[], None] = nothing
 
     def connect(self, exchanges: Exchanges, relocations: Relocations | None) -> None:
         """Say who takes pages; ``relocations`` is None where the policy wants none."""
-        self._exchanges = exchanges
-        self._relocations = relocations
+        self.consequences.connect(exchanges, relocations)
+
+    def cap_frames(self) -> int:
+        """Frames that may be retired in all."""
+        return self.policy.retire.max_retired.frames(self.host_frames)
+
+    def has_room(self) -> bool:
+        """Whether one more page may be taken in hand."""
+        return self.ledger.book.counted() < self.cap_frames()
 
     def take(self, mfn: Mfn, cause: Cause, reason: str) -> None:
         """Take a page in hand; one that is already under way goes on as it was."""
@@ -106,58 +120,128 @@ class Retirer:
             self.ledger.begin(mfn, cause, reason)
             self._wake.set()
 
+    def take_poisoned(self, mfn: Mfn, reason: str) -> None:
+        """Keep a page with an uncorrected error from being read, and mark it."""
+        self.errors.add(mfn)
+        entry = self.ledger.book.get(mfn)
+        if entry is None or entry.phase in (Phase.TRIAGE, Phase.WAITING, Phase.LEFT):
+            if entry is None or entry.cause is not Cause.UNCORRECTED or not entry.marked:
+                self.ledger.begin(mfn, Cause.UNCORRECTED, reason)
+            self._wake.set()
+        elif not entry.phase.is_final:
+            # Its job sees that it must not be read, and gives it back.
+            self.ledger.is_poisoned(mfn)
+
     def note_hypervisor_action(
         self, mfn: Mfn | None, domain: DomainInfo | None, detail: str
     ) -> None:
         """Note that Xen broke a page by itself: it is never read, its owner never marked again."""
         if domain is not None:
-            self.wedged.add(domain.identity)
-        if mfn is None:
-            return
-        self.poisoned.add(mfn)
-        self.ledger.put(
-            PageEntry(
-                mfn=mfn,
-                cause=Cause.UNCORRECTED,
-                phase=Phase.LEFT,
-                since=self._clock.now(),
-                marked=True,
-                domain=domain.identity if domain is not None else None,
-                domain_name=domain.name if domain is not None else "",
-                reason="hypervisor_acted",
-                detail=detail,
-            )
-        )
+            self.errors.add_wedged(domain.identity)
+        if mfn is not None:
+            self.take_poisoned(mfn, detail)
+
+    def policy_changed(self, policy: Policy) -> None:
+        """Follow another policy, also with what waits and with what was left under the old one."""
+        self.policy = policy
+        if self.on_hold() is None:
+            self.ledger.release()
+        self._look_once_more(Occasion.POLICY_CHANGED)
+
+    def domain_ended(self) -> None:
+        """Some domain has ended, perhaps the owner of a page that was left to it."""
+        self._look_once_more(Occasion.DOMAIN_ENDED)
+
+    def _look_once_more(self, occasion: Occasion) -> None:
+        self._occasion = max(occasion, self._occasion or occasion)
+        self._wake.set()
+
+    def on_hold(self) -> str | None:
+        """Why nothing is done about any page; None where it is."""
+        if not self.policy.retire.enabled:
+            return "retiring is switched off (retire.enabled = false)"
+        if self.policy.retire.dry_run:
+            return "this is a dry run (retire.dry_run = true)"
+        return None
 
     async def run(self) -> None:
         """Look after the pages until stopped; begins with what an earlier run left."""
-        version = await asyncio.to_thread(self._xen.version)
-        self._marks_are_safe = version.offlines_free_frames_safely
         self.ledger.begin_again()
-        while not self._stopping:
-            self._wake.clear()
-            if self._has_guests_to_look_after():
-                await asyncio.to_thread(self._look_after)
-            due = self.ledger.due(_ROUND)
-            if due:
-                self._triage_began = self._clock.monotonic()
-                settled = await asyncio.to_thread(self._triage_all, due)
-                self._triage_began = None
-                for mfn, disposition in settled:
-                    self._apply(mfn, disposition)
-                continue
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._seconds_to_sleep()):
-                    await self._wake.wait()
+        self._look_once_more(Occasion.STARTED)
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                self._tell_room()
+                if self._has_guests_to_look_after():
+                    await self._in_thread(self._look_after)
+                if not await self._look_at_pages():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(self._seconds_to_sleep()):
+                            await self._wake.wait()
+        finally:
+            self._thread.shutdown(wait=False)
+
+    def _tell_room(self) -> None:
+        was_full, self._was_full = self._was_full, not self.has_room()
+        if was_full and not self._was_full:
+            self.room_again()
+
+    async def _look_at_pages(self) -> bool:
+        """Look at those that are due; whether there were any."""
+        due = self.ledger.due(_ROUND)
+        hold = self.on_hold()
+        if due and hold is not None:
+            for mfn in due:
+                self.ledger.hold(mfn, f"nothing is done about it: {hold}")
+        elif due:
+            self._triage_began = self._clock.monotonic()
+            settled = await self._in_thread(lambda: self._triage_all(due))
+            self._triage_began = None
+            for mfn, disposition in settled:
+                self.consequences.apply(mfn, disposition)
+        elif self._clock.monotonic() >= self._next_slow_look or self._occasion is not None:
+            await self._look_at_unresolved()
+        return bool(due)
+
+    async def _look_at_unresolved(self) -> None:
+        occasion = self._occasion or Occasion.SLOWLY
+        self._occasion = None
+        self._next_slow_look = self._clock.monotonic() + self._slowly
+        left = tuple(self.ledger.book.in_phase(Phase.LEFT))
+        if not left:
+            return
+        found = await self._in_thread(lambda: look_once_more(left, self._xen, occasion))
+        # What has changed meanwhile is known better already.
+        current = [mfn for mfn in found.offlined if self._is_left(mfn)]
+        for mfn in current:
+            self.consequences.has_left(mfn)
+        if self.on_hold() is None:
+            self.ledger.look_again(mfn for mfn in found.to_triage if self._may_be_taken_up(mfn))
+        self._wake.set()
+
+    def _is_left(self, mfn: Mfn) -> bool:
+        entry = self.ledger.book.get(mfn)
+        return entry is not None and entry.phase is Phase.LEFT
+
+    def _may_be_taken_up(self, mfn: Mfn) -> bool:
+        entry = self.ledger.book.get(mfn)
+        if entry is None or entry.phase is not Phase.LEFT:
+            return False
+        return entry.is_counted or entry.cause is Cause.UNCORRECTED or self.has_room()
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     def _has_guests_to_look_after(self) -> bool:
         return bool(self.aftercare) or self.exchanging.has_rest
 
     def _seconds_to_sleep(self) -> float | None:
-        due = self.ledger.seconds_to_next()
-        if not self._has_guests_to_look_after():
-            return due
-        return self.aftercare.interval if due is None else min(due, self.aftercare.interval)
+        waits = [self.ledger.seconds_to_next()]
+        if self._has_guests_to_look_after():
+            waits.append(self.aftercare.interval)
+        if next(self.ledger.book.in_phase(Phase.LEFT), None) is not None:
+            waits.append(max(0.0, self._next_slow_look - self._clock.monotonic()))
+        return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def seconds_in_triage(self) -> float:
         """For how long the triage under way has waited for Xen; 0 without one."""
@@ -183,38 +267,14 @@ class Retirer:
         self.aftercare.note(
             job, report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late
         )
-        for result in report.results:
-            self._exchange_result(job, report.domain, result)
-        self._tell_exchange(job, report)
+        self.consequences.exchange_finished(job, report)
         self._wake.set()
-
-    def _tell_exchange(self, job: str, report: ExchangeReport) -> None:
-        domid = report.domain.domid
-        moved = sum(isinstance(result, Exchanged) for result in report.results)
-        pause = "was not suspended"
-        if report.blackout is not None:
-            pause = (
-                f"stood still for {report.blackout.whole:.3f} s, "
-                f"{report.blackout.ours:.3f} s of them for our work"
-            )
-        what = f"d{domid} was moved off {moved} of {len(report.results)} pages and {pause}"
-        event(log, logging.INFO, Event.EXCHANGE_DONE, what, domid=domid, job=job)
 
     def relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         """Enter what became of the pages of one migration job."""
-        match outcome:
-            case Relocated(mfns=mfns):
-                gone = mfns
-            case NotRelocated(mfns=kept, offlined=gone):
-                if outcome.stuck is not None:
-                    self.aftercare.stuck[domain] = outcome.stuck
-                for mfn in kept:
-                    self.ledger.leave(mfn, outcome.reason.value, outcome.detail, marked=True)
-            case _:
-                assert_never(outcome)
-        for mfn in gone:
-            self._note_freed_dirty()
-            self.ledger.offlined(mfn, f"its owner d{domain.domid} has left it")
+        if isinstance(outcome, NotRelocated) and outcome.stuck is not None:
+            self.aftercare.stuck[domain] = outcome.stuck
+        self.consequences.relocation_finished(domain, outcome)
         self._wake.set()
 
     def save_failed(self, domain: DomainIdentity) -> None:
@@ -226,180 +286,34 @@ class Retirer:
     def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:
         """Triage pages in one thread, so that the pages of one domain can go in one suspend."""
         rules = Rules(
-            denial=self._denial,
-            wedged=lambda domain: domain.identity in self.wedged,
+            denial=self._exchange_denial,
+            wedged=lambda domain: domain.identity in self.errors.wedged,
             mark_pv_later=self.policy.exchange.mark is Marking.AFTER_SCRUB,
         )
         settled: list[tuple[Mfn, Disposition | PortError]] = []
         for mfn in mfns:
+            poisoned = mfn in self.errors.poisoned
             try:
-                settled.append((mfn, triage(mfn, self._xen, rules)))
+                settled.append((mfn, triage(mfn, self._xen, rules, poisoned=poisoned)))
             except PortError as error:
                 settled.append((mfn, error))
         return settled
 
-    def poison_in_use(self) -> Mfn | None:
-        """A page with an uncorrected error that somebody may own.  Asks Xen, for a thread."""
-        return next(filter(self._may_be_read, tuple(self.poisoned)), None)
-
-    def _may_be_read(self, mfn: Mfn) -> bool:
-        """Whether somebody may still own a page with an uncorrected error."""
-        try:
-            return not self._xen.query(mfn) & OfflineState.OFFLINED
-        except PortError:
-            return True
+    def poison_of(self, domain: DomainInfo) -> str | None:
+        """The page of a domain that must not be read, in a sentence.  Asks Xen, for a thread."""
+        poisoned = self.errors.poisoned
+        return poison_of(domain, poisoned, self._xen, known_owners(self.ledger.book, poisoned))
 
     def denial(self, domain: DomainInfo) -> str | None:
-        """Why a domain may not be saved or migrated now; None where it may."""
-        if not self.policy.retire.enabled:
-            return "retiring is switched off (retire.enabled = false)"
-        if self.policy.retire.dry_run:
-            return "this is a dry run (retire.dry_run = true)"
+        """Why a domain may not be suspended, saved or migrated now; None where it may."""
+        hold = self.on_hold()
+        if hold is not None:
+            return hold
         answer = domain_allowed(self.policy.domains, domain.name, domain.uuid)
         return answer.reason if isinstance(answer, Denied) else None
 
-    def _denial(self, domain: DomainInfo) -> str | None:
-        answer = domain_allowed(self.policy.domains, domain.name, domain.uuid)
-        if isinstance(answer, Denied):
-            return answer.reason
-        if domain.kind is GuestKind.PV and not self.policy.exchange.enabled:
+    def _exchange_denial(self, domain: DomainInfo) -> str | None:
+        denial = self.denial(domain)
+        if denial is None and domain.kind is GuestKind.PV and not self.policy.exchange.enabled:
             return "exchanging pages of PV guests is switched off (exchange.enabled = false)"
-        return None
-
-    def _apply(self, mfn: Mfn, disposition: Disposition | PortError) -> None:
-        match disposition:
-            case Offlined(detail=detail):
-                entry = self.ledger.book.get(mfn)
-                if entry is not None and entry.marked:
-                    # Somebody owned it while it was marked, and freed it since.
-                    self._note_freed_dirty()
-                self.ledger.offlined(mfn, detail)
-            case ToExchange(domain=domain, marked=marked):
-                self._to_exchange(mfn, domain, marked=marked)
-            case ToRelocate(domain=domain):
-                self._to_relocate(mfn, domain)
-            case Left(reason=why, detail=detail, marked=marked):
-                self.ledger.leave(mfn, why.value, detail, marked=marked)
-            case Later(reason=until, detail=detail, marked=marked):
-                self.ledger.wait(mfn, _SOON, until.value, detail, marked=marked)
-            case PortError():
-                self.ledger.wait(mfn, _SOON, "cannot_ask_xen", str(disposition))
-            case _:
-                assert_never(disposition)
-
-    def _to_exchange(self, mfn: Mfn, domain: DomainInfo, *, marked: bool) -> None:
-        if mfn in self.poisoned:
-            detail = (
-                "it has had an uncorrected error and must not be copied; "
-                f"it goes when d{domain.domid} ends, restart that guest"
-            )
-            self.ledger.leave(mfn, "uncorrected", detail, marked=marked)
-            return
-        if self._exchanges.submit(domain.identity, domain.name, mfn):
-            self._handed_over(mfn, domain, Phase.EXCHANGE, marked=marked)
-        else:
-            self._queue_full(mfn, "exchanges", marked=marked)
-
-    def _to_relocate(self, mfn: Mfn, domain: DomainInfo) -> None:
-        if self._relocations is None or not self.policy.relocation.target:
-            detail = (
-                "no migration is configured (relocation.target); it stays pending until "
-                f"d{domain.domid} ends or is migrated by hand"
-            )
-            self.ledger.leave(mfn, "no_relocation", detail, marked=True)
-        elif self._relocations.submit(domain.identity, domain.name, (mfn,)):
-            self._handed_over(mfn, domain, Phase.RELOCATION, marked=True)
-        else:
-            self._queue_full(mfn, "migrations", marked=True)
-
-    def _handed_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase, *, marked: bool) -> None:
-        mark = "marked offline-pending" if marked else "to be marked when it has been scrubbed"
-        what = f"is {mark} and waits for {phase.value}"
-        tell(logging.INFO, Event.PAGE_MARKED, what, mfn, domid=domain.domid)
-        self.ledger.hand_over(mfn, domain, phase, marked=marked)
-
-    def _queue_full(self, mfn: Mfn, which: str, *, marked: bool) -> None:
-        tell(logging.WARNING, Event.QUEUE_FULL, f"waits: the queue of {which} is full", mfn)
-        self.ledger.wait(mfn, _SOON, "queue_full", f"the queue of {which} is full", marked=marked)
-
-    def _exchange_result(self, job: str, domain: DomainIdentity, result: PageResult) -> None:
-        domid = domain.domid
-        match result:
-            case Exchanged(old=old, new=new, offlined=offlined):
-                if offlined:
-                    self._note_freed_dirty()
-                    self.ledger.offlined(old, f"d{domid} was moved from it to mfn {new:#x}")
-                else:
-                    self._wait_for_xen(old)
-            case Refusal():
-                self._refused(job, domain, result)
-            case Damaged(old=old, detail=detail):
-                what = (
-                    f"was exchanged, but d{domid} could not be put right: {detail}; restart it at "
-                    "once, for its programs may read zeros there"
-                )
-                tell(logging.CRITICAL, Event.PAGE_DAMAGED, what, old, domid=domid, job=job)
-                self.ledger.leave(old, "damaged", detail, marked=True)
-            case _:
-                assert_never(result)
-
-    def _wait_for_xen(self, mfn: Mfn) -> None:
-        """A page has left its guest, and is not out of use yet."""
-        entry = self.ledger.book.get(mfn)
-        if entry is None or entry.marked:
-            self.ledger.wait(mfn, _SOON, "not_confirmed", "Xen has yet to take it out")
-            return
-        seconds = self.policy.exchange.scrub_wait
-        detail = f"it is free, and is marked when there were {seconds:g} s to scrub it"
-        self.ledger.wait(mfn, Backoff(first=seconds, last=_SOON.last), "scrubbing", detail)
-
-    def _refused(self, job: str, domain: DomainIdentity, refusal: Refusal) -> None:
-        mfn, reason, detail = refusal.mfn, refusal.reason, refusal.detail
-        what = f"was not exchanged: {detail}"
-        tell(logging.WARNING, Event.PAGE_REFUSED, what, mfn, domid=domain.domid, job=job)
-        entry = self.ledger.book.get(mfn)
-        marked = self._marks_are_safe and (entry is None or entry.marked)
-        tries = 1 if entry is None else entry.attempts + 1
-        rung = next_rung(reason, tries, self.policy, marked=marked)
-        match rung:
-            case LookAgain():
-                self.ledger.wait(mfn, _SOON, reason.value, detail, marked=marked)
-            case TryAgain():
-                retry = self.policy.exchange.retry
-                self.ledger.refused(mfn, retry, reason.value, detail, marked=marked)
-            case SaveRestore():
-                self._to_save(mfn, domain, refusal)
-            case HandOver():
-                self.ledger.leave(mfn, reason.value, detail, marked=marked)
-            case _:
-                assert_never(rung)
-
-    def _to_save(self, mfn: Mfn, domain: DomainIdentity, refusal: Refusal) -> None:
-        """Have a PV guest saved and restored, for its page cannot be exchanged."""
-        entry = self.ledger.book.get(mfn)
-        name = "" if entry is None else entry.domain_name
-        reason, detail = refusal.reason.value, refusal.detail
-        answer = domain_allowed(self.policy.domains, name, domain.uuid)
-        if isinstance(answer, Denied):
-            self.ledger.leave(mfn, reason, f"{detail}; {answer.reason}", marked=True)
-        elif self._relocations is not None and self._relocations.submit(
-            domain, name, (mfn,), by_saving=True
-        ):
-            what = f"was not exchanged, and d{domain.domid} is to be saved and restored: {detail}"
-            tell(logging.WARNING, Event.PAGE_MARKED, what, mfn, domid=domain.domid)
-            self.ledger.to_relocation(mfn)
-        else:
-            self._queue_full(mfn, "migrations", marked=True)
-
-    def _note_freed_dirty(self) -> None:
-        """Count what leaves an idle CPU searching (xen/common/page_alloc.c, scrub_free_pages)."""
-        if not self.idle_scrub:
-            event(
-                log,
-                logging.WARNING,
-                Event.IDLE_SCRUB_HAZARD,
-                "a page was retired right after it was freed: until the host reboots, one idle "
-                "CPU of each such page's NUMA node keeps looking for it, which costs power but "
-                "no guest's time",
-            )
-        self.idle_scrub += 1
+        return denial

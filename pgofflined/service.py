@@ -36,7 +36,7 @@ from pgofflined.mce_listener import (
 )
 from pgofflined.metrics import Metrics, MetricsServer
 from pgofflined.notify import Notifier
-from pgofflined.ports import Clock, Hypervisor, Journal, TelemetrySource
+from pgofflined.ports import Clock, DomainEnds, Hypervisor, Journal, TelemetrySource
 from pgofflined.relocation import Links, RelocationService, Relocator
 from pgofflined.report import attention, policy_digest
 from pgofflined.retiring import Retirer
@@ -44,6 +44,7 @@ from pgofflined.savewatch import SaveWatch
 from pgofflined.saving import Saves
 from pgofflined.store import Store
 from pgofflined.triage import find_pv_owner
+from pgofflined.uncorrected import UncorrectedErrors
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ Serve = Callable[[], Coroutine[object, object, NoReturn]]
 class World:
     """Everything outside that the service works with.
 
+    ``ends`` opens word of domains that end; without it pages are asked about slowly only.
     ``source_opened`` and ``source_broken`` are told of every source, so that its descriptor can
     be kept over a restart.
     """
@@ -75,6 +77,7 @@ class World:
     journal: Journal
     notifier: Notifier
     saves: Saves = field(default_factory=Saves)
+    ends: Callable[[], DomainEnds] | None = None
     source_opened: Callable[[TelemetrySource], None] = lambda _source: None
     source_broken: Callable[[TelemetrySource], None] = lambda _source: None
 
@@ -119,8 +122,9 @@ class Service:
             clock=world.clock,
             policy=policy,
             ledger=Ledger(world.store, world.clock, world.store.load_pages()),
+            errors=UncorrectedErrors(world.store),
         )
-        self.retirer.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
+        self.retirer.consequences.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
         self.intake = Intake(
             xen=world.xen,
             clock=world.clock,
@@ -128,7 +132,6 @@ class Service:
             history=self._load_history(),
             retirer=self.retirer,
             store=world.store,
-            host_frames=world.xen.total_frames(),
         )
         self.pool = ExchangePool(
             self.retirer.exchanging.run,
@@ -148,7 +151,7 @@ class Service:
             zone=world.zone,
             saves=world.saves,
             finished=self._relocation_finished,
-            poison=self.retirer.poison_in_use,
+            poison=self.retirer.poison_of,
             denial=self.retirer.denial,
             saved_in_vain=self.retirer.save_failed,
         )
@@ -170,6 +173,7 @@ class Service:
             rest = [
                 tasks.create_task(self._feed_watchdog(), name="watchdog"),
                 tasks.create_task(self._watch_saves(), name="saves"),
+                tasks.create_task(self._watch_ends(), name="ends"),
                 *(tasks.create_task(serve(), name="server") for serve in servers),
             ]
             self._world.notifier.ready(self.status_line())
@@ -202,18 +206,14 @@ class Service:
         if fixed:
             log.warning("%s take effect with the next start of the daemon", ", ".join(fixed))
         self.policy = replace(policy, metrics=old.metrics, control=old.control, sources=old.sources)
-        self.retirer.policy = self.intake.policy = policy
-        self.intake.history.adapt(
-            window=policy.retire.window,
-            threshold=policy.retire.corrected_errors,
-            max_pages=policy.retire.max_tracked_pages,
-        )
         self.pool.set_limits(
             max_pages=policy.exchange.pages_in_one_suspend,
             queue_limit=policy.exchange.max_queued,
         )
-        self.relocation.set_policy(policy.relocation)
         self._connect(policy)
+        self.retirer.policy_changed(policy)
+        self.intake.policy_changed(policy)
+        self.relocation.set_policy(policy.relocation)
 
     # What the control socket asks.
 
@@ -229,17 +229,17 @@ class Service:
             reports=dict(self.counters.reports),
             lost=self.counters.lost_by_place(),
             pages_by_phase={phase.value: count for phase, count in book.by_phase().items()},
-            retired_frames=book.marked(),
-            cap_frames=self.intake.cap_frames(),
+            retired_frames=book.counted(),
+            cap_frames=self.retirer.cap_frames(),
             tracked_pages=len(self.intake.history),
             evicted_pages=self.intake.history.evicted,
-            idle_scrub=self.retirer.idle_scrub,
+            idle_scrub=self.retirer.consequences.idle_scrub,
             oldest_unfinished=book.oldest_unfinished(),
             workers=self.pool.status(),
             jobs=(*self.pool.jobs(), *self.relocation.snapshot()),
-            policy=tuple(effective(self.policy, host_frames=self.intake.host_frames)),
+            policy=tuple(effective(self.policy, host_frames=self.retirer.host_frames)),
             policy_digest=policy_digest(self.policy),
-            pages=tuple(book),
+            pages=tuple(map(self.retirer.ledger.shown, book)),
         )
         return replace(
             snapshot,
@@ -263,7 +263,7 @@ class Service:
             mfn=mfn,
             state=state,
             owner=owner,
-            hits_in_window=self.intake.history.hits(mfn, self._world.clock.now()),
+            hits_in_window=self.intake.history.hits(mfn, self._world.clock.monotonic()),
             entry=self.retirer.ledger.book.get(mfn),
             note=note,
         )
@@ -293,6 +293,35 @@ class Service:
                 async with asyncio.timeout(_SAVES_AGAIN if saves else None):
                     await self._look_for_saves.wait()
 
+    async def _watch_ends(self) -> None:
+        """Have pages looked at whose owner may have ended, for as long as we are told of that."""
+        if self._world.ends is None:
+            return
+        retry = self.policy.sources.retry
+        failures = 0
+        while True:
+            try:
+                with contextlib.closing(self._world.ends()) as ends:
+                    failures = 0
+                    await self._follow(ends)
+            except PortError as error:
+                failures += 1
+                log.warning("no word of domains that end, until it can be had again: %s", error)
+            await asyncio.sleep(retry.delay(failures) or retry.last)
+
+    async def _follow(self, ends: DomainEnds) -> NoReturn:
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(ends.fileno(), readable.set)
+        try:
+            while True:
+                await readable.wait()
+                readable.clear()
+                ends.drain()
+                self.retirer.domain_ended()
+        finally:
+            loop.remove_reader(ends.fileno())
+
     def _unfinished_saves(self) -> tuple[str, ...]:
         try:
             return self._world.saves.left_over(self._world.xen.domains)
@@ -306,7 +335,7 @@ class Service:
             threshold=retire.corrected_errors,
             max_pages=retire.max_tracked_pages,
         )
-        since = self._world.clock.now() - retire.window
+        since = self._world.clock.monotonic() - retire.window
         self._world.store.prune(before=since)
         history.load(self._world.store.load_hits(since))
         return history
@@ -367,7 +396,7 @@ class Service:
         self._keep_counters()
 
     def _keep_counters(self) -> None:
-        self._world.store.set_meta(_IDLE_SCRUB, str(self.retirer.idle_scrub))
+        self._world.store.set_meta(_IDLE_SCRUB, str(self.retirer.consequences.idle_scrub))
         self._world.notifier.status(self.status_line())
 
     def _ask(self, mfn: Mfn) -> tuple[str, str, str]:
@@ -408,9 +437,9 @@ class Service:
     def status_line(self) -> str:
         """The daemon in one line."""
         book = self.retirer.ledger.book
-        unfinished = sum(not entry.phase.is_final for entry in book)
+        unfinished = sum(1 for _ in book.unfinished())
         source = self._source.name or "NO SOURCE of machine checks"
-        return f"{source}; {book.marked()} pages retired or pending, {unfinished} under way"
+        return f"{source}; {book.counted()} pages retired or pending, {unfinished} under way"
 
 
 _IDLE_SCRUB = "idle_scrub"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import time as clock
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,8 @@ from pgofflined.journal_log import event
 
 _log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION: Final = 1
+# 1 had the times of hits in seconds since the epoch, 2 has them by the monotonic clock.
+_SCHEMA_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE pages (
     mfn INTEGER PRIMARY KEY, cause TEXT NOT NULL, phase TEXT NOT NULL, since REAL NOT NULL,
@@ -58,7 +60,7 @@ class StoreInUse(Exception):
 
 
 class StoredHit(NamedTuple):
-    """Errors of one page at one time."""
+    """Errors of one page at one time, in seconds of the monotonic clock of this boot."""
 
     mfn: Mfn
     time: float
@@ -89,22 +91,29 @@ class Store:
         self._trouble: str | None = None
 
     @classmethod
-    def open(cls, path: Path, boot_id: str, *, max_hits: int = 250_000) -> Self:
+    def open(
+        cls, path: Path, boot_id: str, *, max_hits: int = 250_000, epoch: float | None = None
+    ) -> Self:
         """Open the state of this boot of the host, or begin it.
 
-        The state of another boot is discarded.  A damaged file, or one of another version, is
-        moved aside and a new one begun; where none can be had, state is kept in memory only.
+        The state of another boot is discarded, that of the release before is taken over.  A damaged
+        file, or one of any other version, is moved aside and a new one begun; where none can be
+        had, state is kept in memory only.  ``epoch`` is what the date says less what the monotonic
+        clock does.
+
         Raises StoreInUse while another process has it open.
         """
+        if epoch is None:
+            epoch = clock.time() - clock.monotonic()
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
-                connection = _open(path, boot_id)
+                connection = _open(path, boot_id, epoch)
             except (sqlite3.DatabaseError, _Unusable) as error:
                 if _is_busy(error):
                     raise
                 _move_aside(path, error)
-                connection = _open(path, boot_id)
+                connection = _open(path, boot_id, epoch)
         except (sqlite3.Error, _Unusable, OSError) as error:
             if _is_busy(error):
                 raise StoreInUse(path) from error
@@ -241,7 +250,7 @@ class Store:
             )
 
 
-def _open(path: Path, boot_id: str) -> sqlite3.Connection:
+def _open(path: Path, boot_id: str, epoch: float) -> sqlite3.Connection:
     """Open the file, or begin it anew where it is of another boot."""
     if not path.exists():
         return _begin(path, boot_id)
@@ -251,8 +260,10 @@ def _open(path: Path, boot_id: str) -> sqlite3.Connection:
         if found != "ok":
             raise _Unusable(str(found))
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version != _SCHEMA_VERSION:
+        if version not in (1, _SCHEMA_VERSION):
             raise _Unusable(f"it is of version {version}, this is {_SCHEMA_VERSION}")
+        if version == 1:
+            _take_over(connection, epoch)
         stored = connection.execute("SELECT value FROM meta WHERE key = ?", (_BOOT_ID,)).fetchone()
     except BaseException:
         connection.close()
@@ -264,6 +275,13 @@ def _open(path: Path, boot_id: str) -> sqlite3.Connection:
     for file in _files(path):
         file.unlink(missing_ok=True)
     return _begin(path, boot_id)
+
+
+def _take_over(connection: sqlite3.Connection, epoch: float) -> None:
+    """Turn the state of the release before into that of this one."""
+    with connection:
+        connection.execute("UPDATE hits SET time = time - ?", (epoch,))
+        connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
 
 def _begin(path: Path | str, boot_id: str) -> sqlite3.Connection:

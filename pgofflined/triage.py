@@ -3,15 +3,19 @@
 Synchronous: every step is a hypercall.  The order is what keeps hosts alive: the state is
 queried first (an offline call for a broken and owned page makes Xen crash the owner), the owner
 is looked for before anything is marked, and the mark is set only for pages that can follow it.
+
+A page with an uncorrected error is marked wherever that is safe, whatever the policy says of its
+owner, and nobody is sent to move it: to mark it reads nothing, and keeps it from the next owner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from errno import EINVAL
 
+from pgofflined.core.book import NOT_RAM
 from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, XenError
 from pgofflined.core.frames import DOM0, DOMID_COW, DOMID_IO, DOMID_XEN, Domid, Mfn
@@ -27,12 +31,13 @@ class LeftReason(StrEnum):
     XEN = "xen"
     IO = "io"
     SHARED = "shared"
-    NOT_RAM = "not_ram"
+    NOT_RAM = NOT_RAM
     BROKEN = "broken"
     DENIED = "denied"
     UNFIXED_XEN = "unfixed_xen"
     UNSAFE_CALL = "unsafe_call"
     NOT_UNDERSTOOD = "not_understood"
+    UNCORRECTED = "uncorrected"
 
 
 class LaterReason(StrEnum):
@@ -70,12 +75,16 @@ class ToRelocate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Left:
-    """Not to be moved by us; ``marked`` says whether Xen holds it pending all the same."""
+    """Not to be moved by us; ``marked`` says whether Xen holds it pending all the same.
+
+    ``domain`` is its owner, where that is a guest.
+    """
 
     mfn: Mfn
     reason: LeftReason
     detail: str
     marked: bool = False
+    domain: DomainInfo | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +115,11 @@ class Rules:
     mark_pv_later: bool = False
 
 
-def triage(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition:
+def triage(mfn: Mfn, xen: Hypervisor, rules: Rules, *, poisoned: bool = False) -> Disposition:
     """Settle one page as far as that goes without moving its owner.
 
-    Marks the page unless the result says ``marked`` False.  Raises PortError when Xen cannot be
-    asked.
+    Marks the page unless the result says ``marked`` False.  ``poisoned``: it has had an uncorrected
+    error, so nobody is to be moved off it.  Raises PortError when Xen cannot be asked.
     """
     try:
         state = xen.query(mfn)
@@ -118,14 +127,22 @@ def triage(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition:
         if error.errno != EINVAL:
             raise
         return Left(mfn=mfn, reason=LeftReason.NOT_RAM, detail="it is no memory of this host")
-    settled = _settled_by_state(mfn, state) or _settled_by_owner(mfn, xen, rules)
+    if state is OfflineState.OFFLINE_PENDING and not xen.version().offlines_free_frames_safely:
+        # Set by an earlier release or by hand; its owner may end at any moment.
+        xen.online(mfn)
+        state = OfflineState.ONLINE
+    settled = _settled_by_state(mfn, state) or (
+        _poison_settled_by_owner(mfn, xen, rules)
+        if poisoned
+        else _settled_by_owner(mfn, state, xen, rules)
+    )
     if settled is not None:
         return settled
     try:
         reply = xen.offline(mfn)
     except OfflineCallUnsafe as error:
         return Left(mfn=mfn, reason=LeftReason.UNSAFE_CALL, detail=str(error))
-    return _settled_by_reply(mfn, xen, rules, reply)
+    return _settled_by_reply(mfn, xen, rules, reply, poisoned=poisoned)
 
 
 def find_pv_owner(mfn: Mfn, xen: Hypervisor) -> DomainInfo | None:
@@ -162,35 +179,80 @@ def _settled_by_state(mfn: Mfn, state: OfflineState) -> Disposition | None:
     return None
 
 
-def _settled_by_owner(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition | None:
+def _settled_by_owner(
+    mfn: Mfn, state: OfflineState, xen: Hypervisor, rules: Rules
+) -> Disposition | None:
     """What can be said before the mark; None when the page is to be marked."""
     fixed = xen.version().offlines_free_frames_safely
-    if xen.m2p(mfn) is None:
-        return None if fixed else _unfixed(mfn, "it is free, or Xen's own")
+    # Whatever the M2P says of it: a PV guest writes the entries of its own frames.
     owner = find_pv_owner(mfn, xen)
     if owner is None:
-        return None if fixed else _unfixed(mfn, "it belongs to a guest that would have to end")
+        if fixed:
+            return None
+        is_free = xen.m2p(mfn) is None
+        why = "it is free, or Xen's own" if is_free else "its guest would have to end"
+        return _unfixed(mfn, why)
     if owner.is_dom0:
         return _dom0(mfn, marked=False)
-    if owner.dying or owner.shutdown is ShutdownReason.CRASH or rules.wedged(owner):
-        return Later(
-            mfn=mfn,
-            reason=LaterReason.OWNER_ENDING,
-            detail=f"its owner d{owner.domid} has crashed or is ending",
-        )
+    if _is_ending(owner) or rules.wedged(owner):
+        return _ending(mfn, owner)
     denial = rules.denial(owner)
     if denial is not None:
-        return Left(mfn=mfn, reason=LeftReason.DENIED, detail=denial)
-    # A freed frame joins its neighbour only where that one is free too, and it is the join
-    # that the unfixed allocator takes apart wrongly.
-    if not fixed and xen.m2p(Mfn(mfn ^ 1)) is None:
-        return _unfixed(mfn, "its neighbour is free, and the two would be joined")
-    if fixed and rules.mark_pv_later:
+        return _denied(mfn, state, xen, owner, denial)
+    if not fixed:
+        # A freed frame joins its neighbour only where that one is free too, and it is the join
+        # that this allocator takes apart wrongly.  Should the guest end while the page waits for
+        # its job, both are freed: the mark is set when the guest is held, and not before.
+        if xen.m2p(Mfn(mfn ^ 1)) is None:
+            return _unfixed(mfn, "its neighbour is free, and the two would be joined")
+        return ToExchange(mfn=mfn, domain=owner, marked=False)
+    if rules.mark_pv_later:
         return ToExchange(mfn=mfn, domain=owner, marked=False)
     return None
 
 
-def _settled_by_reply(mfn: Mfn, xen: Hypervisor, rules: Rules, reply: OfflineReply) -> Disposition:
+def _poison_settled_by_owner(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition | None:
+    """The same for a page with an uncorrected error."""
+    owner = find_pv_owner(mfn, xen)
+    if owner is not None and rules.wedged(owner):
+        return _ending(mfn, owner)
+    if xen.version().offlines_free_frames_safely:
+        return None
+    whose = "it is in use or Xen's own" if owner is None else f"d{owner.domid} has it"
+    if xen.m2p(mfn) is None and owner is None:
+        whose = "it is free, or Xen's own"
+    return Left(
+        mfn=mfn,
+        reason=LeftReason.UNFIXED_XEN,
+        detail=f"it has had an uncorrected error, {whose}, and this Xen's allocator is damaged by "
+        "taking it out, so that it is not marked: whoever is given it next may be hit.  Reboot the "
+        f"host with badpage={mfn:#x} on Xen's command line, and do not end its owner before that",
+        domain=None if owner is None or owner.is_dom0 else owner,
+    )
+
+
+def _is_ending(owner: DomainInfo) -> bool:
+    return owner.dying or owner.shutdown is ShutdownReason.CRASH
+
+
+def _ending(mfn: Mfn, owner: DomainInfo) -> Later:
+    return Later(
+        mfn=mfn,
+        reason=LaterReason.OWNER_ENDING,
+        detail=f"its owner d{owner.domid} has crashed or is ending",
+    )
+
+
+def _denied(mfn: Mfn, state: OfflineState, xen: Hypervisor, owner: DomainInfo, denial: str) -> Left:
+    """The page of a domain that the policy excludes has no mark, or none any more."""
+    if state is OfflineState.OFFLINE_PENDING:
+        xen.online(mfn)
+    return Left(mfn=mfn, reason=LeftReason.DENIED, detail=denial, domain=owner)
+
+
+def _settled_by_reply(
+    mfn: Mfn, xen: Hypervisor, rules: Rules, reply: OfflineReply, *, poisoned: bool
+) -> Disposition:
     flags = reply.flags
     if flags & OfflineFlag.OFFLINED:
         return Offlined(mfn=mfn, detail="it was free and is out of use now")
@@ -213,7 +275,7 @@ def _settled_by_reply(mfn: Mfn, xen: Hypervisor, rules: Rules, reply: OfflineRep
             marked=True,
         )
     if flags & OfflineFlag.OWNED and flags & OfflineFlag.PENDING and reply.owner is not None:
-        return _settled_by_marked_owner(mfn, xen, rules, reply.owner)
+        return _settled_by_marked_owner(mfn, xen, rules, reply.owner, poisoned=poisoned)
     return Left(
         mfn=mfn,
         reason=LeftReason.NOT_UNDERSTOOD,
@@ -221,7 +283,9 @@ def _settled_by_reply(mfn: Mfn, xen: Hypervisor, rules: Rules, reply: OfflineRep
     )
 
 
-def _settled_by_marked_owner(mfn: Mfn, xen: Hypervisor, rules: Rules, owner: Domid) -> Disposition:
+def _settled_by_marked_owner(
+    mfn: Mfn, xen: Hypervisor, rules: Rules, owner: Domid, *, poisoned: bool
+) -> Disposition:
     if owner == DOM0:
         return _dom0(mfn, marked=True)
     if owner == DOMID_XEN:
@@ -244,10 +308,20 @@ def _settled_by_marked_owner(mfn: Mfn, xen: Hypervisor, rules: Rules, owner: Dom
             detail=f"its owner d{owner} has just gone",
             marked=True,
         )
+    if _is_ending(domain):
+        return replace(_ending(mfn, domain), marked=True)
+    if poisoned:
+        return Left(
+            mfn=mfn,
+            reason=LeftReason.UNCORRECTED,
+            detail="it has had an uncorrected error, must not be copied, and is marked: it goes "
+            f"out of use when d{owner} ends; restart that guest, do not save or migrate it",
+            marked=True,
+            domain=domain,
+        )
     denial = rules.denial(domain)
     if denial is not None:
-        xen.online(mfn)
-        return Left(mfn=mfn, reason=LeftReason.DENIED, detail=denial)
+        return _denied(mfn, OfflineState.OFFLINE_PENDING, xen, domain, denial)
     if domain.kind is GuestKind.PV:
         return ToExchange(mfn=mfn, domain=domain)
     return ToRelocate(mfn=mfn, domain=domain)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pgofflined.core.frames import Mfn
 
 Hit = tuple[float, int]
-"""When (seconds since the epoch), and how many errors."""
+"""When (seconds by any one clock), and how many errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +69,11 @@ class History:
         """The sum of a page's hits within the window that ends now; notes nothing."""
         since = now - self._window
         return sum(count for time, count in self._pages.get(mfn, ()) if time > since)
+
+    def reached(self, now: float) -> tuple[tuple[Mfn, int], ...]:
+        """Pages whose sum within the window is the threshold or more, each with its sum."""
+        sums = ((mfn, self.hits(mfn, now)) for mfn in self._pages)
+        return tuple((mfn, hits) for mfn, hits in sums if hits >= self._threshold)
 
     def forget(self, mfn: Mfn) -> None:
         """Drop what is remembered of a page, as after it was retired."""

@@ -32,6 +32,7 @@ class RefusalReason(StrEnum):
     NOT_KEPT = "not_kept"
     NOT_PV = "not_pv"
     HAS_DEVICES = "has_devices"
+    DENIED = "denied"
     DOMAIN_BUSY = "domain_busy"
     DOMAIN_GONE = "domain_gone"
     NO_SUSPEND = "no_suspend"

@@ -10,12 +10,11 @@ from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from fractions import Fraction
-from typing import Any, Final, assert_never
+from typing import Any, Final
 from uuid import UUID
 
 from pgofflined.core.frames import PAGE_SIZE, Mfn
 from pgofflined.core.patterns import is_for_uuids, names, names_uuid
-from pgofflined.core.reports import CorrectedPageError, ErrorReport, HypervisorActed, OtherError
 from pgofflined.core.schedule import MaintenanceWindow
 from pgofflined.core.units import MemoryLimit, ShareOfMemory
 
@@ -270,7 +269,8 @@ class CapReached:
     def reason(self) -> str:
         """Why the page is kept."""
         return (
-            f"{self.retired_frames} pages are retired and max_retired allows {self.limit_frames}; "
+            f"{self.retired_frames} pages are retired or on their way, and retire.max_retired "
+            f"allows {self.limit_frames}; "
             "so many bad pages point at a memory module to be replaced"
         )
 
@@ -279,38 +279,28 @@ Verdict = Ignore | Watch | Retire | DryRun | CapReached
 
 
 def decide(
-    report: ErrorReport,
+    mfn: Mfn,
     hits: int,
     policy: RetirePolicy,
     *,
     retired_frames: int,
-    host_frames: int,
+    limit_frames: int,
     poisoned: Container[Mfn] = (),
 ) -> Verdict:
-    """What follows from a report.
+    """What follows from so many corrected errors of a page within the window.
 
-    ``hits`` is the page's sum in the window, this report included (0 where it names no page).
-    ``poisoned`` holds the frames known to have an uncorrected error: to retire one that is in
-    use would mean to copy it, which must not be.
+    ``retired_frames`` counts the pages that are retired or on their way, ``limit_frames`` says how
+    many may be.  ``poisoned`` holds the frames known to have an uncorrected error: to retire one
+    that is in use would mean to copy it, which must not be.
     """
-    match report:
-        case HypervisorActed():
-            return Ignore(reason=f"Xen has acted already: {report.reason}")
-        case OtherError():
-            return Ignore(reason=report.reason)
-        case CorrectedPageError(mfn=mfn):
-            pass
-        case _:
-            assert_never(report)
     if not policy.enabled:
         return Ignore(reason="retiring is switched off (retire.enabled = false)")
     if mfn in poisoned:
         return Ignore(reason="the page has had an uncorrected error and must not be read")
     if hits < policy.corrected_errors:
         return Watch(mfn=mfn, hits=hits, of=policy.corrected_errors)
-    limit = policy.max_retired.frames(host_frames)
-    if retired_frames >= limit:
-        return CapReached(mfn=mfn, retired_frames=retired_frames, limit_frames=limit)
+    if retired_frames >= limit_frames:
+        return CapReached(mfn=mfn, retired_frames=retired_frames, limit_frames=limit_frames)
     reason = (
         f"{hits} corrected errors within {policy.window:g} s, "
         f"{policy.corrected_errors} are enough to retire a page"

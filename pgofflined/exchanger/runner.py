@@ -67,9 +67,11 @@ class ExchangeJob:
 
     The pages are marked offline-pending already, unless ``marked`` is False: they become free then,
     and may be marked later.  Those in ``never_read`` are known to hold an uncorrected error and
-    are refused, whatever Xen knows of them.  ``unended`` is told of a job whose guest could be
-    neither put right nor let go: ``recover`` is to go on with it.  Synchronous on purpose: doing
-    and undoing happen in one thread, so no cancellation can make them overlap.
+    are refused, whatever Xen knows of them.  ``denial`` says why the policy does not let a domain
+    be suspended; it is asked first, and once more right before the request.  ``unended`` is told
+    of a job whose guest could be neither put right nor let go: ``recover`` is to go on with it.
+    Synchronous on purpose: doing and undoing happen in one thread, so no cancellation can make them
+    overlap.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class ExchangeJob:
         clock: Clock,
         limits: SuspendLimits,
         never_read: frozenset[Mfn],
+        denial: Callable[[DomainInfo], str | None],
         marked: bool,
         unended: Callable[[UnfinishedJob], None],
     ) -> None:
@@ -90,6 +93,7 @@ class ExchangeJob:
         self._clock = clock
         self._limits = limits
         self._never_read = never_read
+        self._denial = denial
         self._marked = marked
         self._unended = unended
         self._held = Holding(xen, domain.domid, clock=clock, limits=limits)
@@ -163,6 +167,9 @@ class ExchangeJob:
             return RefusalReason.DOMAIN_GONE, f"d{domid} is gone or dying"
         if info.kind is not GuestKind.PV or info.is_dom0:
             return RefusalReason.NOT_PV, f"d{domid} is no PV guest"
+        denial = self._denial(info)
+        if denial is not None:
+            return RefusalReason.DENIED, f"d{domid} is not to be suspended: {denial}"
         if info.shutdown is not None or info.paused:
             state = (
                 "paused" if info.shutdown is None else f"shut down ({info.shutdown.name.lower()})"
@@ -213,10 +220,13 @@ class ExchangeJob:
         try:
             mover.prepare(self._domain.domid, surveyed.plan)
             self._leave_to_others()
+            self._obey(info)
             with UNCOLLECTED, self._held.suspended(job, lambda: mover.is_whole):
                 self._move(mover, info, surveyed, job)
         except _InUseByOthers as error:
             why = RefusalReason.DOMAIN_BUSY, str(error)
+        except _Denied as error:
+            why = RefusalReason.DENIED, str(error)
         except PortError as error:
             why = _reason_of(error)
         except Exception:  # a fault in one job must cost neither the guest nor its other pages
@@ -247,6 +257,12 @@ class ExchangeJob:
         somebody = self._xen.somebody_at(self._domain.domid)
         if somebody is not None:
             raise _InUseByOthers(f"d{self._domain.domid} is left alone until {somebody} has ended")
+
+    def _obey(self, info: DomainInfo) -> None:
+        """The policy may have changed since the job was queued, and while all that was done."""
+        denial = self._denial(info)
+        if denial is not None:
+            raise _Denied(f"d{self._domain.domid} is not to be suspended: {denial}")
 
     def _move(self, mover: Mover, before: DomainInfo, surveyed: Surveyed, job: OpenJob) -> None:
         info = self._xen.condition(self._domain.domid)
@@ -307,6 +323,10 @@ class _InUseByOthers(Exception):
     """Somebody saves or migrates the guest, or has let it go that suspended itself for us."""
 
 
+class _Denied(Exception):
+    """The policy does not let the guest be suspended."""
+
+
 def _reason_of(error: PortError) -> tuple[RefusalReason, str]:
     match error:
         case GuestDidNotSuspend():
@@ -334,6 +354,7 @@ def exchange(
     clock: Clock,
     limits: SuspendLimits,
     never_read: frozenset[Mfn] = frozenset(),
+    denial: Callable[[DomainInfo], str | None] = lambda _: None,
     marked: bool = True,
     unended: Callable[[UnfinishedJob], None] = _for_the_next_process,
 ) -> ExchangeReport:
@@ -345,6 +366,7 @@ def exchange(
         clock=clock,
         limits=limits,
         never_read=never_read,
+        denial=denial,
         marked=marked,
         unended=unended,
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pgofflined.ports.clock import Clock
+from pgofflined.ports.ends import DomainEnds
 from pgofflined.ports.hypervisor import (
     DomainControl,
     ForeignMemory,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Clock",
     "DomainControl",
+    "DomainEnds",
     "ForeignMemory",
     "FrameArray",
     "FrameControl",

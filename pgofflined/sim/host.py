@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import ENOMEM, ESRCH
@@ -78,6 +78,7 @@ class HostState:
         self.by_domid: dict[Domid, SimulatedDomain] = {}
         self.crashes: dict[Domid, str] = {}
         self.lasting_holds: list[Hold] = []
+        self.told_of_ends: list[Callable[[], None]] = []
         self._next_domid = 1
         self._dirty_since: float | None = None
         self._lay_out()
@@ -150,6 +151,8 @@ class HostState:
                 self.references.put(mfn)
             del self.by_domid[domid]
             self._dirty_since = self.clock.monotonic()
+            for tell in self.told_of_ends:
+                tell()
 
     def reboot(self, domid: Domid) -> None:
         """End a domain and start one like it, with another uuid, under the same domid."""

@@ -155,8 +155,16 @@ class Store:
         if not self._watching:
             raise ValueError("nothing is watched")
         poller = select.poll()
-        poller.register(self._library.xs_fileno(self._handle), select.POLLIN)
+        poller.register(self.fileno(), select.POLLIN)
         poller.poll(max(0.0, seconds) * 1000)
+        self.drain()
+
+    def fileno(self) -> int:
+        """Descriptor that is readable when a watch has fired."""
+        return int(self._library.xs_fileno(self._handle))
+
+    def drain(self) -> None:
+        """Take every event that is there; does not wait.  Raises XenError."""
         while True:
             event: int | None = self._library.xs_check_watch(self._handle)
             if not event:

@@ -26,6 +26,9 @@ class Kept:
     def put_page(self, entry: PageEntry) -> None:
         self.entries[entry.mfn] = entry
 
+    def remove_page(self, mfn: Mfn) -> None:
+        del self.entries[mfn]
+
 
 def ledger_of(kept: Kept) -> Ledger:
     return Ledger(kept, ManualClock(), tuple(kept.entries.values()))

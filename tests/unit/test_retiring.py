@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import numpy as np
-
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
@@ -30,12 +28,12 @@ from pgofflined.ports import Clock, SuspendLimits
 from pgofflined.retiring import Retirer
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
-from pgofflined.sim.frames import FrameState
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.host import HostSpec
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.layout import PvSpec
 from pgofflined.sim.scenarios import SmallHost, small_host
+from pgofflined.uncorrected import UncorrectedErrors
 
 QUICK = Policy(
     exchange=ExchangePolicy(
@@ -49,11 +47,21 @@ class Pages:
 
     def __init__(self) -> None:
         self.entries: dict[Mfn, PageEntry] = {}
+        self.meta: dict[str, str] = {}
         self._changed = asyncio.Event()
 
     def put_page(self, entry: PageEntry) -> None:
         self.entries[entry.mfn] = entry
         self._changed.set()
+
+    def remove_page(self, mfn: Mfn) -> None:
+        del self.entries[mfn]
+
+    def get_meta(self, key: str) -> str | None:
+        return self.meta.get(key)
+
+    def set_meta(self, key: str, value: str) -> None:
+        self.meta[key] = value
 
     async def changed(self) -> None:
         self._changed.clear()
@@ -84,6 +92,7 @@ class Scene:
             clock=clock,
             policy=policy,
             ledger=Ledger(self.pages, clock),
+            errors=UncorrectedErrors(self.pages),
             late_look=0.05,
         )
         self.reports: list[ExchangeReport] = []
@@ -134,7 +143,7 @@ async def test_a_page_that_is_taken_out_before_it_is_scrubbed_keeps_an_idle_cpu_
         await scene.pages.until(mfn, Phase.OFFLINED)
         await asyncio.to_thread(scene.small.host.clock.wait, 10)
         assert scene.small.host.idle_scrub_spinning
-        assert scene.retirer.idle_scrub == 1
+        assert scene.retirer.consequences.idle_scrub == 1
 
 
 LATER = replace(QUICK, exchange=replace(QUICK.exchange, mark=Marking.AFTER_SCRUB, scrub_wait=0.1))
@@ -148,7 +157,7 @@ async def test_a_page_that_is_marked_after_it_was_scrubbed_keeps_no_cpu_searchin
         assert entry.marked
         assert scene.small.host.query(mfn) is OfflineState.OFFLINED
         assert not scene.small.host.idle_scrub_spinning
-        assert scene.retirer.idle_scrub == 0
+        assert scene.retirer.consequences.idle_scrub == 0
         assert [len(report.results) for report in scene.reports] == [1]
 
 
@@ -238,8 +247,7 @@ async def test_a_poisoned_page_is_never_copied() -> None:
     async with at_work() as scene:
         mfn = scene.pv_frame()
         scene.small.host.poison(mfn)
-        scene.retirer.poisoned.add(mfn)
-        scene.retirer.take(mfn, Cause.OPERATOR, "asked for")
+        scene.retirer.take_poisoned(mfn, "an uncorrected error")
         entry = await scene.pages.until(mfn, Phase.LEFT)
         assert entry.reason == "uncorrected"
         assert scene.reports == []
@@ -434,15 +442,3 @@ def test_a_guest_is_saved_or_migrated_as_the_policy_says_at_that_moment() -> Non
     ):
         scene.retirer.policy = changed
         assert told in str(scene.retirer.denial(domain))
-
-
-def test_poison_is_in_use_until_nobody_can_own_it() -> None:
-    scene = Scene(small_host(), QUICK)
-    mfn = scene.pv_frame()
-    free = Mfn(int(np.flatnonzero(scene.small.host.frames.state == FrameState.FREE)[0]))
-    assert scene.retirer.poison_in_use() is None
-    scene.small.host.offline(free)
-    scene.retirer.poisoned.add(free)
-    assert scene.retirer.poison_in_use() is None
-    scene.retirer.poisoned.add(mfn)
-    assert scene.retirer.poison_in_use() == mfn

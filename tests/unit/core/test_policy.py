@@ -28,38 +28,10 @@ from pgofflined.core.policy import (
     domain_allowed,
     effective,
 )
-from pgofflined.core.reports import (
-    CorrectedPageError,
-    ErrorReport,
-    HypervisorActed,
-    HypervisorResult,
-    OtherError,
-    OtherKind,
-)
 from pgofflined.core.units import AmountOfMemory, ShareOfMemory
 
 PAGE = Mfn(0x1234)
 HOST_FRAMES = 1 << 20
-CORRECTED = CorrectedPageError(
-    mfn=PAGE,
-    weight=1,
-    overflow=False,
-    granularity=64,
-    domid=None,
-    apicid=0,
-    bank=9,
-    status=0,
-    misc=0,
-)
-ACTED = HypervisorActed(
-    mfn=PAGE,
-    domid=None,
-    broken=True,
-    result=HypervisorResult.OFFLINED,
-    reason="the page is offline",
-    bank=7,
-    status=0,
-)
 UUID_7 = UUID("0123abcd-0000-4000-8000-000000000007")
 
 
@@ -67,16 +39,16 @@ def verdict(
     hits: int,
     policy: RetirePolicy | None = None,
     *,
-    report: ErrorReport = CORRECTED,
     retired: int = 0,
     poisoned: frozenset[Mfn] = frozenset(),
 ) -> Verdict:
+    policy = policy or RetirePolicy()
     return decide(
-        report,
+        PAGE,
         hits,
-        policy or RetirePolicy(),
+        policy,
         retired_frames=retired,
-        host_frames=HOST_FRAMES,
+        limit_frames=policy.max_retired.frames(HOST_FRAMES),
         poisoned=poisoned,
     )
 
@@ -124,16 +96,6 @@ def test_page_with_an_uncorrected_error_is_not_copied_for_its_corrected_ones() -
     found = verdict(99, poisoned=frozenset({PAGE}))
     assert isinstance(found, Ignore)
     assert "must not be read" in found.reason
-
-
-@pytest.mark.parametrize(
-    "report",
-    [ACTED, *(OtherError(kind=kind, bank=1, status=0, mfn=PAGE) for kind in OtherKind)],
-)
-def test_no_other_report_retires_a_page(report: ErrorReport) -> None:
-    found = verdict(99, report=report)
-    assert isinstance(found, Ignore)
-    assert found.reason
 
 
 @pytest.mark.parametrize(
