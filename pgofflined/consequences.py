@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 # An owner that is ending, or a page that is being handed out, settles within moments; a host
 # that cannot be asked may take longer.
-_SOON = Backoff(first=2.0, last=300.0)
+SOON = Backoff(first=2.0, last=300.0)
 # A page that is being handed to its owner has one a moment later.  One that Xen cannot name an
 # owner of after these tries (2 + 4 + 8 s) is Xen's own, allocated without an owner.
 _ANONYMOUS_TRIES = 3
@@ -59,12 +59,17 @@ class Consequences:
     """
 
     def __init__(
-        self, ledger: Ledger, errors: UncorrectedErrors, policy: Callable[[], Policy]
+        self,
+        ledger: Ledger,
+        errors: UncorrectedErrors,
+        policy: Callable[[], Policy],
+        soon: Backoff = SOON,
     ) -> None:
         self.idle_scrub = 0
         self._ledger = ledger
         self._errors = errors
         self._policy = policy
+        self._soon = soon
         self._exchanges: Exchanges = Nobody()
         self._relocations: Relocations | None = None
 
@@ -102,9 +107,9 @@ class Consequences:
                 )
                 self._ledger.leave(mfn, LeftReason.XEN.value, detail, marked=True)
             case Later(reason=until, detail=detail, marked=marked):
-                self._ledger.wait(mfn, _SOON, until.value, detail, marked=marked)
+                self._ledger.wait(mfn, self._soon, until.value, detail, marked=marked)
             case PortError():
-                self._ledger.wait(mfn, _SOON, "cannot_ask_xen", str(disposition))
+                self._ledger.wait(mfn, self._soon, "cannot_ask_xen", str(disposition))
             case _:
                 assert_never(disposition)
 
@@ -147,7 +152,9 @@ class Consequences:
 
     def _queue_full(self, mfn: Mfn, which: str, *, marked: bool) -> None:
         tell(logging.WARNING, Event.QUEUE_FULL, f"waits: the queue of {which} is full", mfn)
-        self._ledger.wait(mfn, _SOON, "queue_full", f"the queue of {which} is full", marked=marked)
+        self._ledger.wait(
+            mfn, self._soon, "queue_full", f"the queue of {which} is full", marked=marked
+        )
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""
@@ -213,11 +220,11 @@ class Consequences:
         """A page has left its guest, and is not out of use yet."""
         entry = self._ledger.book.get(mfn)
         if entry is None or entry.marked:
-            self._ledger.wait(mfn, _SOON, "not_confirmed", "Xen has yet to take it out")
+            self._ledger.wait(mfn, self._soon, "not_confirmed", "Xen has yet to take it out")
             return
         seconds = self._policy().exchange.scrub_wait
         detail = f"it is free, and is marked when there were {seconds:g} s to scrub it"
-        self._ledger.wait(mfn, Backoff(first=seconds, last=_SOON.last), "scrubbing", detail)
+        self._ledger.wait(mfn, Backoff(first=seconds, last=self._soon.last), "scrubbing", detail)
 
     def _refused(self, job: str, domain: DomainIdentity, refusal: Refusal) -> None:
         mfn, reason, detail = refusal.mfn, refusal.reason, refusal.detail
@@ -233,7 +240,7 @@ class Consequences:
         rung = next_rung(reason, tries, self._policy(), marked=marked)
         match rung:
             case LookAgain():
-                self._ledger.wait(mfn, _SOON, reason.value, detail, marked=marked)
+                self._ledger.wait(mfn, self._soon, reason.value, detail, marked=marked)
             case TryAgain():
                 retry = self._policy().exchange.retry
                 self._ledger.refused(mfn, retry, reason.value, detail, marked=marked)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from pgofflined.aftercare import Aftercare
-from pgofflined.consequences import Consequences
+from pgofflined.consequences import SOON, Consequences
 from pgofflined.core.book import Cause, Phase
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import PortError
@@ -72,6 +72,7 @@ class Retirer:
         errors: UncorrectedErrors,
         late_look: float = 5.0,
         slowly: float = _SLOWLY,
+        soon: Backoff = SOON,
     ) -> None:
         self.ledger = ledger
         self.policy = policy
@@ -86,7 +87,7 @@ class Retirer:
             denial=self._exchange_denial,
         )
         self.aftercare = Aftercare(xen, clock, interval=late_look, ended=self.exchanging.done_with)
-        self.consequences = Consequences(ledger, errors, lambda: self.policy)
+        self.consequences = Consequences(ledger, errors, lambda: self.policy, soon)
         self._xen = xen
         self._clock = clock
         self._wake = asyncio.Event()

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+import numpy as np
+
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
@@ -94,6 +96,7 @@ class Scene:
             ledger=Ledger(self.pages, clock),
             errors=UncorrectedErrors(self.pages),
             late_look=0.05,
+            soon=Backoff(first=0.01, last=0.02),
         )
         self.reports: list[ExchangeReport] = []
         self.pool = ExchangePool(
@@ -442,3 +445,28 @@ def test_a_guest_is_saved_or_migrated_as_the_policy_says_at_that_moment() -> Non
     ):
         scene.retirer.policy = changed
         assert told in str(scene.retirer.denial(domain))
+
+
+async def test_a_page_that_xen_goes_on_to_call_anonymous_is_xens() -> None:
+    async with at_work() as scene:
+        frames = scene.small.host.frames
+        # Allocated without an owner, as the tables of a guest's second-level address translation.
+        mfn = frames.allocate()
+        frames.refs[mfn] = 1
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert (entry.reason, entry.marked) == ("xen", True)
+        assert "Xen's own" in entry.detail
+        assert scene.small.host.query(mfn) is OfflineState.OFFLINE_PENDING
+
+
+async def test_a_page_that_is_just_being_handed_out_is_not_taken_for_xens() -> None:
+    async with at_work() as scene:
+        host = scene.small.host
+        mfn = host.frames.allocate()
+        host.frames.refs[mfn] = 1
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.WAITING)
+        host.frames.assign(np.array([mfn], dtype=np.uint64), scene.small.pvh)
+        entry = await scene.pages.until(mfn, Phase.LEFT)
+        assert entry.reason == "no_relocation"

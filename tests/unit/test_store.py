@@ -165,6 +165,21 @@ def test_a_file_of_another_version_is_moved_aside(path: Path) -> None:
     assert path.with_name("state.db.damaged").exists()
 
 
+def test_the_state_of_the_release_before_is_taken_over(path: Path) -> None:
+    with closing(Store.open(path, BOOT)) as store:
+        store.put_page(ENTRY)
+        store.set_meta("poisoned", "[7]")
+        store.add_hits([StoredHit(Mfn(9), 1_700_000_050.0, 2)])
+    with closing(sqlite3.connect(path)) as other:
+        # Its hits had the date; the rest was the same.
+        other.execute("PRAGMA user_version = 1")
+    for _ in range(2):
+        with closing(Store.open(path, BOOT, epoch=1_700_000_000.0)) as store:
+            assert store.load_pages() == (ENTRY,)
+            assert store.get_meta("poisoned") == "[7]"
+            assert store.load_hits(since=0.0) == (PageHits(mfn=Mfn(9), hits=((50.0, 2),)),)
+
+
 def test_an_empty_file_as_of_a_start_that_was_killed_is_begun_anew(path: Path) -> None:
     path.parent.mkdir()
     path.touch()

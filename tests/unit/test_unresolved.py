@@ -53,9 +53,7 @@ def page(small: SmallHost, *, marked: bool) -> PageEntry:
     ],
 )
 def test_a_page_goes_back_to_triage_when_something_has_changed(
-    marked: bool,
-    changes: dict[str, object],
-    occasions: set[Occasion],  # noqa: FBT001
+    *, marked: bool, changes: dict[str, object], occasions: set[Occasion]
 ) -> None:
     for occasion in Occasion:
         small = small_host()

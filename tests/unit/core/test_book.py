@@ -29,9 +29,7 @@ def left(mfn: int, **changes: object) -> PageEntry:
     ],
 )
 def test_a_page_counts_from_when_it_is_taken_in_hand(
-    phase: Phase,
-    marked: bool,
-    counted: bool,  # noqa: FBT001
+    *, phase: Phase, marked: bool, counted: bool
 ) -> None:
     for cause in (Cause.CORRECTED, Cause.OPERATOR):
         entry = left(1, phase=phase, marked=marked, cause=cause)
@@ -65,8 +63,7 @@ def test_of_pages_that_stay_unmarked_the_oldest_are_surplus() -> None:
     ],
 )
 def test_nothing_is_forgotten_that_only_the_book_explains(
-    changes: dict[str, object],
-    is_lost: bool,  # noqa: FBT001
+    *, changes: dict[str, object], is_lost: bool
 ) -> None:
     book = Book([left(1, **changes)], max_forgettable=0)
     assert bool(book.surplus()) is not is_lost

@@ -173,3 +173,15 @@ def test_bounds_must_be_positive(wrong: tuple[float, int, int]) -> None:
     window, threshold, max_pages = wrong
     with pytest.raises(ValueError, match="positive"):
         History(window=window, threshold=threshold, max_pages=max_pages)
+
+
+def test_pages_that_have_reached_the_threshold_are_found_again() -> None:
+    history = History(window=100.0, threshold=2, max_pages=10)
+    history.record(Mfn(1), 0.0, 1)
+    history.record(Mfn(1), 10.0, 1)
+    history.record(Mfn(2), 20.0, 1)
+    history.record(Mfn(3), 30.0, 2)
+    assert history.reached(50.0) == ((Mfn(1), 2), (Mfn(3), 2))
+    assert history.reached(100.0) == ((Mfn(3), 2),)
+    history.adapt(window=100.0, threshold=1, max_pages=10)
+    assert [mfn for mfn, _ in history.reached(100.0)] == [1, 2, 3]
