@@ -81,7 +81,7 @@ def _rate(record_format: str, records: list[bytes]) -> float:
         for report in classify(decode(record_format, record), machine):
             hits = 0
             if isinstance(report, CorrectedPageError):
-                hits = history.record(report.mfn, number * 0.001, report.weight)
+                hits = history.record(report.mfn, number * 0.001, 1)
             verdict = decide(report, hits, policy, retired_frames=0, host_frames=_HOST_FRAMES)
             verdicts[type(verdict).__name__] += 1
     seconds = perf_counter() - began

@@ -16,8 +16,14 @@ from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.history import History
 from pgofflined.core.policy import CapReached, DryRun, Ignore, Policy, Retire, Watch, decide
-from pgofflined.core.reports import CorrectedPageError, HypervisorActed, OtherError, Sighting
-from pgofflined.journal_log import event
+from pgofflined.core.reports import (
+    CorrectedPageError,
+    HypervisorActed,
+    OtherError,
+    Sighting,
+    UncorrectedPageError,
+)
+from pgofflined.journal_log import Announced, Chatter, bank_fields, event
 from pgofflined.ports import Clock, Hypervisor
 from pgofflined.retiring import Retirer
 from pgofflined.store import StoredHit
@@ -57,7 +63,10 @@ class Intake:
         retirer: Retirer,
         store: FactStore,
         host_frames: int,
+        chatter: Chatter | None = None,
     ) -> None:
+        self._chatter = chatter or Chatter(clock.monotonic)
+        self._announced = Announced()
         self.policy = policy
         self.history = history
         self.host_frames = host_frames
@@ -80,10 +89,11 @@ class Intake:
                 self._corrected(report, sighting.when)
             case HypervisorActed():
                 await self._hypervisor_acted(report)
-            case OtherError(mfn=mfn):
-                event(log, logging.WARNING, Event.ERROR_SEEN, report.describe(), mfn=mfn)
-                if mfn is not None:
-                    self._note_poison(mfn)
+            case UncorrectedPageError():
+                self._tell_uncorrected(report)
+                self._note_poison(report.mfn)
+            case OtherError():
+                self._other(report)
             case _:
                 assert_never(report)
         # A flood of reports must not keep the loop from everything else.
@@ -107,11 +117,20 @@ class Intake:
 
     def _corrected(self, report: CorrectedPageError, when: float) -> None:
         mfn = report.mfn
-        event(
-            log, logging.WARNING, Event.ERROR_SEEN, report.describe(), mfn=mfn, domid=report.domid
-        )
-        hits = self.history.record(mfn, when, report.weight)
-        self._store.add_hits([StoredHit(mfn, when, report.weight)])
+        told = self._chatter.admits(Event.ERROR_SEEN)
+        if told:
+            event(
+                log,
+                logging.WARNING,
+                Event.ERROR_SEEN,
+                report.describe(),
+                mfn=mfn,
+                domid=report.domid,
+                fields=bank_fields(report.bank),
+            )
+        # One hit for each record: the count in it is the bank's, the address the last error's.
+        hits = self.history.record(mfn, when, 1)
+        self._store.add_hits([StoredHit(mfn, when, 1)])
         entry = self._retirer.ledger.book.get(mfn)
         if entry is not None and (not entry.phase.is_final or entry.marked):
             return
@@ -124,19 +143,46 @@ class Intake:
             poisoned=self._retirer.poisoned,
         )
         match verdict:
-            case Ignore(reason=reason) | Watch(reason=reason):
-                log.info("mfn %#x is kept: %s", mfn, reason)
+            case Ignore() | Watch():
+                if told:
+                    log.info("mfn %#x is kept: %s", mfn, verdict.reason)
             case DryRun(reason=reason):
-                what = f"mfn {mfn:#x} would be retired, were this no dry run: {reason}"
-                event(log, logging.WARNING, Event.PAGE_WOULD_RETIRE, what, mfn=mfn)
-            case CapReached(reason=reason):
+                if self._announced.is_news(mfn, (Event.PAGE_WOULD_RETIRE, self.policy.retire)):
+                    what = f"mfn {mfn:#x} would be retired, were this no dry run: {reason}"
+                    event(log, logging.WARNING, Event.PAGE_WOULD_RETIRE, what, mfn=mfn)
+            case CapReached(limit_frames=limit):
                 self.cap_reached = True
-                what = f"mfn {mfn:#x} is kept although it is failing: {reason}"
-                event(log, logging.ERROR, Event.CAP_REACHED, what, mfn=mfn)
+                if self._announced.is_news(mfn, (Event.CAP_REACHED, limit)):
+                    what = f"mfn {mfn:#x} is kept although it is failing: {verdict.reason}"
+                    event(log, logging.ERROR, Event.CAP_REACHED, what, mfn=mfn)
             case Retire(reason=reason):
                 self._retirer.take(mfn, Cause.CORRECTED, reason)
             case _:
                 assert_never(verdict)
+
+    def _other(self, report: OtherError) -> None:
+        if report.kind.is_uncorrected:
+            self._tell_uncorrected(report)
+        elif self._chatter.admits(Event.ERROR_SEEN):
+            fields = bank_fields(report.bank)
+            event(log, logging.WARNING, Event.ERROR_SEEN, report.describe(), fields=fields)
+
+    def _tell_uncorrected(self, report: UncorrectedPageError | OtherError) -> None:
+        """Log an uncorrected error, each one; of the same one again only so many."""
+        bank = report.bank
+        which = (bank.socket, bank.apicid, bank.bank, bank.status, bank.addr)
+        is_news = self._announced.is_news(which, Event.UNCORRECTED_ERROR)
+        if not is_news and not self._chatter.admits(Event.UNCORRECTED_ERROR):
+            return
+        event(
+            log,
+            logging.ERROR,
+            Event.UNCORRECTED_ERROR,
+            report.describe(),
+            mfn=report.mfn,
+            domid=bank.domid,
+            fields=bank_fields(bank),
+        )
 
     async def _hypervisor_acted(self, report: HypervisorActed) -> None:
         event(
@@ -146,6 +192,7 @@ class Intake:
             report.describe(),
             mfn=report.mfn,
             domid=report.domid,
+            fields=bank_fields(report.bank),
         )
         domain = None
         if report.domid is not None:

@@ -30,7 +30,7 @@ from pgofflined.core.outcomes import (
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
 from pgofflined.exchanging import Exchanging
-from pgofflined.journal_log import event
+from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger, tell
 from pgofflined.ports import Clock, Hypervisor, Journal
 from pgofflined.takers import Exchanges, Nobody, Relocations
@@ -71,7 +71,9 @@ class Retirer:
         policy: Policy,
         ledger: Ledger,
         late_look: float = 5.0,
+        chatter: Chatter | None = None,
     ) -> None:
+        self._chatter = chatter or Chatter(clock.monotonic)
         self.ledger = ledger
         self.policy = policy
         self.wedged: set[DomainIdentity] = set()
@@ -319,7 +321,8 @@ class Retirer:
         self.ledger.hand_over(mfn, domain, phase, marked=marked)
 
     def _queue_full(self, mfn: Mfn, which: str, *, marked: bool) -> None:
-        tell(logging.WARNING, Event.QUEUE_FULL, f"waits: the queue of {which} is full", mfn)
+        if self._chatter.admits(Event.QUEUE_FULL):
+            tell(logging.WARNING, Event.QUEUE_FULL, f"waits: the queue of {which} is full", mfn)
         self.ledger.wait(mfn, _SOON, "queue_full", f"the queue of {which} is full", marked=marked)
 
     def _exchange_result(self, job: str, domain: DomainIdentity, result: PageResult) -> None:

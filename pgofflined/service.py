@@ -25,7 +25,7 @@ from pgofflined.core.relocation_outcomes import MigrationOutcome, RelocationOutc
 from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
-from pgofflined.journal_log import event
+from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger
 from pgofflined.mce_listener import (
     IntakeCounters,
@@ -113,12 +113,14 @@ class Service:
         self._source = SourceStatus(name=None, note="no source has been tried yet")
         self._xen_version = world.xen.version()
         self.counters = IntakeCounters()
+        self._chatter = Chatter(world.clock.monotonic)
         self.retirer = Retirer(
             xen=world.xen,
             journal=world.journal,
             clock=world.clock,
             policy=policy,
             ledger=Ledger(world.store, world.clock, world.store.load_pages()),
+            chatter=self._chatter,
         )
         self.retirer.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
         self.intake = Intake(
@@ -129,6 +131,7 @@ class Service:
             retirer=self.retirer,
             store=world.store,
             host_frames=world.xen.total_frames(),
+            chatter=self._chatter,
         )
         self.pool = ExchangePool(
             self.retirer.exchanging.run,
@@ -185,6 +188,7 @@ class Service:
             await asyncio.wait([*work, relocations])
             for task in rest:
                 task.cancel()
+            self._chatter.close()
 
     def apply(self, policy: Policy) -> None:
         """Put a new policy in force; what needs a restart keeps its old value and is named."""
@@ -341,6 +345,7 @@ class Service:
             clock=self._world.clock,
             deliver=self.intake.take,
             counters=self.counters,
+            chatter=self._chatter,
         )
         try:
             await listener.run()

@@ -15,7 +15,13 @@ from uuid import UUID
 
 from pgofflined.core.frames import PAGE_SIZE, Mfn
 from pgofflined.core.patterns import is_for_uuids, names, names_uuid
-from pgofflined.core.reports import CorrectedPageError, ErrorReport, HypervisorActed, OtherError
+from pgofflined.core.reports import (
+    CorrectedPageError,
+    ErrorReport,
+    HypervisorActed,
+    OtherError,
+    UncorrectedPageError,
+)
 from pgofflined.core.schedule import MaintenanceWindow
 from pgofflined.core.units import MemoryLimit, ShareOfMemory
 
@@ -298,6 +304,8 @@ def decide(
             return Ignore(reason=f"Xen has acted already: {report.reason}")
         case OtherError():
             return Ignore(reason=report.reason)
+        case UncorrectedPageError():
+            return Ignore(reason=f"the page must not be read: {report.reason}")
         case CorrectedPageError(mfn=mfn):
             pass
         case _:

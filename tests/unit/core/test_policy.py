@@ -35,21 +35,16 @@ from pgofflined.core.reports import (
     HypervisorResult,
     OtherError,
     OtherKind,
+    UncorrectedPageError,
 )
+from pgofflined.core.telemetry import BankEntry
 from pgofflined.core.units import AmountOfMemory, ShareOfMemory
 
 PAGE = Mfn(0x1234)
 HOST_FRAMES = 1 << 20
+BANK = BankEntry(bank=9, status=0, addr=0, misc=0)
 CORRECTED = CorrectedPageError(
-    mfn=PAGE,
-    weight=1,
-    overflow=False,
-    granularity=64,
-    domid=None,
-    apicid=0,
-    bank=9,
-    status=0,
-    misc=0,
+    mfn=PAGE, count=1, overflow=False, granularity=64, domid=None, bank=BANK
 )
 ACTED = HypervisorActed(
     mfn=PAGE,
@@ -57,8 +52,7 @@ ACTED = HypervisorActed(
     broken=True,
     result=HypervisorResult.OFFLINED,
     reason="the page is offline",
-    bank=7,
-    status=0,
+    bank=BANK,
 )
 UUID_7 = UUID("0123abcd-0000-4000-8000-000000000007")
 
@@ -128,7 +122,15 @@ def test_page_with_an_uncorrected_error_is_not_copied_for_its_corrected_ones() -
 
 @pytest.mark.parametrize(
     "report",
-    [ACTED, *(OtherError(kind=kind, bank=1, status=0, mfn=PAGE) for kind in OtherKind)],
+    [
+        ACTED,
+        *(OtherError(kind=kind, bank=BANK) for kind in OtherKind),
+        *(
+            UncorrectedPageError(mfn=PAGE, kind=kind, domid=None, bank=BANK)
+            for kind in OtherKind
+            if kind.is_uncorrected
+        ),
+    ],
 )
 def test_no_other_report_retires_a_page(report: ErrorReport) -> None:
     found = verdict(99, report=report)
