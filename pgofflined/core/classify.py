@@ -134,11 +134,11 @@ def classify_bank(entry: BankEntry, machine: Machine) -> ErrorReport:
 def errors_overwritten(entry: BankEntry, machine: Machine) -> int:
     """At least so many errors were overwritten in a bank before it was read.
 
-    Where the bank counts, that is all it has counted but the one that was read.
+    Where a corrected one was read, and the bank counts these, that is all it has counted but one.
     """
     if not (entry.status & _VAL and entry.status & _OVER):
         return 0
-    return max(1, _counted(entry, machine) - 1)
+    return 1 if entry.status & _UC else max(1, _counted(entry, machine) - 1)
 
 
 def _counted(entry: BankEntry, machine: Machine) -> int:

@@ -166,7 +166,7 @@ CORRECTED_OVER = USABLE | OVER | 0x90
         (CORRECTED_OVER | 78 << 38, INTEL, 0x100_0409, 77),
         (CORRECTED_OVER | 78 << 38, INTEL, 0x100_0009, 1),  # the bank does not count
         (CORRECTED_OVER | UC | S, INTEL, None, 1),
-        (CORRECTED_OVER | UC | 9 << 38, INTEL, None, 8),
+        (CORRECTED_OVER | UC | 9 << 38, INTEL, None, 1),
         (VAL | OVER | UC | PCC, INTEL, None, 1),
         (CORRECTED_OVER | 78 << 38, AMD_ZEN, None, 1),
         (CORRECTED_OVER | 78 << 38, OTHER, None, 1),
