@@ -161,7 +161,7 @@ class Intake:
                 assert_never(verdict)
 
     def _other(self, report: OtherError) -> None:
-        if report.kind.is_uncorrected:
+        if report.is_uncorrected:
             self._tell_uncorrected(report)
         elif self._chatter.admits(Event.ERROR_SEEN):
             fields = bank_fields(report.bank)

@@ -38,15 +38,15 @@ from pgofflined.core.telemetry import (
     MC_FLAG_MCE,
     MC_FLAG_POLLED,
     STATUS_ADDRV,
+    STATUS_UC,
+    STATUS_VAL,
     BankEntry,
     RecoveryEntry,
     Telemetry,
 )
 
 # MCi_STATUS.
-_VAL: Final = 1 << 63
 _OVER: Final = 1 << 62
-_UC: Final = 1 << 61
 _MISCV: Final = 1 << 59
 _PCC: Final = 1 << 57
 _S: Final = 1 << 56  # Intel
@@ -116,7 +116,7 @@ def classify_bank(entry: BankEntry, machine: Machine) -> ErrorReport:
 
     EN is not looked at: polled corrected errors have it clear as often as not.
     """
-    if not entry.status & _VAL:
+    if not entry.status & STATUS_VAL:
         return _other(OtherKind.NO_ERROR, entry)
     if entry.vendor not in (None, machine.vendor):
         return _other(OtherKind.UNKNOWN_VENDOR, entry)
@@ -136,9 +136,9 @@ def errors_overwritten(entry: BankEntry, machine: Machine) -> int:
 
     Where a corrected one was read, and the bank counts these, that is all it has counted but one.
     """
-    if not (entry.status & _VAL and entry.status & _OVER):
+    if not (entry.status & STATUS_VAL and entry.status & _OVER):
         return 0
-    return 1 if entry.status & _UC else max(1, _counted(entry, machine) - 1)
+    return 1 if entry.status & STATUS_UC else max(1, _counted(entry, machine) - 1)
 
 
 def _counted(entry: BankEntry, machine: Machine) -> int:
@@ -154,15 +154,15 @@ def _classify_intel(entry: BankEntry, machine: Machine) -> ErrorReport:
     located = _locate_intel(entry, machine)
     # Xen (intel_check_mce_type) goes down with any uncorrected error of a processor that cannot
     # recover from errors.
-    if status & _PCC or (status & _UC and not recovers):
+    if status & _PCC or (status & STATUS_UC and not recovers):
         return _fatal(entry, located)
-    if status & _UC and status & _S:
+    if status & STATUS_UC and status & _S:
         if _is_leftover(entry):
             return _uncorrected(OtherKind.UNCORRECTED_BEFORE_BOOT, entry, located)
         if status & _MCACOD_MASK in _HANDLED_BY_XEN:
             return _signalled(entry)
         return _uncorrected(OtherKind.UNCORRECTED_SIGNALLED, entry, located)
-    if status & _UC or (recovers and _is_uncorrected_scrub(status)):
+    if status & STATUS_UC or (recovers and _is_uncorrected_scrub(status)):
         return _uncorrected(OtherKind.UNCORRECTED_NOT_SIGNALLED, entry, located)
     fault = _not_of_a_page(status & _MCACOD_MASK)
     if fault is not None:
@@ -191,7 +191,7 @@ def _classify_amd(entry: BankEntry, machine: Machine) -> ErrorReport:
     located = _locate_amd(entry, machine)
     if status & _PCC:
         return _other(OtherKind.FATAL, entry)
-    if status & _UC:
+    if status & STATUS_UC:
         return _uncorrected(OtherKind.UNCORRECTED_SIGNALLED, entry, located)
     if status & _AMD_DEFERRED:
         return _uncorrected(OtherKind.UNCORRECTED_NOT_SIGNALLED, entry, located)

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Final, assert_never
 
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.telemetry import STATUS_ADDRV, BankEntry
+from pgofflined.core.telemetry import STATUS_ADDRV, STATUS_UC, STATUS_VAL, BankEntry
 
 
 class OtherKind(StrEnum):
@@ -187,6 +187,12 @@ class OtherError:
     @property
     def mfn(self) -> None:
         """None: it names no page."""
+
+    @property
+    def is_uncorrected(self) -> bool:
+        """Whether data was lost, or may have been; also where nothing else of it is understood."""
+        said = self.bank.status & STATUS_VAL and self.bank.status & STATUS_UC
+        return self.kind.is_uncorrected or bool(said)
 
     @property
     def reason(self) -> str:

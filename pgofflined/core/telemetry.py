@@ -60,7 +60,9 @@ _VENDORS: Final = {
     16: CpuVendor.AMD,
 }
 
-# MCi_STATUS: MCi_ADDR holds something.
+# MCi_STATUS: the bank holds something; it was not corrected; MCi_ADDR holds something.
+STATUS_VAL: Final = 1 << 63
+STATUS_UC: Final = 1 << 61
 STATUS_ADDRV: Final = 1 << 58
 
 # mc_flags of a mcinfo_global: how Xen came by the record.  The poll and the look at the banks when

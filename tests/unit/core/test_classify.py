@@ -303,6 +303,19 @@ def test_old_amd_address_beyond_the_host_is_out_of_range() -> None:
     assert kind(report) is OtherKind.ADDRESS_OUT_OF_RANGE
 
 
+def test_uncorrected_is_also_what_is_not_understood_otherwise() -> None:
+    def is_uncorrected(status: int, machine: Machine) -> bool:
+        report = classified(status, machine)
+        assert isinstance(report, OtherError)
+        return report.is_uncorrected
+
+    assert is_uncorrected(USABLE | UC | 0x90, OTHER)
+    assert not is_uncorrected(USABLE | 0x90, OTHER)
+    assert not is_uncorrected((USABLE | UC | 0x90) & ~VAL, OTHER)
+    assert is_uncorrected(VAL | PCC, INTEL)
+    assert is_uncorrected(VAL | 1 << 44 | 0x11B, AMD_ZEN)
+
+
 def test_unknown_vendor_is_accounted_only() -> None:
     assert kind(classified(USABLE | 0x90, OTHER)) is OtherKind.UNKNOWN_VENDOR
 
