@@ -27,7 +27,7 @@ from pgofflined.core.relocation_outcomes import (
     RelocationOutcome,
     RelocationReason,
 )
-from pgofflined.journal_log import event
+from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger, tell
 from pgofflined.takers import Exchanges, Nobody, Relocations
 from pgofflined.triage import (
@@ -63,12 +63,14 @@ class Consequences:
         ledger: Ledger,
         errors: UncorrectedErrors,
         policy: Callable[[], Policy],
+        chatter: Chatter,
         soon: Backoff = SOON,
     ) -> None:
         self.idle_scrub = 0
         self._ledger = ledger
         self._errors = errors
         self._policy = policy
+        self._chatter = chatter
         self._soon = soon
         self._exchanges: Exchanges = Nobody()
         self._relocations: Relocations | None = None
@@ -151,10 +153,10 @@ class Consequences:
         self._ledger.hand_over(mfn, domain, phase, marked=marked)
 
     def _queue_full(self, mfn: Mfn, which: str, *, marked: bool) -> None:
-        tell(logging.WARNING, Event.QUEUE_FULL, f"waits: the queue of {which} is full", mfn)
-        self._ledger.wait(
-            mfn, self._soon, "queue_full", f"the queue of {which} is full", marked=marked
-        )
+        detail = f"the queue of {which} is full"
+        if self._chatter.admits(Event.QUEUE_FULL):
+            tell(logging.WARNING, Event.QUEUE_FULL, f"waits: {detail}", mfn)
+        self._ledger.wait(mfn, self._soon, "queue_full", detail, marked=marked)
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""

@@ -28,6 +28,7 @@ from pgofflined.core.relocation_outcomes import (
     RelocationOutcome,
 )
 from pgofflined.exchanging import Exchanging
+from pgofflined.journal_log import Chatter
 from pgofflined.ledger import Ledger
 from pgofflined.ports import Clock, Hypervisor, Journal, nothing
 from pgofflined.takers import Exchanges, Relocations
@@ -73,6 +74,7 @@ class Retirer:
         late_look: float = 5.0,
         slowly: float = _SLOWLY,
         soon: Backoff = SOON,
+        chatter: Chatter | None = None,
     ) -> None:
         self.ledger = ledger
         self.policy = policy
@@ -87,7 +89,9 @@ class Retirer:
             denial=self._exchange_denial,
         )
         self.aftercare = Aftercare(xen, clock, interval=late_look, ended=self.exchanging.done_with)
-        self.consequences = Consequences(ledger, errors, lambda: self.policy, soon)
+        self.consequences = Consequences(
+            ledger, errors, lambda: self.policy, chatter or Chatter(clock.monotonic), soon
+        )
         self._xen = xen
         self._clock = clock
         self._wake = asyncio.Event()

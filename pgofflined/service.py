@@ -25,7 +25,7 @@ from pgofflined.core.relocation_outcomes import MigrationOutcome, RelocationOutc
 from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
-from pgofflined.journal_log import event
+from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger
 from pgofflined.mce_listener import (
     IntakeCounters,
@@ -116,6 +116,7 @@ class Service:
         self._source = SourceStatus(name=None, note="no source has been tried yet")
         self._xen_version = world.xen.version()
         self.counters = IntakeCounters()
+        self._chatter = Chatter(world.clock.monotonic)
         self.retirer = Retirer(
             xen=world.xen,
             journal=world.journal,
@@ -123,6 +124,7 @@ class Service:
             policy=policy,
             ledger=Ledger(world.store, world.clock, world.store.load_pages()),
             errors=UncorrectedErrors(world.store),
+            chatter=self._chatter,
         )
         self.retirer.consequences.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
         self.intake = Intake(
@@ -132,6 +134,7 @@ class Service:
             history=self._load_history(),
             retirer=self.retirer,
             store=world.store,
+            chatter=self._chatter,
         )
         self.pool = ExchangePool(
             self.retirer.exchanging.run,
@@ -189,6 +192,7 @@ class Service:
             await asyncio.wait([*work, relocations])
             for task in rest:
                 task.cancel()
+            self._chatter.close()
 
     def apply(self, policy: Policy) -> None:
         """Put a new policy in force; what needs a restart keeps its old value and is named."""
@@ -370,6 +374,7 @@ class Service:
             clock=self._world.clock,
             deliver=self.intake.take,
             counters=self.counters,
+            chatter=self._chatter,
         )
         try:
             await listener.run()

@@ -49,7 +49,12 @@ _BLACKOUT_BUCKETS: Final = (
 )  # fmt: skip
 
 _PAGE_OUTCOMES: Final = (EXCHANGED, DAMAGED, *(reason.value for reason in RefusalReason))
-_LOST_PLACES: Final = (*(name.value for name in SourceName), "incomplete", "undecodable")
+_LOST_PLACES: Final = (
+    *(name.value for name in SourceName),
+    "hardware",
+    "incomplete",
+    "undecodable",
+)
 
 
 class _Durations:
@@ -168,7 +173,8 @@ def _intake(snapshot: Snapshot) -> Iterator[Metric]:
     )
     yield _counter(
         "records_lost",
-        "Machine-check records that were lost or made no sense.",
+        'Machine-check records that were lost or made no sense; where="hardware" counts errors '
+        "that were overwritten before they were read, or more.",
         ("where",),
         _single({**dict.fromkeys(_LOST_PLACES, 0), **snapshot.lost}),
     )

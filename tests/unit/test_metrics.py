@@ -168,7 +168,7 @@ def test_the_process_tells_of_itself() -> None:
 
 def test_every_kind_of_report_has_a_class() -> None:
     assert len(REPORT_CLASSES) == len(set(REPORT_CLASSES))
-    assert len(get_args(ErrorReport)) == 3
+    assert len(get_args(ErrorReport)) == 4
 
 
 @asynccontextmanager

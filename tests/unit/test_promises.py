@@ -142,9 +142,13 @@ async def test_a_policy_that_comes_just_before_the_suspend_is_obeyed(tmp_path: P
     loop = asyncio.get_running_loop()
     running: list[Whole] = []
 
+    def apply() -> None:
+        service = running[0].service
+        service.apply(replace(service.policy, retire=retiring(dry_run=True).retire))
+        applied.set()
+
     def reload() -> None:
-        dry = replace(running[0].service.policy, retire=retiring(dry_run=True).retire)
-        loop.call_soon_threadsafe(lambda: (running[0].service.apply(dry), applied.set()))
+        loop.call_soon_threadsafe(apply)
         asyncio.run_coroutine_threadsafe(applied.wait(), loop).result(30)
 
     async with at_work(tmp_path, faults=[Fault(method="somebody_at", act=reload)]) as whole:

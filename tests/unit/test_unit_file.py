@@ -122,6 +122,10 @@ def test_what_the_daemon_speaks_is_allowed() -> None:
     assert settings()["Type"] == ["notify"]
 
 
+def test_journald_drops_nothing_of_what_the_daemon_has_chosen_to_write() -> None:
+    assert settings()["LogRateLimitIntervalSec"] == ["0"]
+
+
 def test_migrations_have_units_of_their_own_and_need_no_right_here() -> None:
     assert RelocationPolicy().time_limit > int(settings()["TimeoutStopSec"][0])
     assert settings()["ReadWritePaths"] == []
