@@ -275,7 +275,7 @@ class RelocationService:
     ) -> None:
         self._queue.note(domain, "its migration has failed; looking at where it is")
         detail = outcome.detail
-        in_doubt = isinstance(outcome, InDoubt)
+        in_doubt = isinstance(outcome, InDoubt) or outcome.may_run_there
         try:
             care = await self._in_thread(
                 partial(self._host.aftercare, domain, target=target, in_doubt=in_doubt)
