@@ -19,7 +19,6 @@ from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.ladder import HandOver, LookAgain, SaveRestore, TryAgain, next_rung
-from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import (
     Damaged,
     Exchanged,
@@ -42,6 +41,7 @@ from pgofflined.triage import (
     Rules,
     ToExchange,
     ToRelocate,
+    poison_of,
     triage,
 )
 
@@ -56,7 +56,7 @@ _ROUND = 256
 class Retirer:
     """Everything that happens to pages that are to go.
 
-    All methods but ``recover`` and ``poison_in_use`` belong to the loop's thread; ``exchanging`` is
+    All methods but ``recover`` and ``poison_of`` belong to the loop's thread; ``exchanging`` is
     for the workers.
     ``wedged`` holds the domains of which Xen itself has broken a page, ``poisoned`` the frames
     whose contents must never be read.
@@ -238,16 +238,17 @@ class Retirer:
                 settled.append((mfn, error))
         return settled
 
-    def poison_in_use(self) -> Mfn | None:
-        """A page with an uncorrected error that somebody may own.  Asks Xen, for a thread."""
-        return next(filter(self._may_be_read, tuple(self.poisoned)), None)
+    def poison_of(self, domain: DomainInfo) -> str | None:
+        """A page with an uncorrected error that a domain owns or may own, in words; else None.
 
-    def _may_be_read(self, mfn: Mfn) -> bool:
-        """Whether somebody may still own a page with an uncorrected error."""
-        try:
-            return not self._xen.query(mfn) & OfflineState.OFFLINED
-        except PortError:
-            return True
+        Asks Xen, for a thread.  Raises PortError where that cannot be told.
+        """
+        # Copied in one step: the loop's thread may add to it meanwhile.
+        for mfn in sorted(self.poisoned):
+            what = poison_of(mfn, domain, self._xen)
+            if what is not None:
+                return what
+        return None
 
     def denial(self, domain: DomainInfo) -> str | None:
         """Why a domain may not be saved or migrated now; None where it may."""

@@ -148,7 +148,8 @@ class Service:
             zone=world.zone,
             saves=world.saves,
             finished=self._relocation_finished,
-            poison=self.retirer.poison_in_use,
+            poison=self.retirer.poison_of,
+            is_poisoned=lambda mfn: mfn in self.retirer.poisoned,
             denial=self.retirer.denial,
             saved_in_vain=self.retirer.save_failed,
         )

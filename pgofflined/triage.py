@@ -148,6 +148,34 @@ def find_pv_owner(mfn: Mfn, xen: Hypervisor) -> DomainInfo | None:
     return None
 
 
+def poison_of(mfn: Mfn, domain: DomainInfo, xen: Hypervisor) -> str | None:
+    """What there is to say of a page with an uncorrected error, if a domain owns or may own it.
+
+    Xen names the owner where that is a PV domain; of HVM and PVH domains it may be any one's.
+    Raises PortError where Xen cannot be asked.
+    """
+    try:
+        state = xen.query(mfn)
+    except XenError as error:
+        if error.errno != EINVAL:
+            raise
+        return None  # no memory of this host, so nobody's
+    if OfflineState.OFFLINED in state:
+        return None
+    owner = find_pv_owner(mfn, xen)
+    if owner is not None:
+        if owner.identity != domain.identity:
+            return None
+        return f"mfn {mfn:#x} of d{domain.domid} has had an uncorrected error"
+    # No domain has a free page; one that is nowhere in a guest's memory would not be read.
+    if domain.kind is GuestKind.PV or xen.m2p(mfn) is None:
+        return None
+    return (
+        f"mfn {mfn:#x} has had an uncorrected error and may be d{domain.domid}'s (whose a page is "
+        "Xen tells of PV guests only)"
+    )
+
+
 def _settled_by_state(mfn: Mfn, state: OfflineState) -> Disposition | None:
     if state & OfflineState.OFFLINED:
         return Offlined(mfn=mfn, detail="it is out of use")

@@ -95,14 +95,20 @@ class Care:
 class MigrationHost:
     """Questions to a host, each answered at one go.
 
-    ``poison`` gives a frame whose contents must not be read and that may be somebody's, if any.
+    ``poison`` names a page with an uncorrected error that a domain owns or may own, if there is
+    one; ``is_poisoned`` knows such pages one by one.
     """
 
     def __init__(
-        self, xen: Host, poison: Callable[[], Mfn | None], saves: Saves | None = None
+        self,
+        xen: Host,
+        poison: Callable[[DomainInfo], str | None],
+        is_poisoned: Callable[[Mfn], bool],
+        saves: Saves | None = None,
     ) -> None:
         self._xen = xen
         self._poison = poison
+        self._is_poisoned = is_poisoned
         self._saves = saves if saves is not None else Saves()
 
     def facts(
@@ -138,7 +144,8 @@ class MigrationHost:
             somebody=None if info is None else self._xen.somebody_at(info.domid),
             save=save,
             has_devices=info is not None and self._xen.has_devices(info.domid),
-            poison=self._poison(),
+            poison=None if info is None else self._poison(info),
+            poisoned=frozenset(filter(self._is_poisoned, states)),
             saved_guest=saves[0] if saves else None,
         )
 

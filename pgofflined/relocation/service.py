@@ -79,8 +79,9 @@ class RelocationService:
     """Takes guests off bad pages that are not moved in place, as the policy allows.
 
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
-    ``poison`` is asked in a thread just before anything is begun, for a frame that must not be read
-    and may be somebody's, if any; ``denial`` then, for why a domain is to be left alone, if it is.
+    Just before anything is begun, ``poison`` is asked in a thread for a page that the domain owns
+    or may own and that must not be read, ``is_poisoned`` there of each page of the job, and then
+    ``denial`` for why the domain is to be left alone, if it is.
     ``saved_in_vain`` is told of a guest that a save has asked to suspend itself, and that runs.
     """
 
@@ -94,7 +95,8 @@ class RelocationService:
         clock: Clock,
         zone: tzinfo,
         finished: Finished,
-        poison: Callable[[], Mfn | None],
+        poison: Callable[[DomainInfo], str | None],
+        is_poisoned: Callable[[Mfn], bool],
         denial: Callable[[DomainInfo], str | None],
         saved_in_vain: Callable[[DomainIdentity], None],
         sleep: Sleep = asyncio.sleep,
@@ -103,7 +105,7 @@ class RelocationService:
         stop_grace: float = 20.0,
     ) -> None:
         self._queue = RelocationQueue(policy, zone)
-        self._host = MigrationHost(xen, poison, saves)
+        self._host = MigrationHost(xen, poison, is_poisoned, saves)
         self._relocator = relocator
         self._links = links
         self._clock = clock

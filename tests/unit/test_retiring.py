@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from pgofflined.core.book import Cause, PageEntry, Phase
-from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.domains import DomainIdentity, GuestKind
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import ExchangeReport, Refusal, RefusalReason
@@ -436,13 +436,44 @@ def test_a_guest_is_saved_or_migrated_as_the_policy_says_at_that_moment() -> Non
         assert told in str(scene.retirer.denial(domain))
 
 
-def test_poison_is_in_use_until_nobody_can_own_it() -> None:
+def test_poison_is_told_of_the_guest_that_owns_it_or_may_own_it_alone() -> None:
     scene = Scene(small_host(), QUICK)
+    small = scene.small
+    pv, pvh = small.host.domain(small.pv), small.host.domain(small.pvh)
+    other = small.host.domain(small.host.add_pv(PvSpec(name="other")))
     mfn = scene.pv_frame()
-    free = Mfn(int(np.flatnonzero(scene.small.host.frames.state == FrameState.FREE)[0]))
-    assert scene.retirer.poison_in_use() is None
-    scene.small.host.offline(free)
-    scene.retirer.poisoned.add(free)
-    assert scene.retirer.poison_in_use() is None
+    assert scene.retirer.poison_of(pv) is None
     scene.retirer.poisoned.add(mfn)
-    assert scene.retirer.poison_in_use() == mfn
+    assert f"mfn {mfn:#x} of d{pv.domid} " in str(scene.retirer.poison_of(pv))
+    assert scene.retirer.poison_of(other) is None
+    assert scene.retirer.poison_of(pvh) is None
+
+
+def test_poison_in_an_hvm_or_pvh_guest_may_be_any_such_guests() -> None:
+    scene = Scene(small_host(), QUICK)
+    small = scene.small
+    pv, pvh = small.host.domain(small.pv), small.host.domain(small.pvh)
+    hvm = small.host.domain(small.host.add_hvm(kind=GuestKind.HVM))
+    mfn = Mfn(int(np.flatnonzero(small.host.frames.owner == pvh.domid)[-1]))
+    scene.retirer.poisoned.add(mfn)
+    for domain in (pvh, hvm):
+        told = str(scene.retirer.poison_of(domain))
+        assert f"mfn {mfn:#x}" in told
+        assert f"d{domain.domid}" in told
+    assert scene.retirer.poison_of(pv) is None
+
+
+def test_poison_that_nobody_can_own_is_nobodys() -> None:
+    scene = Scene(small_host(), QUICK)
+    host = scene.small.host
+    domains = [host.domain(domid) for domid in (scene.small.pv, scene.small.pvh)]
+    free = Mfn(int(np.flatnonzero(host.frames.state == FrameState.FREE)[0]))
+    no_memory = Mfn(host.max_mfn() + 1)
+    scene.retirer.poisoned |= {free, no_memory}
+    assert [scene.retirer.poison_of(domain) for domain in domains] == [None, None]
+    mfn = scene.pv_frame()
+    scene.retirer.poisoned.add(mfn)
+    assert scene.retirer.poison_of(domains[0]) is not None
+    host.offline(mfn)
+    host.destroy(scene.small.pv)
+    assert [scene.retirer.poison_of(domain) for domain in domains] == [None, None]

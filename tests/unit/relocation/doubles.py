@@ -107,7 +107,8 @@ class FakeHost:
         self.resume_works = True
         self.somebody: str | None = None
         self.serving: str | None = None
-        self.poison: Mfn | None = None
+        self.poison: dict[int, str] = {}
+        self.poisoned: set[Mfn] = set()
         self.devices: set[int] = set()
         self.queried = 0
         self.looked_at: Callable[[], None] = lambda: None
