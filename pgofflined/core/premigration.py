@@ -127,15 +127,14 @@ def judge(job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy) 
     return Go()
 
 
-def _look_at_policy(
-    job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
-) -> Never | None:
+def forbidden(job: DomainIdentity, policy: RelocationPolicy, *, by_saving: bool) -> Never | None:
+    """Why the policy wants no such job at all, whatever the facts; None where it does."""
     if not policy.enabled:
         return Never(
             reason=RelocationReason.DISABLED,
             detail="migrating guests is switched off (relocation.enabled = false)",
         )
-    if facts.save is not None:
+    if by_saving:
         if not policy.save_restore:
             return Never(
                 reason=RelocationReason.DISABLED,
@@ -148,6 +147,15 @@ def _look_at_policy(
             detail="relocation.target names no host to migrate to; its pages stay pending until "
             f"d{job.domid} restarts or is migrated by hand",
         )
+    return None
+
+
+def _look_at_policy(
+    job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
+) -> Never | None:
+    verdict = forbidden(job, policy, by_saving=facts.save is not None)
+    if verdict is not None:
+        return verdict
     if not facts.version.offlines_free_frames_safely:
         return Never(
             reason=RelocationReason.XEN_FREE_LISTS,

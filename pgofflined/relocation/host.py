@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, assert_never
+from typing import Protocol, TypeVar, assert_never
 
 from pgofflined.core.aftermath import (
     Ended,
@@ -25,6 +25,16 @@ from pgofflined.core.saves import SaveFacts
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
 from pgofflined.saving import Saves
+
+T = TypeVar("T")
+
+
+class InThread(Protocol):
+    """Runs a blocking call off the event loop, as ``asyncio.to_thread`` does."""
+
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
+        """The call's result."""
+        ...
 
 
 class Host(Protocol):
@@ -149,6 +159,19 @@ class MigrationHost:
             saved_guest=saves[0] if saves else None,
         )
 
+    def standing(
+        self, jobs: Mapping[DomainIdentity, frozenset[Mfn]]
+    ) -> dict[DomainIdentity, DomainInfo | None]:
+        """Which of the domains are there and own any of their pages; None for one that is done.
+
+        Little is asked, for this is asked often.  Raises PortError.
+        """
+        here = {info.identity: info for info in self._xen.domains() if not info.dying}
+        return {
+            domain: None if self._are_offline(mfns) else here.get(domain)
+            for domain, mfns in jobs.items()
+        }
+
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:
         """See where a guest is after a failed migration; resume it if that is certainly right.
 
@@ -205,6 +228,9 @@ class MigrationHost:
             detail=detail,
             stuck=stuck,
         )
+
+    def _are_offline(self, mfns: Iterable[Mfn]) -> bool:
+        return all(OfflineState.OFFLINED in self._xen.query(mfn) for mfn in mfns)
 
     def _resume(self, domain: DomainIdentity) -> Care:
         domid = domain.domid
