@@ -155,6 +155,7 @@ class Service:
             saves=world.saves,
             finished=self._relocation_finished,
             poison=self.retirer.poison_of,
+            is_poisoned=lambda mfn: mfn in self.retirer.errors.poisoned,
             denial=self.retirer.denial,
             saved_in_vain=self.retirer.save_failed,
         )
@@ -323,6 +324,7 @@ class Service:
                 readable.clear()
                 ends.drain()
                 self.retirer.domain_ended()
+                self.relocation.look_again()
         finally:
             loop.remove_reader(ends.fileno())
 

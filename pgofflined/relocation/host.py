@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, assert_never
+from typing import Protocol, TypeVar, assert_never
 
 from pgofflined.core.aftermath import (
     Ended,
@@ -25,6 +25,16 @@ from pgofflined.core.saves import SaveFacts
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
 from pgofflined.saving import Saves
+
+T = TypeVar("T")
+
+
+class InThread(Protocol):
+    """Runs a blocking call off the event loop, as ``asyncio.to_thread`` does."""
+
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
+        """The call's result."""
+        ...
 
 
 class Host(Protocol):
@@ -95,14 +105,20 @@ class Care:
 class MigrationHost:
     """Questions to a host, each answered at one go.
 
-    ``poison`` gives a frame whose contents must not be read and that may be somebody's, if any.
+    ``poison`` names a page with an uncorrected error that a domain owns or may own, if there is
+    one; ``is_poisoned`` knows such pages one by one.
     """
 
     def __init__(
-        self, xen: Host, poison: Callable[[], Mfn | None], saves: Saves | None = None
+        self,
+        xen: Host,
+        poison: Callable[[DomainInfo], str | None],
+        is_poisoned: Callable[[Mfn], bool],
+        saves: Saves | None = None,
     ) -> None:
         self._xen = xen
         self._poison = poison
+        self._is_poisoned = is_poisoned
         self._saves = saves if saves is not None else Saves()
 
     def facts(
@@ -138,9 +154,23 @@ class MigrationHost:
             somebody=None if info is None else self._xen.somebody_at(info.domid),
             save=save,
             has_devices=info is not None and self._xen.has_devices(info.domid),
-            poison=self._poison(),
+            poison=None if info is None else self._poison(info),
+            poisoned=frozenset(filter(self._is_poisoned, states)),
             saved_guest=saves[0] if saves else None,
         )
+
+    def standing(
+        self, jobs: Mapping[DomainIdentity, frozenset[Mfn]]
+    ) -> dict[DomainIdentity, DomainInfo | None]:
+        """Which of the domains are there and own any of their pages; None for one that is done.
+
+        Little is asked, for this is asked often.  Raises PortError.
+        """
+        here = {info.identity: info for info in self._xen.domains() if not info.dying}
+        return {
+            domain: None if self._are_offline(mfns) else here.get(domain)
+            for domain, mfns in jobs.items()
+        }
 
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:
         """See where a guest is after a failed migration; resume it if that is certainly right.
@@ -198,6 +228,9 @@ class MigrationHost:
             detail=detail,
             stuck=stuck,
         )
+
+    def _are_offline(self, mfns: Iterable[Mfn]) -> bool:
+        return all(OfflineState.OFFLINED in self._xen.query(mfn) for mfn in mfns)
 
     def _resume(self, domain: DomainIdentity) -> Care:
         domid = domain.domid

@@ -26,6 +26,7 @@ from pgofflined.savewatch import TELL_AGAIN, SaveWatch
 from pgofflined.saving import Saves, only_one, write_note
 from pgofflined.service import Service, World
 from pgofflined.sim.clock import ManualClock, WallClock
+from pgofflined.sim.ends import SimulatedEnds
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import DemoHost, demo_host
 from pgofflined.store import Store
@@ -115,6 +116,7 @@ def service_of(
         store=store,
         journal=MemoryJournal(),
         notifier=NullNotifier(),
+        ends=lambda: SimulatedEnds(host),
         saves=saves or Saves("this", notes=folder),
     )
     policy = replace(

@@ -181,3 +181,17 @@ async def test_a_guest_is_looked_after_when_its_save_has_failed(
         bench.submit()
         await noted.wait()
         assert bench.service.retirer.aftercare
+
+
+async def test_an_uncorrected_error_of_another_guest_keeps_no_guest_from_being_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench_at(tmp_path, NotMigrated(detail="no")) as bench:
+        host = bench.demo.host
+        other = next(one for one in host.domains() if one.name == "database")
+        page = host.frame_of(other.domid, host.pv(other.domid).layout.plain[0])
+        bench.service.retirer.note_hypervisor_action(page, None, "an error")
+        begun = asyncio.Event()
+        monkeypatch.setattr(telling, "begun", lambda *_: begun.set())
+        bench.submit()
+        await begun.wait()

@@ -40,10 +40,15 @@ class VirtualTime:
 
     def __init__(self) -> None:
         self._now = NOON
+        self._set_by = 0.0
         self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
 
     def now(self) -> float:
-        return self._now
+        return self._now + self._set_by
+
+    def set_by(self, seconds: float) -> None:
+        """Set the wall clock, as `date -s` does; nobody is told."""
+        self._set_by += seconds
 
     def monotonic(self) -> float:
         return self._now
@@ -107,7 +112,8 @@ class FakeHost:
         self.resume_works = True
         self.somebody: str | None = None
         self.serving: str | None = None
-        self.poison: Mfn | None = None
+        self.poison: dict[int, str] = {}
+        self.poisoned: set[Mfn] = set()
         self.devices: set[int] = set()
         self.queried = 0
         self.looked_at: Callable[[], None] = lambda: None
