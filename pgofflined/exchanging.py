@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import assert_never
+from uuid import UUID
 
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
@@ -57,6 +58,9 @@ class Exchanging:
         # guest for us, and who is to let it go would do so in the middle of that.
         self._unended: set[DomainIdentity] = set()
         self._looked_after: set[DomainIdentity] = set()
+        # Guests that ended after our request.  A toolstack that starts one again gives it the same
+        # uuid, and nothing has changed that would let it survive the next request.
+        self._ended: set[UUID] = set()
         self._next_try = 0.0
         # From the threads in which jobs run.
         self._given_up: SimpleQueue[UnfinishedJob] = SimpleQueue()
@@ -79,6 +83,12 @@ class Exchanging:
         if domain in self._unended or domain in self._looked_after:
             detail = f"what was left of an earlier exchange in d{domain.domid} comes first"
             return _refused(domain, mfns, RefusalReason.DOMAIN_BUSY, detail)
+        if domain.uuid in self._ended:
+            detail = (
+                f"d{domain.domid} has ended before when it was asked to suspend itself, and is not "
+                "asked again before this daemon is restarted; its pages go when it ends"
+            )
+            return _refused(domain, mfns, RefusalReason.NO_SUSPEND_SUPPORT, detail)
         policy = self._policy()
         try:
             report = exchange(
@@ -94,10 +104,13 @@ class Exchanging:
                     blackout=policy.max_blackout,
                 ),
                 marked=not self._marks_later(policy),
+                ask_unannounced=policy.ask_unannounced,
                 unended=self._give_up,
             )
             if report.stuck is not None or report.may_suspend_late:
                 self.hold_off(domain)
+            if report.ended is not None:
+                self._ended.add(domain.uuid)
             if not self._xen.version().offlines_free_frames_safely:
                 self._withdraw(report)
         except Exception:  # a fault in one job must not end the daemon of all other guests

@@ -29,6 +29,7 @@ from pgofflined.core.outcomes import (
 )
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
+from pgofflined.core.suspending import Objection, SuspendSupport, objection
 from pgofflined.exchanging import Exchanging
 from pgofflined.journal_log import event
 from pgofflined.ledger import Ledger, tell
@@ -185,6 +186,9 @@ class Retirer:
         )
         for result in report.results:
             self._exchange_result(job, report.domain, result)
+        if report.ended is not None:
+            domid = report.domain.domid
+            event(log, logging.CRITICAL, Event.GUEST_ENDED, report.ended, domid=domid, job=job)
         self._tell_exchange(job, report)
         self._wake.set()
 
@@ -248,6 +252,10 @@ class Retirer:
             return not self._xen.query(mfn) & OfflineState.OFFLINED
         except PortError:
             return True
+
+    def objection(self, domain: DomainInfo, support: SuspendSupport) -> Objection | None:
+        """Why a domain must not be asked to suspend itself now; None where it may be."""
+        return objection(domain, support, self.policy.exchange.ask_unannounced)
 
     def denial(self, domain: DomainInfo) -> str | None:
         """Why a domain may not be saved or migrated now; None where it may."""

@@ -150,6 +150,7 @@ class Service:
             finished=self._relocation_finished,
             poison=self.retirer.poison_in_use,
             denial=self.retirer.denial,
+            objection=self.retirer.objection,
             saved_in_vain=self.retirer.save_failed,
         )
         self._saves = SaveWatch(world.clock, lambda: self.policy.relocation.time_limit)

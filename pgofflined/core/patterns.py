@@ -7,6 +7,7 @@ A domain is known by the name that the toolstack has written into xenstore, clea
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase, translate
 from typing import Final
 from uuid import UUID
@@ -46,6 +47,14 @@ def names(pattern: str, name: str) -> bool:
     A pattern of nothing but ``*`` is for every domain.
     """
     return not pattern.strip("*") or (bool(name) and fnmatchcase(name, pattern))
+
+
+def any_names(patterns: Iterable[str], name: str, uuid: UUID) -> bool:
+    """Whether one of some patterns is meant for a domain; one that reads like a name is one."""
+    return any(
+        names(pattern, name) or (is_for_uuids(pattern) and names_uuid(pattern, uuid))
+        for pattern in patterns
+    )
 
 
 def names_uuid(pattern: str, uuid: UUID) -> bool:

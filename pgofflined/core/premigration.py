@@ -13,6 +13,7 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import RelocationPolicy
 from pgofflined.core.relocation_outcomes import RelocationReason
 from pgofflined.core.saves import SaveFacts
+from pgofflined.core.suspending import Objection
 from pgofflined.core.xenversion import XenVersion
 
 # Bytes of a save besides the memory: page types, vCPUs' state, the configuration.
@@ -29,6 +30,7 @@ class Hindrance(StrEnum):
     NO_FREE_MEMORY = "no_free_memory"
     DOMAIN_BUSY = "domain_busy"
     NO_DISK_SPACE = "no_disk_space"
+    SUSPEND_UNANNOUNCED = "suspend_unannounced"
     CANNOT_ASK_XEN = "cannot_ask_xen"
 
     @property
@@ -68,7 +70,8 @@ class MigrationFacts:
     that saves or migrates it.  ``poison`` is a frame of the host that has had an uncorrected error
     and may still be somebody's.  ``saved_guest`` says what is with a guest that may be in a file,
     and needs its memory again.  ``denial`` says why the policy has the domain left alone,
-    ``has_devices`` whether devices of the host are assigned to it.  ``way`` is None for a migration
+    ``has_devices`` whether devices of the host are assigned to it, ``objection`` why it must not be
+    asked to suspend itself.  ``way`` is None for a migration
     to this host.  ``save`` is there for a PV domain that is to be saved and restored instead.
     """
 
@@ -83,6 +86,7 @@ class MigrationFacts:
     saved_guest: str | None = None
     denial: str | None = None
     has_devices: bool = False
+    objection: Objection | None = None
     save: SaveFacts | None = None
 
 
@@ -216,6 +220,12 @@ def _look_at_domain(
             f"d{job.domid}'s, which would be read whole; its page goes when d{job.domid} ends, "
             "restart that guest",
         )
+    if facts.objection is not None:
+        # A save and a migration ask the guest as an exchange does.
+        detail = facts.objection.detail
+        if facts.objection.may_pass:
+            return NotNow(hindrance=Hindrance.SUSPEND_UNANNOUNCED, detail=detail)
+        return Never(reason=RelocationReason.NO_SUSPEND_SUPPORT, detail=detail)
     if facts.somebody is not None:
         # Perhaps a migration that an earlier process of ours has begun.
         return _busy(f"d{job.domid} is left alone until {facts.somebody} has ended")

@@ -239,6 +239,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, Reader]]] = {
         # Together less than TimeoutStopSec= of the unit.
         "acknowledge_timeout": _duration("100ms", "2m"),
         "suspend_timeout": _duration("100ms", "2m"),
+        "ask_unannounced": _list(_pattern, _PATTERNS_ALLOWED),
         # For no longer than 60 s does libxl wait for a guest that somebody else holds; then it
         # takes what it finds suspended for its own.
         "max_blackout": _duration("10ms", "20s"),

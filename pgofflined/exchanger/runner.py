@@ -26,6 +26,7 @@ from pgofflined.core.outcomes import (
     RefusalReason,
     page_of,
 )
+from pgofflined.core.suspending import how_it_ended, objection
 from pgofflined.exchanger.holding import UNCOLLECTED, Holding, kept
 from pgofflined.exchanger.moving import Mover, NotKept
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
@@ -67,9 +68,11 @@ class ExchangeJob:
 
     The pages are marked offline-pending already, unless ``marked`` is False: they become free then,
     and may be marked later.  Those in ``never_read`` are known to hold an uncorrected error and
-    are refused, whatever Xen knows of them.  ``unended`` is told of a job whose guest could be
-    neither put right nor let go: ``recover`` is to go on with it.  Synchronous on purpose: doing
-    and undoing happen in one thread, so no cancellation can make them overlap.
+    are refused, whatever Xen knows of them.  ``ask_unannounced`` are patterns of the domains that
+    may be asked to suspend themselves without having announced that they can.  ``unended`` is told
+    of a job whose guest could be neither put right nor let go: ``recover`` is to go on with it.
+    Synchronous on purpose: doing and undoing happen in one thread, so no cancellation can make them
+    overlap.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class ExchangeJob:
         limits: SuspendLimits,
         never_read: frozenset[Mfn],
         marked: bool,
+        ask_unannounced: Sequence[str],
         unended: Callable[[UnfinishedJob], None],
     ) -> None:
         self._domain = domain
@@ -91,6 +95,8 @@ class ExchangeJob:
         self._limits = limits
         self._never_read = never_read
         self._marked = marked
+        self._ask_unannounced = ask_unannounced
+        self._ended: str | None = None
         self._unended = unended
         self._held = Holding(xen, domain.domid, clock=clock, limits=limits)
 
@@ -172,7 +178,12 @@ class ExchangeJob:
         if self._xen.has_devices(domid):
             detail = f"d{domid} has devices of the host, which write to frames by their number"
             return RefusalReason.HAS_DEVICES, detail
-        return None
+        unfit = objection(info, self._xen.suspend_support(domid), self._ask_unannounced)
+        if unfit is None:
+            return None
+        if unfit.may_pass:
+            return RefusalReason.SUSPEND_UNANNOUNCED, unfit.detail
+        return RefusalReason.NO_SUSPEND_SUPPORT, unfit.detail
 
     def _survey(self, info: DomainInfo, mfns: Sequence[Mfn]) -> Surveyed:
         for _ in range(_SURVEY_TRIES - 1):
@@ -225,6 +236,7 @@ class ExchangeJob:
         finally:
             mover.close()
             self._end(record, job, mover)
+            self._look_for_an_end()
         return self._verified(self._refuse_rest(planned, mover.results(), *why))
 
     def _end(self, record: JobRecord, job: OpenJob, mover: Mover) -> None:
@@ -241,6 +253,25 @@ class ExchangeJob:
             held.stuck, held.may_suspend_late = None, False
             hold = Hold(cpu_time=held.cpu_time)
             self._unended(UnfinishedJob(record=record, hold=hold, group=mover.unsettled, job=job))
+
+    def _look_for_an_end(self) -> None:
+        """Whether the guest ended after our request, at the latest as it began to run again."""
+        if not self._held.was_asked:
+            return
+        domid = self._domain.domid
+        try:
+            info = self._xen.condition(domid)
+        except DomainGone:
+            self._ended = how_it_ended(domid, None)
+        except PortError as error:
+            log.warning("whether d%d still runs cannot be seen: %s", domid, error)
+        else:
+            if info.identity != self._domain:
+                self._ended = how_it_ended(domid, None)
+            elif info.shutdown not in (None, ShutdownReason.SUSPEND):
+                self._ended = how_it_ended(domid, info.shutdown)
+            elif info.dying:
+                self._ended = how_it_ended(domid, None)
 
     def _leave_to_others(self) -> None:
         """Asked last, for all before takes long, but not when the guest stands still."""
@@ -300,6 +331,7 @@ class ExchangeJob:
             blackout=blackout,
             stuck=held.stuck,
             may_suspend_late=held.may_suspend_late,
+            ended=self._ended,
         )
 
 
@@ -335,6 +367,7 @@ def exchange(
     limits: SuspendLimits,
     never_read: frozenset[Mfn] = frozenset(),
     marked: bool = True,
+    ask_unannounced: Sequence[str] = (),
     unended: Callable[[UnfinishedJob], None] = _for_the_next_process,
 ) -> ExchangeReport:
     """Exchange pages of one PV domain, all in one suspend; see ``ExchangeJob``."""
@@ -346,6 +379,7 @@ def exchange(
         limits=limits,
         never_read=never_read,
         marked=marked,
+        ask_unannounced=ask_unannounced,
         unended=unended,
     )
     return job.run(mfns)

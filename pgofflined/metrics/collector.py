@@ -83,6 +83,7 @@ class Metrics(Collector):
         self._pages = Counter(dict.fromkeys(_PAGE_OUTCOMES, 0))
         self._migrations = Counter(dict.fromkeys(MigrationResult, 0))
         self._stuck = 0
+        self._ended = 0
         self._whole = _Durations()
         self._ours = _Durations()
         self.registry.register(self)
@@ -95,6 +96,8 @@ class Metrics(Collector):
             self._pages[page_outcome(result)] += 1
         if report.stuck is not None:
             self._stuck += 1
+        if report.ended is not None:
+            self._ended += 1
         if report.blackout is not None:
             self._whole.observe(report.blackout.whole)
             self._ours.observe(report.blackout.ours)
@@ -144,6 +147,12 @@ class Metrics(Collector):
             "Guests that could not be let go; an operator has to act.",
             (),
             [((), self._stuck)],
+        )
+        yield _counter(
+            "guests_ended",
+            "Guests that crashed, shut down or vanished right after our request to suspend.",
+            (),
+            [((), self._ended)],
         )
         yield self._whole.family(
             "guest_blackout_seconds",

@@ -22,9 +22,13 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import MigrationFacts, Way
 from pgofflined.core.saves import SaveFacts
+from pgofflined.core.suspending import Objection, SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
 from pgofflined.saving import Saves
+
+MayNotBeAsked = Callable[[DomainInfo, SuspendSupport], Objection | None]
+"""Why a domain with such support must not be asked to suspend itself, None where it may be."""
 
 
 class Host(Protocol):
@@ -56,6 +60,10 @@ class Host(Protocol):
 
     def serves(self, domid: Domid) -> str | None:
         """What other domains need the domain for ("serves ..."); None for nothing known."""
+        ...
+
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        """Whether the guest has announced that it suspends itself when asked."""
         ...
 
     def has_devices(self, domid: Domid) -> bool:
@@ -95,14 +103,20 @@ class Care:
 class MigrationHost:
     """Questions to a host, each answered at one go.
 
-    ``poison`` gives a frame whose contents must not be read and that may be somebody's, if any.
+    ``poison`` gives a frame whose contents must not be read and that may be somebody's, if any;
+    ``objection`` why a domain must not be asked to suspend itself.
     """
 
     def __init__(
-        self, xen: Host, poison: Callable[[], Mfn | None], saves: Saves | None = None
+        self,
+        xen: Host,
+        poison: Callable[[], Mfn | None],
+        objection: MayNotBeAsked,
+        saves: Saves | None = None,
     ) -> None:
         self._xen = xen
         self._poison = poison
+        self._objection = objection
         self._saves = saves if saves is not None else Saves()
 
     def facts(
@@ -138,6 +152,9 @@ class MigrationHost:
             somebody=None if info is None else self._xen.somebody_at(info.domid),
             save=save,
             has_devices=info is not None and self._xen.has_devices(info.domid),
+            objection=None
+            if info is None
+            else self._objection(info, self._xen.suspend_support(info.domid)),
             poison=self._poison(),
             saved_guest=saves[0] if saves else None,
         )

@@ -47,7 +47,7 @@ from pgofflined.core.status import JobStatus
 from pgofflined.ports import Clock
 from pgofflined.relocation import telling
 from pgofflined.relocation.following import Following, Sleep
-from pgofflined.relocation.host import Host, MigrationHost, Settled
+from pgofflined.relocation.host import Host, MayNotBeAsked, MigrationHost, Settled
 from pgofflined.relocation.links import Links
 from pgofflined.relocation.relocator import Relocator
 from pgofflined.saving import Saves
@@ -80,7 +80,8 @@ class RelocationService:
 
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
     ``poison`` is asked in a thread just before anything is begun, for a frame that must not be read
-    and may be somebody's, if any; ``denial`` then, for why a domain is to be left alone, if it is.
+    and may be somebody's, if any; ``denial`` then, for why a domain is to be left alone, if it is,
+    and ``objection``, for why it must not be asked to suspend itself.
     ``saved_in_vain`` is told of a guest that a save has asked to suspend itself, and that runs.
     """
 
@@ -96,6 +97,7 @@ class RelocationService:
         finished: Finished,
         poison: Callable[[], Mfn | None],
         denial: Callable[[DomainInfo], str | None],
+        objection: MayNotBeAsked,
         saved_in_vain: Callable[[DomainIdentity], None],
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
@@ -103,7 +105,7 @@ class RelocationService:
         stop_grace: float = 20.0,
     ) -> None:
         self._queue = RelocationQueue(policy, zone)
-        self._host = MigrationHost(xen, poison, saves)
+        self._host = MigrationHost(xen, poison, objection, saves)
         self._relocator = relocator
         self._links = links
         self._clock = clock

@@ -25,6 +25,7 @@ from pgofflined.core.premigration import (
     judge,
 )
 from pgofflined.core.relocation_outcomes import RelocationReason
+from pgofflined.core.suspending import Objection
 from pgofflined.core.xenversion import XenVersion
 
 MIB = 256  # frames
@@ -92,6 +93,10 @@ def test_a_running_guest_goes(kind: GuestKind) -> None:
         ({"states": {BAD: PENDING | OfflineState.BROKEN}}, RelocationReason.BROKEN),
         ({"denial": "domains.deny has it"}, RelocationReason.DENIED),
         ({"has_devices": True}, RelocationReason.HAS_DEVICES),
+        (
+            {"objection": Objection(may_pass=False, detail="0")},
+            RelocationReason.NO_SUSPEND_SUPPORT,
+        ),
         ({"poison": Mfn(9)}, RelocationReason.UNCORRECTED),
         (
             {"states": {BAD: PENDING, Mfn(9): PENDING | OfflineState.BROKEN}},
@@ -101,6 +106,11 @@ def test_a_running_guest_goes(kind: GuestKind) -> None:
 )
 def test_what_never_goes(changes: dict[str, object], expected: RelocationReason) -> None:
     assert reason(judged(HERE, **changes)) is expected
+
+
+def test_a_guest_that_has_not_announced_that_it_suspends_may_do_so_yet() -> None:
+    verdict = judged(objection=Objection(may_pass=True, detail="it is silent"))
+    assert verdict == NotNow(hindrance=Hindrance.SUSPEND_UNANNOUNCED, detail="it is silent")
 
 
 def test_nothing_is_read_that_is_broken_and_its_number_is_named() -> None:
