@@ -22,7 +22,7 @@ from pgofflined.core.machine import Machine
 from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.policy import Policy, effective
 from pgofflined.core.relocation_outcomes import MigrationOutcome, RelocationOutcome
-from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
+from pgofflined.core.status import FrameAnswer, OfflineAnswer, ReloadStatus, Snapshot, SourceStatus
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
 from pgofflined.journal_log import event
@@ -102,14 +102,20 @@ class _Counted:
 
 
 class Service:
-    """The running daemon.  Made on the event loop that it runs on."""
+    """The running daemon.  Made on the event loop that it runs on.
 
-    def __init__(self, world: World, policy: Policy) -> None:
+    ``warnings`` are of the configuration that ``policy`` is of.
+    """
+
+    def __init__(self, world: World, policy: Policy, warnings: tuple[str, ...] = ()) -> None:
         self._world = world
         self.policy = policy
         self._started = world.clock.now()
         self.metrics_port = 0
         self.ready = asyncio.Event()
+        self._reload = ReloadStatus(
+            successful=True, when=self._started, last_success=self._started, warnings=warnings
+        )
         self._source = SourceStatus(name=None, note="no source has been tried yet")
         self._xen_version = world.xen.version()
         self.counters = IntakeCounters()
@@ -187,8 +193,15 @@ class Service:
             for task in rest:
                 task.cancel()
 
-    def apply(self, policy: Policy) -> None:
+    def reject(self, problems: tuple[str, ...]) -> None:
+        """Note that a configuration was rejected: the policy that was in force stays so."""
+        now = self._world.clock.now()
+        self._reload = replace(self._reload, successful=False, when=now, problems=problems)
+
+    def apply(self, policy: Policy, warnings: tuple[str, ...] = ()) -> None:
         """Put a new policy in force; what needs a restart keeps its old value and is named."""
+        now = self._world.clock.now()
+        self._reload = ReloadStatus(successful=True, when=now, last_success=now, warnings=warnings)
         old = self.policy
         fixed = [
             name
@@ -241,6 +254,7 @@ class Service:
             policy=tuple(effective(self.policy, host_frames=self.intake.host_frames)),
             policy_digest=policy_digest(self.policy),
             pages=tuple(book),
+            reload=self._reload,
         )
         return replace(
             snapshot,

@@ -121,6 +121,7 @@ class Metrics(Collector):
         yield from _work(snapshot)
         yield from self._done()
         yield from _about(snapshot)
+        yield from _configuration(snapshot)
 
     def _done(self) -> Iterator[Metric]:
         yield _counter(
@@ -262,6 +263,20 @@ def _about(snapshot: Snapshot) -> Iterator[Metric]:
         "The policy in force.",
         digest=snapshot.policy_digest,
         dry_run=str(snapshot.dry_run).lower(),
+    )
+
+
+def _configuration(snapshot: Snapshot) -> Iterator[Metric]:
+    # Named as Prometheus and its exporters name their own.
+    yield _gauge(
+        "config_last_reload_successful",
+        "Whether the configuration was accepted when it was read last; 0: a restart would fail.",
+        snapshot.reload.successful,
+    )
+    yield _gauge(
+        "config_last_reload_success_timestamp_seconds",
+        "When the configuration was last accepted.",
+        snapshot.reload.last_success,
     )
 
 
