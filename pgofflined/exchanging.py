@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import assert_never
 from uuid import UUID
 
-from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
@@ -18,6 +18,7 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Damaged, ExchangeReport, Refusal, RefusalReason
 from pgofflined.core.policy import ExchangePolicy, Marking
 from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.core.suspending import Objection, SuspendSupport, ended_before, objection
 from pgofflined.journal_log import event
 from pgofflined.ports import Clock, Hypervisor, Journal, SuspendLimits, UnfinishedJob
 
@@ -32,9 +33,10 @@ RECOVERY_SECONDS = 5.0
 class Exchanging:
     """Runs jobs, by the policy that is in force when each begins.
 
-    ``poisoned`` gives the frames whose contents must never be read.  No method but ``run`` may be
-    called from several threads.  A job of this process whose guest it can neither put right nor let
-    go is tried again as if an earlier process had left it.
+    ``poisoned`` gives the frames whose contents must never be read, ``was_restored`` says whether
+    a domain is what came of a guest that has suspended itself when asked.  No method but ``run``
+    and ``objection`` may be called from several threads.  A job of this process whose guest it can
+    neither put right nor let go is tried again as if an earlier process had left it.
     """
 
     def __init__(
@@ -45,12 +47,14 @@ class Exchanging:
         clock: Clock,
         policy: Callable[[], ExchangePolicy],
         poisoned: Callable[[], frozenset[Mfn]],
+        was_restored: Callable[[DomainIdentity], bool] = lambda _: False,
     ) -> None:
         self._xen = xen
         self._journal = journal
         self._clock = clock
         self._policy = policy
         self._poisoned = poisoned
+        self._was_restored = was_restored
         self._rest: list[UnfinishedJob] = []
         self._tries: Counter[DomainIdentity] = Counter()
         self._busy: dict[DomainIdentity, str] = {}
@@ -83,12 +87,6 @@ class Exchanging:
         if domain in self._unended or domain in self._looked_after:
             detail = f"what was left of an earlier exchange in d{domain.domid} comes first"
             return _refused(domain, mfns, RefusalReason.DOMAIN_BUSY, detail)
-        if domain.uuid in self._ended:
-            detail = (
-                f"d{domain.domid} has ended before when it was asked to suspend itself, and is not "
-                "asked again before this daemon is restarted; its pages go when it ends"
-            )
-            return _refused(domain, mfns, RefusalReason.NO_SUSPEND_SUPPORT, detail)
         policy = self._policy()
         try:
             report = exchange(
@@ -104,7 +102,7 @@ class Exchanging:
                     blackout=policy.max_blackout,
                 ),
                 marked=not self._marks_later(policy),
-                ask_unannounced=policy.ask_unannounced,
+                objection=self.objection,
                 unended=self._give_up,
             )
             if report.stuck is not None or report.may_suspend_late:
@@ -118,6 +116,17 @@ class Exchanging:
             detail = "a fault of our own, which the journal tells; please report it"
             report = _refused(domain, mfns, RefusalReason.INTERNAL, detail)
         return report
+
+    def objection(self, domain: DomainInfo, support: SuspendSupport) -> Objection | None:
+        """Why a domain must not be asked to suspend itself now, by anybody for us."""
+        if domain.uuid in self._ended:
+            return ended_before(domain.domid)
+        return objection(
+            domain,
+            support,
+            self._policy().ask_unannounced,
+            was_restored=self._was_restored(domain.identity),
+        )
 
     def hold_off(self, domain: DomainIdentity) -> None:
         """Begin no job in a guest that is looked after, before ``done_with``."""

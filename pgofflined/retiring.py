@@ -29,7 +29,6 @@ from pgofflined.core.outcomes import (
 )
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
-from pgofflined.core.suspending import Objection, SuspendSupport, objection
 from pgofflined.exchanging import Exchanging
 from pgofflined.journal_log import event
 from pgofflined.ledger import Ledger, tell
@@ -60,7 +59,8 @@ class Retirer:
     All methods but ``recover`` and ``poison_in_use`` belong to the loop's thread; ``exchanging`` is
     for the workers.
     ``wedged`` holds the domains of which Xen itself has broken a page, ``poisoned`` the frames
-    whose contents must never be read.
+    whose contents must never be read, ``restored`` what came on this host of guests that we have
+    moved: they followed a request to suspend, and announce nothing in their new domain.
     """
 
     def __init__(
@@ -77,12 +77,14 @@ class Retirer:
         self.policy = policy
         self.wedged: set[DomainIdentity] = set()
         self.poisoned: set[Mfn] = set()
+        self.restored: set[DomainIdentity] = set()
         self.exchanging = Exchanging(
             xen=xen,
             journal=journal,
             clock=clock,
             policy=lambda: self.policy.exchange,
             poisoned=lambda: frozenset(self.poisoned),
+            was_restored=lambda domain: domain in self.restored,
         )
         self.aftercare = Aftercare(xen, clock, interval=late_look, ended=self.exchanging.done_with)
         self.idle_scrub = 0
@@ -207,8 +209,10 @@ class Retirer:
     def relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         """Enter what became of the pages of one migration job."""
         match outcome:
-            case Relocated(mfns=mfns):
+            case Relocated(mfns=mfns, new_domid=new_domid):
                 gone = mfns
+                if new_domid is not None:
+                    self.restored.add(DomainIdentity(new_domid, domain.uuid))
             case NotRelocated(mfns=kept, offlined=gone):
                 if outcome.stuck is not None:
                     self.aftercare.stuck[domain] = outcome.stuck
@@ -252,10 +256,6 @@ class Retirer:
             return not self._xen.query(mfn) & OfflineState.OFFLINED
         except PortError:
             return True
-
-    def objection(self, domain: DomainInfo, support: SuspendSupport) -> Objection | None:
-        """Why a domain must not be asked to suspend itself now; None where it may be."""
-        return objection(domain, support, self.policy.exchange.ask_unannounced)
 
     def denial(self, domain: DomainInfo) -> str | None:
         """Why a domain may not be saved or migrated now; None where it may."""

@@ -13,7 +13,11 @@ from typing import NoReturn
 
 from pgofflined import __version__
 from pgofflined.control import ControlServer
-from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.domains import (
+    DomainIdentity,
+    identities_from_text,
+    identities_to_text,
+)
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
@@ -127,6 +131,7 @@ class Service:
             ledger=Ledger(world.store, world.clock, world.store.load_pages()),
         )
         self.retirer.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
+        self.retirer.restored |= identities_from_text(world.store.get_meta(_RESTORED) or "")
         self.intake = Intake(
             xen=world.xen,
             clock=world.clock,
@@ -156,7 +161,7 @@ class Service:
             finished=self._relocation_finished,
             poison=self.retirer.poison_in_use,
             denial=self.retirer.denial,
-            objection=self.retirer.objection,
+            objection=self.retirer.exchanging.objection,
             saved_in_vain=self.retirer.save_failed,
         )
         self._saves = SaveWatch(world.clock, lambda: self.policy.relocation.time_limit)
@@ -378,6 +383,7 @@ class Service:
     def _relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         self.metrics.observe_relocation(outcome)
         self.retirer.relocation_finished(domain, outcome)
+        self._world.store.set_meta(_RESTORED, identities_to_text(self.retirer.restored))
         self._look_for_saves.set()
         self._keep_counters()
 
@@ -429,3 +435,4 @@ class Service:
 
 
 _IDLE_SCRUB = "idle_scrub"
+_RESTORED = "restored"

@@ -74,7 +74,7 @@ def _of_exchanges(policy: Policy, tell: Tell) -> None:
         tell(
             "exchange.ask_unannounced",
             "it names every domain: one that cannot suspend itself (Mini-OS) may crash when one of "
-            "its pages fails; name those that run Linux before 4.10",
+            "its pages fails; name those that are known to run Linux",
         )
 
 

@@ -3,12 +3,14 @@
 A guest announces that it follows such a request in ``control/feature-suspend``
 (docs/misc/xenstore-paths.pandoc in the Xen source: ``""``, ``"0"`` or ``"1"``, empty until the
 guest writes it).  A kernel that does not know the request may crash when it reads it: Mini-OS does.
-Linux announces it since about 4.10 (drivers/xen/manage.c), and has followed it for far longer.
+Linux announces it since about 4.10 (drivers/xen/manage.c), and has followed it for far longer.  It
+writes it once, when it boots: after a migration or a restore it is in another domain, for which the
+toolstack makes the node anew, empty (libxl_create.c), and says nothing there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, assert_never
@@ -54,12 +56,17 @@ class Objection:
 
 
 def objection(
-    domain: DomainInfo, support: SuspendSupport, ask_unannounced: Sequence[str]
+    domain: DomainInfo,
+    support: SuspendSupport,
+    ask_unannounced: Sequence[str],
+    *,
+    was_restored: bool = False,
 ) -> Objection | None:
     """Why a guest must not be asked to suspend itself, None where it may be.
 
     ``ask_unannounced`` are patterns of ``exchange.ask_unannounced``: the guests that the operator
-    vouches for.
+    vouches for.  ``was_restored``: the domain is what came of a guest that followed the request,
+    by a migration or a save.
     """
     domid = domain.domid
     match support:
@@ -72,13 +79,14 @@ def objection(
             )
             return Objection(may_pass=False, detail=detail)
         case SuspendSupport.SILENT:
-            if any_names(ask_unannounced, domain.name, domain.uuid):
+            if was_restored or any_names(ask_unannounced, domain.name, domain.uuid):
                 return None
             detail = (
                 f"d{domid} has not announced that it can suspend itself ({FEATURE} in xenstore is "
                 "not 1), and a guest that cannot may crash when it is asked, as Mini-OS does. "
-                "Linux before 4.10 suspends without announcing it: if this guest runs that, name "
-                "it in exchange.ask_unannounced and reload; otherwise its pages go when it ends"
+                "Linux suspends all the same, and announces nothing, if it is older than 4.10 or "
+                "was migrated or restored since it booted: name such a guest in "
+                "exchange.ask_unannounced and reload. The pages of any other go when it ends"
             )
             return Objection(may_pass=True, detail=detail)
         case _:
@@ -95,6 +103,24 @@ _ENDED: Final = {
     # A second suspend would be somebody else's; it is no end.
     ShutdownReason.SUSPEND: "suspended itself",
 }
+
+
+MayNotBeAsked = Callable[[DomainInfo, SuspendSupport], Objection | None]
+"""Why a domain with such support must not be asked to suspend itself, None where it may be."""
+
+
+def unless_announced(domain: DomainInfo, support: SuspendSupport) -> Objection | None:
+    """As ``objection`` where nobody is vouched for."""
+    return objection(domain, support, ())
+
+
+def ended_before(domid: Domid) -> Objection:
+    """Against asking a guest again that ended when it was asked."""
+    detail = (
+        f"the guest that is d{domid} now has ended before when it was asked to suspend itself, and "
+        "is not asked again before this daemon is restarted; its pages go when it ends"
+    )
+    return Objection(may_pass=False, detail=detail)
 
 
 def how_it_ended(domid: Domid, reason: ShutdownReason | None) -> str:

@@ -26,7 +26,7 @@ from pgofflined.core.outcomes import (
     RefusalReason,
     page_of,
 )
-from pgofflined.core.suspending import how_it_ended, objection
+from pgofflined.core.suspending import MayNotBeAsked, how_it_ended, unless_announced
 from pgofflined.exchanger.holding import UNCOLLECTED, Holding, kept
 from pgofflined.exchanger.moving import Mover, NotKept
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
@@ -68,11 +68,10 @@ class ExchangeJob:
 
     The pages are marked offline-pending already, unless ``marked`` is False: they become free then,
     and may be marked later.  Those in ``never_read`` are known to hold an uncorrected error and
-    are refused, whatever Xen knows of them.  ``ask_unannounced`` are patterns of the domains that
-    may be asked to suspend themselves without having announced that they can.  ``unended`` is told
-    of a job whose guest could be neither put right nor let go: ``recover`` is to go on with it.
-    Synchronous on purpose: doing and undoing happen in one thread, so no cancellation can make them
-    overlap.
+    are refused, whatever Xen knows of them.  ``objection`` says why the domain must not be asked
+    to suspend itself.  ``unended`` is told of a job whose guest could be neither put right nor let
+    go: ``recover`` is to go on with it.  Synchronous on purpose: doing and undoing happen in one
+    thread, so no cancellation can make them overlap.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class ExchangeJob:
         limits: SuspendLimits,
         never_read: frozenset[Mfn],
         marked: bool,
-        ask_unannounced: Sequence[str],
+        objection: MayNotBeAsked,
         unended: Callable[[UnfinishedJob], None],
     ) -> None:
         self._domain = domain
@@ -95,7 +94,7 @@ class ExchangeJob:
         self._limits = limits
         self._never_read = never_read
         self._marked = marked
-        self._ask_unannounced = ask_unannounced
+        self._objection = objection
         self._ended: str | None = None
         self._unended = unended
         self._held = Holding(xen, domain.domid, clock=clock, limits=limits)
@@ -178,7 +177,7 @@ class ExchangeJob:
         if self._xen.has_devices(domid):
             detail = f"d{domid} has devices of the host, which write to frames by their number"
             return RefusalReason.HAS_DEVICES, detail
-        unfit = objection(info, self._xen.suspend_support(domid), self._ask_unannounced)
+        unfit = self._objection(info, self._xen.suspend_support(domid))
         if unfit is None:
             return None
         if unfit.may_pass:
@@ -367,7 +366,7 @@ def exchange(
     limits: SuspendLimits,
     never_read: frozenset[Mfn] = frozenset(),
     marked: bool = True,
-    ask_unannounced: Sequence[str] = (),
+    objection: MayNotBeAsked = unless_announced,
     unended: Callable[[UnfinishedJob], None] = _for_the_next_process,
 ) -> ExchangeReport:
     """Exchange pages of one PV domain, all in one suspend; see ``ExchangeJob``."""
@@ -379,7 +378,7 @@ def exchange(
         limits=limits,
         never_read=never_read,
         marked=marked,
-        ask_unannounced=ask_unannounced,
+        objection=objection,
         unended=unended,
     )
     return job.run(mfns)

@@ -22,13 +22,10 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import MigrationFacts, Way
 from pgofflined.core.saves import SaveFacts
-from pgofflined.core.suspending import Objection, SuspendSupport
+from pgofflined.core.suspending import MayNotBeAsked, SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
 from pgofflined.saving import Saves
-
-MayNotBeAsked = Callable[[DomainInfo, SuspendSupport], Objection | None]
-"""Why a domain with such support must not be asked to suspend itself, None where it may be."""
 
 
 class Host(Protocol):

@@ -44,10 +44,11 @@ from pgofflined.core.relocation_outcomes import (
     RelocationReason,
 )
 from pgofflined.core.status import JobStatus
+from pgofflined.core.suspending import MayNotBeAsked
 from pgofflined.ports import Clock
 from pgofflined.relocation import telling
 from pgofflined.relocation.following import Following, Sleep
-from pgofflined.relocation.host import Host, MayNotBeAsked, MigrationHost, Settled
+from pgofflined.relocation.host import Host, MigrationHost, Settled
 from pgofflined.relocation.links import Links
 from pgofflined.relocation.relocator import Relocator
 from pgofflined.saving import Saves

@@ -12,17 +12,19 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from pgofflined.core.domains import ShutdownReason
+from pgofflined.core.domains import DomainIdentity, ShutdownReason
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import ExchangePolicy, Policy, RelocationPolicy
-from pgofflined.core.relocation_outcomes import MigrationOutcome
+from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome
 from pgofflined.core.suspending import SuspendSupport
+from pgofflined.relocation import Relocator
 from pgofflined.service import Service
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.guests import Answer, SimulatedDomain, SuspendBehaviour
 from pgofflined.sim.scenarios import DemoHost, demo_host
+from pgofflined.sim.telemetry import SimulatedTelemetry
 from pgofflined.store import Store
 
 from .test_savewatch import service_of
@@ -70,6 +72,24 @@ class NoMigration:
         raise AssertionError(args)
 
 
+class Here:
+    """Migrates guests to this host, at once."""
+
+    def __init__(self, demo: DemoHost) -> None:
+        self._demo = demo
+
+    async def migrate(
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+    ) -> MigrationOutcome:
+        del name, time_limit
+        assert target == "localhost"
+        self._demo.host.migrate_to_self(domain.domid)
+        return Migrated()
+
+    async def save_and_restore(self, *args: object) -> MigrationOutcome:
+        raise AssertionError(args)
+
+
 @dataclass
 class Bench:
     service: Service
@@ -100,8 +120,12 @@ async def bench_at(
     support: SuspendSupport,
     exchange: ExchangePolicy = QUICK,
     relocation: RelocationPolicy = RelocationPolicy(),  # noqa: B008 - it does not change
+    demo: DemoHost | None = None,
+    relocator: Relocator | None = None,
 ) -> AsyncIterator[Bench]:
-    demo = demo_host(clock=WallClock(speed=100.0), seed=1)
+    demo = demo or demo_host(clock=WallClock(speed=100.0), seed=1)
+    # A service closes its source.
+    demo = replace(demo, telemetry=SimulatedTelemetry())
     guest = next(one for one in demo.host.domains() if one.name == "web")
     policy = replace(Policy(), exchange=exchange, relocation=relocation)
     # It would crash, and the test with it.
@@ -114,7 +138,9 @@ async def bench_at(
     logger.setLevel(level)
     try:
         with closing(Store.open(folder / "state.db", "this")) as store:
-            service = service_of(demo, folder, store, policy=policy, relocator=NoMigration())
+            service = service_of(
+                demo, folder, store, policy=policy, relocator=relocator or NoMigration()
+            )
             stop = asyncio.Event()
             async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
                 tasks.create_task(service.run(stop))
@@ -222,3 +248,42 @@ async def test_a_pvh_guest_that_may_crash_when_asked_is_not_migrated(
         told = await bench.entries.until(Event.PAGE_LEFT if ends else Event.MIGRATION_DEFERRED)
         assert "control/feature-suspend" in told.getMessage()
         assert host.query(mfn) is OfflineState.OFFLINE_PENDING
+
+
+async def test_a_guest_that_we_have_moved_is_moved_again_although_it_is_silent_since(
+    tmp_path: Path,
+) -> None:
+    here = RelocationPolicy(target="localhost", free_memory_reserve=0)
+    demo = demo_host(clock=WallClock(speed=100.0), seed=1)
+
+    async def move() -> None:
+        async with bench_at(
+            tmp_path,
+            support=SuspendSupport.ANNOUNCED,
+            relocation=here,
+            demo=demo,
+            relocator=Here(demo),
+        ) as bench:
+            for _ in range(2):
+                mail = next(one for one in demo.host.domains() if one.name == "mail")
+                mfn = demo.host.frame_of(mail.domid, 5)
+                before = len(bench.entries.of(Event.PAGE_OFFLINED))
+                await bench.service.offline(mfn)
+                await bench.entries.until(Event.PAGE_OFFLINED, before + 1)
+                assert demo.host.query(mfn) is OfflineState.OFFLINED
+
+    await move()
+    mail = next(one for one in demo.host.domains() if one.name == "mail")
+    assert demo.host.suspend_support(mail.domid) is SuspendSupport.SILENT
+    # Another daemon, with what the first one has stored.
+    await move()
+    moved = next(one for one in demo.host.domains() if one.name == "mail")
+    assert moved.identity != mail.identity
+    # What was moved by somebody else has to be named.
+    other = demo.host.migrate_to_self(moved.domid)
+    async with bench_at(
+        tmp_path, support=SuspendSupport.ANNOUNCED, relocation=here, demo=demo
+    ) as bench:
+        await bench.service.offline(demo.host.frame_of(other, 5))
+        told = await bench.entries.until(Event.MIGRATION_DEFERRED)
+        assert "was migrated or restored since it booted" in told.getMessage()

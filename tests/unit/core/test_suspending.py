@@ -14,6 +14,7 @@ from pgofflined.core.suspending import (
     how_it_ended,
     objection,
     read_announcement,
+    unless_announced,
 )
 
 UUID_7 = UUID("0f8fad5b-d9cb-469f-a165-70867728950e")
@@ -72,6 +73,17 @@ def test_a_silent_guest_without_a_name_is_named_by_its_uuid_or_as_anybody() -> N
     assert objection(nameless, SuspendSupport.SILENT, ("mini-*", "?*")) is not None
     assert objection(nameless, SuspendSupport.SILENT, ("0f8fad5b-*",)) is None
     assert objection(nameless, SuspendSupport.SILENT, ANYBODY) is None
+
+
+def test_a_guest_that_we_have_moved_followed_the_request_and_is_silent_since() -> None:
+    assert objection(GUEST, SuspendSupport.SILENT, (), was_restored=True) is None
+    assert objection(GUEST, SuspendSupport.DENIED, (), was_restored=True) is not None
+
+
+def test_the_operator_is_told_which_linux_announces_nothing() -> None:
+    found = unless_announced(GUEST, SuspendSupport.SILENT)
+    assert found is not None
+    assert "older than 4.10 or was migrated or restored" in found.detail
 
 
 @pytest.mark.parametrize("reason", [*ShutdownReason, None])

@@ -16,7 +16,7 @@ from pgofflined.core.relocation_outcomes import (
     NotMigrated,
     RelocationOutcome,
 )
-from pgofflined.core.suspending import objection
+from pgofflined.core.suspending import unless_announced
 from pgofflined.relocation import RelocationService
 from pgofflined.saving import Saves
 from tests.unit.relocation.doubles import (
@@ -79,7 +79,7 @@ async def running(
         finished=lambda _, outcome: outcomes.append(outcome),
         poison=lambda: host.poison,
         denial=lambda info: denied.get(info.domid),
-        objection=lambda info, support: objection(info, support, ()),
+        objection=unless_announced,
         saved_in_vain=saved_in_vain.append,
         sleep=time.sleep,
         in_thread=inline,
