@@ -60,7 +60,8 @@ class Retirer:
     for the workers.
     ``wedged`` holds the domains of which Xen itself has broken a page, ``poisoned`` the frames
     whose contents must never be read, ``restored`` what came on this host of guests that we have
-    moved: they followed a request to suspend, and announce nothing in their new domain.
+    moved: they followed a request to suspend, and announce nothing in their new domain.  ``ended``
+    says of guests how they ended after our request.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Retirer:
         self.wedged: set[DomainIdentity] = set()
         self.poisoned: set[Mfn] = set()
         self.restored: set[DomainIdentity] = set()
+        self.ended: dict[DomainIdentity, str] = {}
         self.exchanging = Exchanging(
             xen=xen,
             journal=journal,
@@ -189,6 +191,7 @@ class Retirer:
         for result in report.results:
             self._exchange_result(job, report.domain, result)
         if report.ended is not None:
+            self.ended[report.domain] = report.ended
             domid = report.domain.domid
             event(log, logging.CRITICAL, Event.GUEST_ENDED, report.ended, domid=domid, job=job)
         self._tell_exchange(job, report)

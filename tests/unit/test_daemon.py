@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from pgofflined.core.errors import PortError
+from pgofflined.core.policy import Policy, RetirePolicy
 from pgofflined.core.status import ReloadStatus
 from pgofflined.daemon import EX_UNAVAILABLE, LOCK, STATE, Host, HostClock, _reload, start
 from pgofflined.jobstore import JobStore
@@ -213,7 +214,7 @@ async def test_a_reload_is_noted_whether_it_succeeds_or_not(
         [problem] = rejected.problems
         assert problem.startswith(f"{config}: line 4: domains.deny: ")
         assert problem in caplog.text
-        assert not service.policy.retire.dry_run, "nothing of a bad file is in force"
+        assert service.policy.retire == Policy().retire, "nothing of a bad file is in force"
 
         accepted = reload('[retire]\ndry_run = true\n[relocation]\nsave_directory = "/tmp/x"\n')
         assert (accepted.successful, accepted.problems) == (True, ())
@@ -221,7 +222,7 @@ async def test_a_reload_is_noted_whether_it_succeeds_or_not(
         [warning] = accepted.warnings
         assert "line 4: relocation.save_directory" in warning
         assert warning in caplog.text
-        assert service.policy.retire.dry_run
+        assert service.policy.retire == RetirePolicy(dry_run=True)
 
         config.unlink()
         clock.wait(60)
