@@ -288,3 +288,24 @@ async def test_a_guest_that_we_have_moved_is_moved_again_although_it_is_silent_s
         await bench.service.offline(demo.host.frame_of(other, 5))
         told = await bench.entries.until(Event.MIGRATION_DEFERRED)
         assert "was migrated or restored since it booted" in told.getMessage()
+
+
+async def test_a_silent_pvh_guest_is_migrated_when_a_reload_names_it(tmp_path: Path) -> None:
+    here = RelocationPolicy(target="localhost", free_memory_reserve=0, retry_first=3600.0)
+    demo = demo_host(clock=WallClock(speed=100.0), seed=1)
+    demo.host.simulated(demo.pvh).suspend_support = SuspendSupport.SILENT
+    async with bench_at(
+        tmp_path,
+        support=SuspendSupport.ANNOUNCED,
+        relocation=here,
+        demo=demo,
+        relocator=Here(demo),
+    ) as bench:
+        mfn = demo.host.frame_of(demo.pvh, 5)
+        await bench.service.offline(mfn)
+        await bench.entries.until(Event.MIGRATION_DEFERRED)
+        # At once: a policy that changes is no time to wait for.
+        exchange = replace(bench.policy.exchange, ask_unannounced=("mail",))
+        bench.service.apply(replace(bench.policy, exchange=exchange))
+        await bench.entries.until(Event.PAGE_OFFLINED)
+        assert demo.host.query(mfn) is OfflineState.OFFLINED
