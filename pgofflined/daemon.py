@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from pgofflined import __version__
-from pgofflined.config import EX_CONFIG, ConfigError, load
+from pgofflined.config import EX_CONFIG, ConfigError, Configuration, load
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError, SourceUnavailable
 from pgofflined.core.events import Event
@@ -175,12 +175,12 @@ def _start_alone(config_path: Path, host: Host) -> int:
     leftovers.recover()
     # Not before: a monitor that goes on while its guest stands still is lost.
     _release_monitors(host)
-    policy = _load_or_tell(config_path)
-    if policy is None:
+    configuration = _load_or_tell(config_path)
+    if configuration is None:
         leftovers.see_out()
         return EX_CONFIG
     try:
-        return asyncio.run(_serve(config_path, policy, host, xen, journal, leftovers))
+        return asyncio.run(_serve(config_path, configuration, host, xen, journal, leftovers))
     except (PortError, StoreInUse, CannotListen, ValueError) as error:
         log.critical("pgofflined cannot start: %s", error)
         leftovers.see_out()
@@ -192,12 +192,13 @@ def _start_alone(config_path: Path, host: Host) -> int:
 
 async def _serve(
     config_path: Path,
-    policy: Policy,
+    configuration: Configuration,
     host: Host,
     xen: Hypervisor,
     journal: Journal,
     leftovers: Leftovers,
 ) -> int:
+    policy = configuration.policy
     notifier = make_notifier(host.clock.monotonic)
     machine = read_cpuinfo(_CPUINFO.read_text(encoding="ascii"), max_mfn=xen.max_mfn())
     store = Store.open(host.directory / STATE, read_boot_id())
@@ -223,7 +224,7 @@ async def _serve(
         source_opened=native.keep,
         source_broken=native.let_go,
     )
-    service = Service(world, policy)
+    service = Service(world, policy, configuration.warnings)
     current.append(service)
     leftovers.hand_over(service.retirer.exchanging, service.retirer.aftercare)
     _tell_started(policy, xen, service)
@@ -259,12 +260,20 @@ def _poison(directory: Path) -> frozenset[Mfn]:
         store.close()
 
 
-def _load_or_tell(config_path: Path) -> Policy | None:
+def _load_or_tell(
+    config_path: Path, rejected: Callable[[tuple[str, ...]], None] = lambda _: None
+) -> Configuration | None:
+    """The configuration; what speaks against it, or is doubtful in it, is told."""
     try:
-        return load(config_path)
+        configuration = load(config_path)
     except ConfigError as error:
-        _tell_rejected(error)
+        for line in error.lines:
+            event(log, logging.ERROR, Event.CONFIG_REJECTED, line)
+        rejected(error.lines)
         return None
+    for line in configuration.warnings:
+        log.warning("%s", line)
+    return configuration
 
 
 def _journal(jobs: Path) -> JobStore:
@@ -298,17 +307,12 @@ def _relocator(ssh_command: Callable[[], str]) -> Relocator:
 
 def _reload(config_path: Path, service: Service, notifier: Notifier) -> None:
     notifier.reloading()
-    policy = _load_or_tell(config_path)
-    if policy is not None:
-        service.apply(policy)
+    configuration = _load_or_tell(config_path, service.reject)
+    if configuration is not None:
+        service.apply(configuration.policy, configuration.warnings)
         event(log, logging.INFO, Event.CONFIG_RELOADED, f"{config_path} was read again")
-        _tell_policy(policy, service)
+        _tell_policy(configuration.policy, service)
     notifier.ready(service.status_line())
-
-
-def _tell_rejected(error: ConfigError) -> None:
-    for problem in error.problems:
-        event(log, logging.ERROR, Event.CONFIG_REJECTED, f"{error.name}: {problem}")
 
 
 def _tell_started(policy: Policy, xen: Hypervisor, service: Service) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import assert_never
+from uuid import UUID
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
@@ -17,6 +18,7 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Damaged, ExchangeReport, Refusal, RefusalReason
 from pgofflined.core.policy import ExchangePolicy, Marking
 from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.core.suspending import Objection, SuspendSupport, ended_before, objection
 from pgofflined.journal_log import event
 from pgofflined.ports import Clock, Hypervisor, Journal, SuspendLimits, UnfinishedJob
 
@@ -32,9 +34,10 @@ class Exchanging:
     """Runs jobs, by the policy that is in force when each begins.
 
     ``poisoned`` gives the frames whose contents must never be read, ``denial`` why a domain is not
-    to be suspended now, if it is not.  No method but ``run`` may be called from several threads.  A
-    job of this process whose guest it can neither put right nor let go is tried again as if an
-    earlier process had left it.
+    to be suspended now, if it is not, and ``was_restored`` says whether a domain is what came of a
+    guest that has suspended itself when asked.  No method but ``run`` and ``objection`` may be
+    called from several threads.  A job of this process whose guest it can neither put right nor let
+    go is tried again as if an earlier process had left it.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Exchanging:
         policy: Callable[[], ExchangePolicy],
         poisoned: Callable[[], frozenset[Mfn]],
         denial: Callable[[DomainInfo], str | None] = lambda _: None,
+        was_restored: Callable[[DomainIdentity], bool] = lambda _: False,
     ) -> None:
         self._xen = xen
         self._journal = journal
@@ -53,6 +57,7 @@ class Exchanging:
         self._policy = policy
         self._poisoned = poisoned
         self._denial = denial
+        self._was_restored = was_restored
         self._rest: list[UnfinishedJob] = []
         self._tries: Counter[DomainIdentity] = Counter()
         self._busy: dict[DomainIdentity, str] = {}
@@ -60,6 +65,9 @@ class Exchanging:
         # guest for us, and who is to let it go would do so in the middle of that.
         self._unended: set[DomainIdentity] = set()
         self._looked_after: set[DomainIdentity] = set()
+        # Guests that ended after our request.  A toolstack that starts one again gives it the same
+        # uuid, and nothing has changed that would let it survive the next request.
+        self._ended: set[UUID] = set()
         self._next_try = 0.0
         # From the threads in which jobs run.
         self._given_up: SimpleQueue[UnfinishedJob] = SimpleQueue()
@@ -98,10 +106,13 @@ class Exchanging:
                     blackout=policy.max_blackout,
                 ),
                 marked=not self._marks_later(policy),
+                objection=self.objection,
                 unended=self._give_up,
             )
             if report.stuck is not None or report.may_suspend_late:
                 self.hold_off(domain)
+            if report.ended is not None:
+                self._ended.add(domain.uuid)
             if not self._xen.version().offlines_free_frames_safely:
                 self._withdraw(report)
         except Exception:  # a fault in one job must not end the daemon of all other guests
@@ -109,6 +120,17 @@ class Exchanging:
             detail = "a fault of our own, which the journal tells; please report it"
             report = _refused(domain, mfns, RefusalReason.INTERNAL, detail)
         return report
+
+    def objection(self, domain: DomainInfo, support: SuspendSupport) -> Objection | None:
+        """Why a domain must not be asked to suspend itself now, by anybody for us."""
+        if domain.uuid in self._ended:
+            return ended_before(domain.domid)
+        return objection(
+            domain,
+            support,
+            self._policy().ask_unannounced,
+            was_restored=self._was_restored(domain.identity),
+        )
 
     def hold_off(self, domain: DomainIdentity) -> None:
         """Begin no job in a guest that is looked after, before ``done_with``."""

@@ -18,6 +18,7 @@ from pgofflined.consequences import SOON, Consequences
 from pgofflined.core.book import Cause, Phase
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import PortError
+from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.outcomes import (
     ExchangeReport,
@@ -25,10 +26,11 @@ from pgofflined.core.outcomes import (
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
 from pgofflined.core.relocation_outcomes import (
     NotRelocated,
+    Relocated,
     RelocationOutcome,
 )
 from pgofflined.exchanging import Exchanging
-from pgofflined.journal_log import Chatter
+from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger
 from pgofflined.ports import Clock, Hypervisor, Journal, nothing
 from pgofflined.takers import Exchanges, Relocations
@@ -59,7 +61,9 @@ class Retirer:
     """Everything that happens to pages that are to go.
 
     All methods but ``recover`` and ``poison_of`` belong to the loop's thread; ``exchanging`` is for
-    the workers.
+    the workers.  ``restored`` holds what came on this host of guests that we have moved: they have
+    followed a request to suspend, and announce nothing in their new domain.  ``ended`` says of
+    guests how they ended after our request.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class Retirer:
         self.ledger = ledger
         self.policy = policy
         self.errors = errors
+        self.restored: frozenset[DomainIdentity] = frozenset()
+        self.ended: dict[DomainIdentity, str] = {}
         self.host_frames = xen.total_frames()
         self.exchanging = Exchanging(
             xen=xen,
@@ -87,6 +93,7 @@ class Retirer:
             policy=lambda: self.policy.exchange,
             poisoned=lambda: self.errors.poisoned,
             denial=self._exchange_denial,
+            was_restored=lambda domain: domain in self.restored,
         )
         self.aftercare = Aftercare(xen, clock, interval=late_look, ended=self.exchanging.done_with)
         self.consequences = Consequences(
@@ -272,6 +279,10 @@ class Retirer:
         self.aftercare.note(
             job, report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late
         )
+        if report.ended is not None:
+            self.ended[report.domain] = report.ended
+            domid = report.domain.domid
+            event(log, logging.CRITICAL, Event.GUEST_ENDED, report.ended, domid=domid, job=job)
         self.consequences.exchange_finished(job, report)
         self._wake.set()
 
@@ -279,6 +290,8 @@ class Retirer:
         """Enter what became of the pages of one migration job."""
         if isinstance(outcome, NotRelocated) and outcome.stuck is not None:
             self.aftercare.stuck[domain] = outcome.stuck
+        if isinstance(outcome, Relocated) and outcome.new_domid is not None:
+            self.restored |= {DomainIdentity(outcome.new_domid, domain.uuid)}
         self.consequences.relocation_finished(domain, outcome)
         self._wake.set()
 

@@ -13,7 +13,11 @@ from typing import NoReturn
 
 from pgofflined import __version__
 from pgofflined.control import ControlServer
-from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.domains import (
+    DomainIdentity,
+    identities_from_text,
+    identities_to_text,
+)
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
@@ -22,7 +26,7 @@ from pgofflined.core.machine import Machine
 from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.policy import Policy, effective
 from pgofflined.core.relocation_outcomes import MigrationOutcome, RelocationOutcome
-from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
+from pgofflined.core.status import FrameAnswer, OfflineAnswer, ReloadStatus, Snapshot, SourceStatus
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
 from pgofflined.journal_log import Chatter, event
@@ -105,14 +109,20 @@ class _Counted:
 
 
 class Service:
-    """The running daemon.  Made on the event loop that it runs on."""
+    """The running daemon.  Made on the event loop that it runs on.
 
-    def __init__(self, world: World, policy: Policy) -> None:
+    ``warnings`` are of the configuration that ``policy`` is of.
+    """
+
+    def __init__(self, world: World, policy: Policy, warnings: tuple[str, ...] = ()) -> None:
         self._world = world
         self.policy = policy
         self._started = world.clock.now()
         self.metrics_port = 0
         self.ready = asyncio.Event()
+        self._reload = ReloadStatus(
+            successful=True, when=self._started, last_success=self._started, warnings=warnings
+        )
         self._source = SourceStatus(name=None, note="no source has been tried yet")
         self._xen_version = world.xen.version()
         self.counters = IntakeCounters()
@@ -127,6 +137,8 @@ class Service:
             chatter=self._chatter,
         )
         self.retirer.consequences.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
+        restored = identities_from_text(world.store.get_meta(_RESTORED) or "")
+        self.retirer.restored |= frozenset(restored)
         self.intake = Intake(
             xen=world.xen,
             clock=world.clock,
@@ -157,6 +169,7 @@ class Service:
             poison=self.retirer.poison_of,
             is_poisoned=lambda mfn: mfn in self.retirer.errors.poisoned,
             denial=self.retirer.denial,
+            objection=self.retirer.exchanging.objection,
             saved_in_vain=self.retirer.save_failed,
         )
         self._saves = SaveWatch(world.clock, lambda: self.policy.relocation.time_limit)
@@ -195,8 +208,15 @@ class Service:
                 task.cancel()
             self._chatter.close()
 
-    def apply(self, policy: Policy) -> None:
+    def reject(self, problems: tuple[str, ...]) -> None:
+        """Note that a configuration was rejected: the policy that was in force stays so."""
+        now = self._world.clock.now()
+        self._reload = replace(self._reload, successful=False, when=now, problems=problems)
+
+    def apply(self, policy: Policy, warnings: tuple[str, ...] = ()) -> None:
         """Put a new policy in force; what needs a restart keeps its old value and is named."""
+        now = self._world.clock.now()
+        self._reload = ReloadStatus(successful=True, when=now, last_success=now, warnings=warnings)
         old = self.policy
         fixed = [
             name
@@ -245,6 +265,7 @@ class Service:
             policy=tuple(effective(self.policy, host_frames=self.retirer.host_frames)),
             policy_digest=policy_digest(self.policy),
             pages=tuple(map(self.retirer.ledger.shown, book)),
+            reload=self._reload,
         )
         return replace(
             snapshot,
@@ -399,6 +420,7 @@ class Service:
     def _relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         self.metrics.observe_relocation(outcome)
         self.retirer.relocation_finished(domain, outcome)
+        self._world.store.set_meta(_RESTORED, identities_to_text(self.retirer.restored))
         self._look_for_saves.set()
         self._keep_counters()
 
@@ -450,3 +472,4 @@ class Service:
 
 
 _IDLE_SCRUB = "idle_scrub"
+_RESTORED = "restored"

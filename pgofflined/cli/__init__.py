@@ -109,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check-config", help="check a configuration file and explain it")
     check.add_argument("file", type=Path, nargs="?", default=DEFAULT_PATH, metavar="FILE")
+    check.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    check.add_argument("--strict", action="store_true", help="exit status 1 if there is a warning")
     check.set_defaults(perform=_check_config)
 
     release = commands.add_parser(
@@ -167,12 +169,15 @@ def _demo(arguments: Sequence[str]) -> int:
 
 def _check_config(options: argparse.Namespace) -> int:
     try:
-        policy = load(options.file)
+        found = load(options.file)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return os.EX_CONFIG
-    print(f"{options.file} is good; it means:", *effective(policy), sep="\n")
-    return 0
+    for line in found.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    if not options.quiet:
+        print(f"{options.file} can be used; it means:", *effective(found.policy), sep="\n")
+    return 1 if found.warnings and options.strict else 0
 
 
 def _release_monitors(options: argparse.Namespace) -> int:
@@ -263,7 +268,7 @@ def _lines(reply: Reply) -> list[str]:
 def _configured_socket(config: Path) -> Path:
     """Where the daemon listens; the default where its configuration cannot be read."""
     try:
-        return Path(load(config).control.socket)
+        return Path(load(config).policy.control.socket)
     except ConfigError:
         return Path(ControlPolicy().socket)
 

@@ -36,6 +36,8 @@ class RefusalReason(StrEnum):
     DOMAIN_BUSY = "domain_busy"
     DOMAIN_GONE = "domain_gone"
     NO_SUSPEND = "no_suspend"
+    NO_SUSPEND_SUPPORT = "no_suspend_support"
+    SUSPEND_UNANNOUNCED = "suspend_unannounced"
     XEN_REFUSED = "xen_refused"
     INTERNAL = "internal"
 
@@ -53,6 +55,8 @@ _MAY_PASS = frozenset(
         RefusalReason.NO_FREE_MEMORY,
         RefusalReason.DOMAIN_BUSY,
         RefusalReason.NO_SUSPEND,
+        # A guest that is still starting has yet to announce it, and the policy may change.
+        RefusalReason.SUSPEND_UNANNOUNCED,
         RefusalReason.P2M_DISAGREES,
         RefusalReason.GUEST_LAYOUT,
         RefusalReason.ROOT_IN_USE,
@@ -135,6 +139,8 @@ class ExchangeReport:
     ``blackout`` is None where the guest was never suspended.  ``stuck`` says what keeps the
     guest from running if our own clean-up failed; an operator has to act then.
     ``may_suspend_late`` says that the guest has read our request and may still follow it.
+    ``ended`` says that the guest crashed, shut down or vanished after our request to suspend,
+    before we let it run again or just as it did, and what to do.
     """
 
     domain: DomainIdentity
@@ -142,3 +148,4 @@ class ExchangeReport:
     blackout: Blackout | None
     stuck: str | None = None
     may_suspend_late: bool = False
+    ended: str | None = None

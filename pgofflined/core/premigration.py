@@ -13,6 +13,7 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import RelocationPolicy
 from pgofflined.core.relocation_outcomes import RelocationReason
 from pgofflined.core.saves import SaveFacts
+from pgofflined.core.suspending import Objection
 from pgofflined.core.xenversion import XenVersion
 
 # Bytes of a save besides the memory: page types, vCPUs' state, the configuration.
@@ -30,6 +31,7 @@ class Hindrance(StrEnum):
     DOMAIN_BUSY = "domain_busy"
     UNCORRECTED = "uncorrected"
     NO_DISK_SPACE = "no_disk_space"
+    SUSPEND_UNANNOUNCED = "suspend_unannounced"
     CANNOT_ASK_XEN = "cannot_ask_xen"
 
     @property
@@ -70,8 +72,9 @@ class MigrationFacts:
     the domain owns or may own, and ``poisoned`` holds those of the job itself.  ``saved_guest``
     says what is with a guest that may be in a file, and needs its memory again.  ``denial`` says
     why the policy has the domain left alone, ``has_devices`` whether devices of the host are
-    assigned to it.  ``way`` is None for a migration to this host.  ``save`` is there for a PV
-    domain that is to be saved and restored instead.
+    assigned to it, ``objection`` why it must not be asked to suspend itself.  ``way`` is None for a
+    migration to this host.  ``save`` is there for a PV domain that is to be saved and restored
+    instead.
     """
 
     domain: DomainInfo | None
@@ -86,6 +89,7 @@ class MigrationFacts:
     saved_guest: str | None = None
     denial: str | None = None
     has_devices: bool = False
+    objection: Objection | None = None
     save: SaveFacts | None = None
 
 
@@ -221,6 +225,12 @@ def _look_at_domain(
     poisoned = _look_at_poison(job, facts)
     if poisoned is not None:
         return poisoned
+    if facts.objection is not None:
+        # A save and a migration ask the guest as an exchange does.
+        detail = facts.objection.detail
+        if facts.objection.may_pass:
+            return NotNow(hindrance=Hindrance.SUSPEND_UNANNOUNCED, detail=detail)
+        return Never(reason=RelocationReason.NO_SUSPEND_SUPPORT, detail=detail)
     if facts.somebody is not None:
         # Perhaps a migration that an earlier process of ours has begun.
         return _busy(f"d{job.domid} is left alone until {facts.somebody} has ended")

@@ -21,6 +21,7 @@ class RelocationReason(StrEnum):
     NOT_HVM = "not_hvm"
     NOT_SAVABLE = "not_savable"
     HAS_DEVICES = "has_devices"
+    NO_SUSPEND_SUPPORT = "no_suspend_support"
     BROKEN = "broken"
     UNCORRECTED = "uncorrected"
     NOT_PENDING = "not_pending"

@@ -45,6 +45,21 @@ class JobStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReloadStatus:
+    """How the configuration was read last, at the start or by a reload; times are of the epoch.
+
+    After a failure the policy of ``last_success`` is in force, and ``problems`` say why the file
+    was rejected: a restart of the daemon would fail.  ``warnings`` are of the policy in force.
+    """
+
+    successful: bool
+    when: float
+    last_success: float
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The daemon at one moment.
 
@@ -73,6 +88,7 @@ class Snapshot:
     policy: tuple[str, ...] = ()
     policy_digest: str = ""
     pages: tuple[PageEntry, ...] = field(default=())
+    reload: ReloadStatus = ReloadStatus(successful=True, when=0.0, last_success=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

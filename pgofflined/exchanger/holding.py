@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pgofflined.core.errors import (
     DomainGone,
     GuestDidNotSuspend,
+    GuestEnded,
     PortError,
     SuspendNotAsked,
     SuspendShared,
@@ -28,14 +29,16 @@ _LONG = 45.0
 class Holding:
     """When the guest was asked, held and let go, and whether it could be.
 
-    ``owes_nothing`` is true as long as the guest cannot stand still because of us.  ``cpu_time`` is
-    what it had used when it was held, in ns.
+    ``owes_nothing`` is true as long as the guest cannot stand still because of us.  ``was_asked``:
+    the guest may have read our request, and nobody else has asked it as well.  ``cpu_time`` is what
+    it had used when it was held, in ns.
     """
 
     def __init__(
         self, xen: Hypervisor, domid: Domid, *, clock: Clock, limits: SuspendLimits
     ) -> None:
         self.owes_nothing = True
+        self.was_asked = False
         self.asked = 0.0
         self.held = 0.0
         self.released = 0.0
@@ -59,11 +62,14 @@ class Holding:
         try:
             self._xen.suspend(domid, self._limits)
         except GuestDidNotSuspend as error:
-            self.may_suspend_late = error.stage == "suspend"
+            self.may_suspend_late = self.was_asked = error.stage == "suspend"
             self.owes_nothing = not self.may_suspend_late
             raise
         except SuspendShared:
             self.may_suspend_late = True
+            raise
+        except GuestEnded:
+            self.owes_nothing = self.was_asked = True
             raise
         except (DomainGone, SuspendNotAsked):
             # One that somebody else has suspended is his to resume.
@@ -72,12 +78,13 @@ class Holding:
         except Exception:
             # We cannot tell how far the request got.  Unless nobody has read it, the guest may
             # stand still for us now, or a little later.
-            self.may_suspend_late = not self._was_unread()
+            self.may_suspend_late = self.was_asked = not self._was_unread()
             if self.may_suspend_late:
                 self._resume_unless_used()
             self.owes_nothing = not self.may_suspend_late
             raise
         self.held = self._clock.monotonic()
+        self.was_asked = True
         try:
             with kept():
                 job.hold(None)
@@ -97,6 +104,8 @@ class Holding:
         finally:
             self._release()
             if self._is_somebodys_by_now():
+                # Should it end, it is because he has saved or migrated it.
+                self.was_asked = False
                 if paused and is_whole():
                     self.stuck = unpause_only(self._xen, domid)
                 self.may_suspend_late = True

@@ -88,6 +88,7 @@ class Metrics(Collector):
         self._pages = Counter(dict.fromkeys(_PAGE_OUTCOMES, 0))
         self._migrations = Counter(dict.fromkeys(MigrationResult, 0))
         self._stuck = 0
+        self._ended = 0
         self._whole = _Durations()
         self._ours = _Durations()
         self.registry.register(self)
@@ -100,6 +101,8 @@ class Metrics(Collector):
             self._pages[page_outcome(result)] += 1
         if report.stuck is not None:
             self._stuck += 1
+        if report.ended is not None:
+            self._ended += 1
         if report.blackout is not None:
             self._whole.observe(report.blackout.whole)
             self._ours.observe(report.blackout.ours)
@@ -123,6 +126,7 @@ class Metrics(Collector):
         yield from _work(snapshot)
         yield from self._done()
         yield from _about(snapshot)
+        yield from _configuration(snapshot)
 
     def _done(self) -> Iterator[Metric]:
         yield _counter(
@@ -149,6 +153,12 @@ class Metrics(Collector):
             "Guests that could not be let go; an operator has to act.",
             (),
             [((), self._stuck)],
+        )
+        yield _counter(
+            "guests_ended",
+            "Guests that crashed, shut down or vanished right after our request to suspend.",
+            (),
+            [((), self._ended)],
         )
         yield self._whole.family(
             "guest_blackout_seconds",
@@ -259,6 +269,20 @@ def _about(snapshot: Snapshot) -> Iterator[Metric]:
         "The policy in force.",
         digest=snapshot.policy_digest,
         dry_run=str(snapshot.dry_run).lower(),
+    )
+
+
+def _configuration(snapshot: Snapshot) -> Iterator[Metric]:
+    # Named as Prometheus and its exporters name their own.
+    yield _gauge(
+        "config_last_reload_successful",
+        "Whether the configuration was accepted when it was read last; 0: a restart would fail.",
+        snapshot.reload.successful,
+    )
+    yield _gauge(
+        "config_last_reload_success_timestamp_seconds",
+        "When the configuration was last accepted.",
+        snapshot.reload.last_success,
     )
 
 

@@ -22,6 +22,7 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import MigrationFacts, Way
 from pgofflined.core.saves import SaveFacts
+from pgofflined.core.suspending import MayNotBeAsked, SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
 from pgofflined.saving import Saves
@@ -68,6 +69,10 @@ class Host(Protocol):
         """What other domains need the domain for ("serves ..."); None for nothing known."""
         ...
 
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        """Whether the guest has announced that it suspends itself when asked."""
+        ...
+
     def has_devices(self, domid: Domid) -> bool:
         """Whether devices of the host are assigned to the domain."""
         ...
@@ -106,7 +111,8 @@ class MigrationHost:
     """Questions to a host, each answered at one go.
 
     ``poison`` names a page with an uncorrected error that a domain owns or may own, if there is
-    one; ``is_poisoned`` knows such pages one by one.
+    one; ``is_poisoned`` knows such pages one by one.  ``objection`` says why a domain must not be
+    asked to suspend itself.
     """
 
     def __init__(
@@ -114,11 +120,13 @@ class MigrationHost:
         xen: Host,
         poison: Callable[[DomainInfo], str | None],
         is_poisoned: Callable[[Mfn], bool],
+        objection: MayNotBeAsked,
         saves: Saves | None = None,
     ) -> None:
         self._xen = xen
         self._poison = poison
         self._is_poisoned = is_poisoned
+        self._objection = objection
         self._saves = saves if saves is not None else Saves()
 
     def facts(
@@ -156,6 +164,9 @@ class MigrationHost:
             has_devices=info is not None and self._xen.has_devices(info.domid),
             poison=None if info is None else self._poison(info),
             poisoned=frozenset(filter(self._is_poisoned, states)),
+            objection=None
+            if info is None
+            else self._objection(info, self._xen.suspend_support(info.domid)),
             saved_guest=saves[0] if saves else None,
         )
 

@@ -46,6 +46,7 @@ from pgofflined.core.relocation_outcomes import (
     RelocationReason,
 )
 from pgofflined.core.status import JobStatus
+from pgofflined.core.suspending import MayNotBeAsked
 from pgofflined.ports import Clock
 from pgofflined.relocation import telling
 from pgofflined.relocation.following import Following, Sleep
@@ -70,8 +71,9 @@ class RelocationService:
 
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
     Just before anything is begun, ``poison`` is asked in a thread for a page that the domain owns
-    or may own and that must not be read, ``is_poisoned`` there of each page of the job, and then
-    ``denial`` for why the domain is to be left alone, if it is.
+    or may own and that must not be read, ``is_poisoned`` there of each page of the job, then
+    ``denial`` for why the domain is to be left alone, if it is, and ``objection`` for why it must
+    not be asked to suspend itself.
     ``saved_in_vain`` is told of a guest that a save has asked to suspend itself, and that runs.
     """
 
@@ -88,6 +90,7 @@ class RelocationService:
         poison: Callable[[DomainInfo], str | None],
         is_poisoned: Callable[[Mfn], bool],
         denial: Callable[[DomainInfo], str | None],
+        objection: MayNotBeAsked,
         saved_in_vain: Callable[[DomainIdentity], None],
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
@@ -95,7 +98,7 @@ class RelocationService:
         stop_grace: float = 20.0,
     ) -> None:
         self._queue = RelocationQueue(policy, zone)
-        self._host = MigrationHost(xen, poison, is_poisoned, saves)
+        self._host = MigrationHost(xen, poison, is_poisoned, objection, saves)
         self._relocator = relocator
         self._links = links
         self._clock = clock

@@ -12,6 +12,7 @@ from uuid import UUID
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import SuspendLimits, Swapped, VcpuFrames, nothing
 from pgofflined.saving import unfinished_save
@@ -150,6 +151,10 @@ class XenHypervisor:
     def condition(self, domid: Domid) -> DomainInfo:
         """One domain, without its name."""
         return self._domains.condition(domid)
+
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        """Whether the guest has announced that it suspends itself when asked."""
+        return self._suspension.support(domid)
 
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """Ask the guest to suspend itself and wait until it has."""

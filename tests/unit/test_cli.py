@@ -244,6 +244,40 @@ def test_a_good_configuration_is_explained(
     assert "retire.window = 86400 s" in capsys.readouterr().out
 
 
+DOUBTFUL = '[relocation]\nsave_directory = "/tmp/saves"\n[metrics]\nlisten = "0.0.0.0:9709"\n'
+
+
+@pytest.mark.parametrize(("options", "status"), [([], 0), (["--strict"], 1)])
+def test_what_is_doubtful_is_told_and_is_no_error_unless_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], status: int
+) -> None:
+    path = tmp_path / "doubtful.toml"
+    path.write_text(DOUBTFUL)
+    assert main(["check-config", *options, str(path)]) == status
+    shown = capsys.readouterr()
+    assert [line.partition(": ")[0] for line in shown.err.splitlines()] == ["warning"] * 2
+    assert f"{path}: line 2: relocation.save_directory: " in shown.err
+    assert f"{path}: line 4: metrics.listen: " in shown.err
+    assert "metrics.listen = 0.0.0.0:9709" in shown.out
+
+
+def test_a_quiet_check_says_what_is_wrong_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "pgofflined.toml"
+    path.write_text(DOUBTFUL)
+    assert main(["check-config", "--quiet", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("warning: ") == 2
+    path.write_text("")
+    assert main(["check-config", "--quiet", "--strict", str(path)]) == 0
+    assert capsys.readouterr() == ("", "")
+    path.write_text("[retire]\nwindow = 24\n")
+    assert main(["check-config", "--quiet", str(path)]) == os.EX_CONFIG
+    assert f"{path}: line 2: retire.window: found 24" in capsys.readouterr().err
+
+
 def test_a_bad_configuration_is_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.toml").write_text("[retire]\nwindow = 24\nwindows = 3\n")
     assert main(["check-config", str(tmp_path / "bad.toml")]) == os.EX_CONFIG

@@ -20,7 +20,7 @@ from pgofflined.core.outcomes import Blackout, Exchanged, ExchangeReport, Refusa
 from pgofflined.core.policy import TcpAddress, UnixAddress
 from pgofflined.core.relocation_outcomes import Migrated, Relocated
 from pgofflined.core.reports import REPORT_CLASSES, ErrorReport
-from pgofflined.core.status import Snapshot, SourceStatus
+from pgofflined.core.status import ReloadStatus, Snapshot, SourceStatus
 from pgofflined.metrics import Metrics, MetricsServer
 from tests.unit.rim_samples import NOW, SNAPSHOT, WEB
 
@@ -66,6 +66,17 @@ def test_the_snapshot_is_told_in_base_units() -> None:
     assert value(found, "source_info", source="mcelog") == 1
     assert value(found, "build_info", version="0.1.0", xen="4.20.4") == 1
     assert value(found, "policy_info", digest="3f2a", dry_run="false") == 1
+
+
+def test_a_rejected_configuration_is_told_with_the_time_of_the_last_good_one() -> None:
+    loaded = ReloadStatus(successful=True, when=NOW - 60, last_success=NOW - 60)
+    found = read(metrics_of(replace(SNAPSHOT, reload=loaded)))
+    assert value(found, "config_last_reload_successful") == 1
+    assert value(found, "config_last_reload_success_timestamp_seconds") == NOW - 60
+    rejected = replace(loaded, successful=False, when=NOW, problems=("no",))
+    found = read(metrics_of(replace(SNAPSHOT, reload=rejected)))
+    assert value(found, "config_last_reload_successful") == 0
+    assert value(found, "config_last_reload_success_timestamp_seconds") == NOW - 60
 
 
 def test_without_a_source_or_a_page_there_are_zeros() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePath
 
 import pytest
 
+from pgofflined import cli
 from pgofflined.cli import _may_be_restarted, main
 from pgofflined.core.policy import ControlPolicy, ExchangePolicy, RelocationPolicy
 from pgofflined.daemon import EX_UNAVAILABLE, JOBS
@@ -16,6 +17,12 @@ from pgofflined.xen.monitors import LOCK
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 UNIT = SYSTEMD / "pgofflined.service"
+
+
+def commands(name: str) -> list[str]:
+    """The command lines of one setting, in their order."""
+    lines = UNIT.read_text(encoding="utf-8").splitlines()
+    return [line.partition("=")[2] for line in lines if line.startswith(f"{name}=")]
 
 
 def settings(unit: Path = UNIT) -> dict[str, list[str]]:
@@ -95,6 +102,31 @@ def test_where_a_next_daemon_may_follow_it_lets_the_guest_go_first(
         assert command == "release-monitors\n"
         [seconds] = [int(o.split("=")[1]) for o in options.split() if o.startswith("--on-active=")]
         assert seconds >= 2 * int(settings()["RestartSec"][0])
+
+
+def test_a_reload_of_a_bad_file_fails_visibly_and_the_daemon_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # systemd runs them in this order and stops at the first that fails: the daemon is told first,
+    # so that its metrics and its status say so, too.
+    signal, check = commands("ExecReload")
+    assert signal == "/bin/kill -HUP $MAINPID"
+    program, *arguments = check.split()
+    assert program == settings()["ExecStart"][0], "a dash before it would hide the failure"
+    path = tmp_path / "pgofflined.toml"
+    monkeypatch.setattr(cli, "DEFAULT_PATH", path)
+    path.write_text("[retire]\ndry_run = true\n")
+    assert main(arguments) == 0
+    assert capsys.readouterr() == ("", "")
+    path.write_text("[retire]\ndry_run = True\n")
+    assert main(arguments) == os.EX_CONFIG
+    assert f"{path}: line 2, column 11: a switch is written true" in capsys.readouterr().err
+
+
+def test_a_reload_checks_the_file_that_the_daemon_reads() -> None:
+    _, check = commands("ExecReload")
+    for command in (check, *commands("ExecStart")):
+        assert ".toml" not in command, "both go by the default, or both by the same file"
 
 
 def test_what_ends_all_tries_is_known() -> None:

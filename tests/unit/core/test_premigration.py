@@ -25,6 +25,7 @@ from pgofflined.core.premigration import (
     judge,
 )
 from pgofflined.core.relocation_outcomes import RelocationReason
+from pgofflined.core.suspending import Objection
 from pgofflined.core.xenversion import XenVersion
 
 MIB = 256  # frames
@@ -94,6 +95,10 @@ def test_a_running_guest_goes(kind: GuestKind) -> None:
         ({"has_devices": True}, RelocationReason.HAS_DEVICES),
         ({"poisoned": frozenset({BAD})}, RelocationReason.UNCORRECTED),
         (
+            {"objection": Objection(may_pass=False, detail="0")},
+            RelocationReason.NO_SUSPEND_SUPPORT,
+        ),
+        (
             {"states": {BAD: PENDING, Mfn(9): PENDING | OfflineState.BROKEN}},
             RelocationReason.BROKEN,
         ),
@@ -120,6 +125,11 @@ def test_a_page_of_the_job_with_an_uncorrected_error_that_is_out_of_use_keeps_no
     assert reason(verdict) is RelocationReason.UNCORRECTED
     assert isinstance(verdict, Never)
     assert "mfn 0x9 of d7" in verdict.detail
+
+
+def test_a_guest_that_has_not_announced_that_it_suspends_may_do_so_yet() -> None:
+    verdict = judged(objection=Objection(may_pass=True, detail="it is silent"))
+    assert verdict == NotNow(hindrance=Hindrance.SUSPEND_UNANNOUNCED, detail="it is silent")
 
 
 def test_nothing_is_read_that_is_broken_and_its_number_is_named() -> None:

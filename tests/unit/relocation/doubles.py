@@ -15,6 +15,7 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import Route, Way
 from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
 
@@ -115,6 +116,7 @@ class FakeHost:
         self.poison: dict[int, str] = {}
         self.poisoned: set[Mfn] = set()
         self.devices: set[int] = set()
+        self.support = SuspendSupport.ANNOUNCED
         self.queried = 0
         self.looked_at: Callable[[], None] = lambda: None
 
@@ -174,6 +176,10 @@ class FakeHost:
     def serves(self, domid: Domid) -> str | None:
         assert domid in self.guests
         return self.serving
+
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        assert domid in self.guests
+        return self.support
 
     def has_devices(self, domid: Domid) -> bool:
         assert domid in self.guests
