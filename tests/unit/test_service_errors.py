@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field, replace
@@ -262,6 +263,23 @@ async def test_a_storm_of_corrected_errors_leaves_a_few_lines_and_their_number(
         assert len([message for message, _ in scene.entries if "is kept" in message]) == 20
         assert scene.service.counters.reports["corrected", "simulated"] == 50
     assert scene.of(Event.ERROR_SEEN)[-1][0] == "30 such entries were left out"
+
+
+async def test_a_storm_of_garbage_and_losses_leaves_a_few_lines_and_their_number(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as scene:
+        for _ in range(50):
+            scene.telemetry.push_garbage(b"")
+            # Entries that Xen had no room for: MCINFO_FLAGS_UNCOMPLETE.
+            scene.telemetry.push_garbage(struct.pack("<II", 0, 1).ljust(768, b"\0"))
+        await scene.until(lambda: scene.service.counters.undecodable.total() == 50)
+        await scene.settled()
+        for kind in (Event.RECORD_UNDECODABLE, Event.RECORDS_LOST):
+            assert len(scene.of(kind)) == 20
+        assert scene.service.snapshot().lost["incomplete"] == 50
+    assert scene.of(Event.RECORD_UNDECODABLE)[-1][0] == "31 such entries were left out"
+    assert scene.of(Event.RECORDS_LOST)[-1][0] == "30 such entries were left out"
 
 
 async def test_no_verdict_is_left_out_for_a_storm_and_none_is_said_twice(tmp_path: Path) -> None:
