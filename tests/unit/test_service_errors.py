@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC
 from pathlib import Path
 
+import pytest
+
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Maddr, Mfn, Pfn, maddr_of
 from pgofflined.core.machine import CpuVendor, Machine
 from pgofflined.core.policy import ControlPolicy, MetricsPolicy, Policy, RetirePolicy
+from pgofflined.core.reports import CorrectedPageError
 from pgofflined.core.units import AmountOfMemory
 from pgofflined.demo import SimulatedRelocator
 from pgofflined.journal_log import FieldHandler
@@ -253,12 +256,21 @@ async def test_uncorrected_error_beyond_the_hosts_memory_is_no_pages(tmp_path: P
 
 
 async def test_a_storm_of_corrected_errors_leaves_a_few_lines_and_their_number(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    built = []
+    describe = CorrectedPageError.describe
+
+    def noted(report: CorrectedPageError) -> str:
+        built.append(report.mfn)
+        return describe(report)
+
+    monkeypatch.setattr(CorrectedPageError, "describe", noted)
     async with running(tmp_path) as scene:
         for mfn in scene.frames(50):
             scene.telemetry.push_corrected(maddr_of(mfn))
         await scene.settled()
+        assert len(built) == 20, "sentences were built to be thrown away"
         assert len(scene.of(Event.ERROR_SEEN)) == 20
         assert len([message for message, _ in scene.entries if "is kept" in message]) == 20
         assert scene.service.counters.reports["corrected", "simulated"] == 50
