@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import struct
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC
 from pathlib import Path
 
+import pytest
+
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Maddr, Mfn, Pfn, maddr_of
 from pgofflined.core.machine import CpuVendor, Machine
 from pgofflined.core.policy import ControlPolicy, MetricsPolicy, Policy, RetirePolicy
+from pgofflined.core.reports import CorrectedPageError
 from pgofflined.core.units import AmountOfMemory
 from pgofflined.demo import SimulatedRelocator
 from pgofflined.journal_log import FieldHandler
@@ -252,16 +256,42 @@ async def test_uncorrected_error_beyond_the_hosts_memory_is_no_pages(tmp_path: P
 
 
 async def test_a_storm_of_corrected_errors_leaves_a_few_lines_and_their_number(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    built = []
+    describe = CorrectedPageError.describe
+
+    def noted(report: CorrectedPageError) -> str:
+        built.append(report.mfn)
+        return describe(report)
+
+    monkeypatch.setattr(CorrectedPageError, "describe", noted)
     async with running(tmp_path) as scene:
         for mfn in scene.frames(50):
             scene.telemetry.push_corrected(maddr_of(mfn))
         await scene.settled()
+        assert len(built) == 20, "sentences were built to be thrown away"
         assert len(scene.of(Event.ERROR_SEEN)) == 20
         assert len([message for message, _ in scene.entries if "is kept" in message]) == 20
         assert scene.service.counters.reports["corrected", "simulated"] == 50
     assert scene.of(Event.ERROR_SEEN)[-1][0] == "30 such entries were left out"
+
+
+async def test_a_storm_of_garbage_and_losses_leaves_a_few_lines_and_their_number(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as scene:
+        for _ in range(50):
+            scene.telemetry.push_garbage(b"")
+            # Entries that Xen had no room for: MCINFO_FLAGS_UNCOMPLETE.
+            scene.telemetry.push_garbage(struct.pack("<II", 0, 1).ljust(768, b"\0"))
+        await scene.until(lambda: scene.service.counters.undecodable.total() == 50)
+        await scene.settled()
+        for kind in (Event.RECORD_UNDECODABLE, Event.RECORDS_LOST):
+            assert len(scene.of(kind)) == 20
+        assert scene.service.snapshot().lost["incomplete"] == 50
+    assert scene.of(Event.RECORD_UNDECODABLE)[-1][0] == "31 such entries were left out"
+    assert scene.of(Event.RECORDS_LOST)[-1][0] == "30 such entries were left out"
 
 
 async def test_no_verdict_is_left_out_for_a_storm_and_none_is_said_twice(tmp_path: Path) -> None:

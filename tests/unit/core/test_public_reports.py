@@ -258,7 +258,7 @@ def test_kernel_record_says_itself_that_there_is_no_error_recovery() -> None:
     record = xen_mce_of(error, cpuvendor=0, mcg_cap=WITHOUT_SER_P)
     [report] = classify(decode_xen_mce(record), INTEL)
     assert isinstance(report, CorrectedPageError)
-    assert report.mfn == 0x4A9F3B
+    assert (report.mfn, report.granularity) == (0x4A9F3B, 4096)
 
 
 @pytest.mark.parametrize("code", [0x0280, 0x0290, 0x02A5, 0x02B1, 0x02CF, 0x1290])
@@ -278,6 +278,8 @@ DEFERRED_DRAM = 0x9400_1000_0008_0813
     [
         (K8, 0x9400_4000_0000_0813, 4, "corrected", True),  # plain ECC
         (K8, 0x9400_4000_0008_0813, 4, "corrected", True),  # chipkill
+        (K8, 0x9400_4000_0030_0813, 4, "corrected", True),  # bits 20 and up are no code there
+        (AMD_10H, 0x9400_4000_0018_0813, 4, "not_memory", False),
         (K8, 0x9400_4000_0000_0813, 3, "not_memory", False),
         (K8, 0x9400_4000_0000_0C0F, 4, "not_memory", False),  # not about memory
         (K8, 0x9400_4000_0005_0813, 4, "not_memory", False),  # GART
