@@ -222,7 +222,7 @@ async def _serve(
     )
     service = Service(world, policy)
     current.append(service)
-    leftovers.hand_over(service.retirer.exchanging, service.retirer.aftercare)
+    leftovers.hand_over(service.retirer.care)
     _tell_started(policy, xen, service)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

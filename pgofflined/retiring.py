@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from typing import assert_never
 
-from pgofflined.aftercare import Aftercare
+from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import PortError
@@ -30,6 +30,7 @@ from pgofflined.core.outcomes import (
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationOutcome
 from pgofflined.exchanging import Exchanging
+from pgofflined.guestcare import GuestCare
 from pgofflined.journal_log import event
 from pgofflined.ledger import Ledger, tell
 from pgofflined.ports import Clock, Hypervisor, Journal
@@ -70,7 +71,7 @@ class Retirer:
         clock: Clock,
         policy: Policy,
         ledger: Ledger,
-        late_look: float = 5.0,
+        times: CareTimes = CareTimes(),  # noqa: B008 - it does not change
     ) -> None:
         self.ledger = ledger
         self.policy = policy
@@ -83,7 +84,14 @@ class Retirer:
             policy=lambda: self.policy.exchange,
             poisoned=lambda: frozenset(self.poisoned),
         )
-        self.aftercare = Aftercare(xen, clock, interval=late_look, ended=self.exchanging.done_with)
+        self.aftercare = Aftercare(
+            xen,
+            clock,
+            times=times,
+            ended=self.exchanging.done_with,
+            keep=self.exchanging.keep_asked,
+        )
+        self.care = GuestCare(self.exchanging, self.aftercare)
         self.idle_scrub = 0
         self._xen = xen
         self._clock = clock
@@ -136,8 +144,8 @@ class Retirer:
         self.ledger.begin_again()
         while not self._stopping:
             self._wake.clear()
-            if self._has_guests_to_look_after():
-                await asyncio.to_thread(self._look_after)
+            if self.care:
+                await asyncio.to_thread(self.care.look)
             due = self.ledger.due(_ROUND)
             if due:
                 self._triage_began = self._clock.monotonic()
@@ -150,14 +158,12 @@ class Retirer:
                 async with asyncio.timeout(self._seconds_to_sleep()):
                     await self._wake.wait()
 
-    def _has_guests_to_look_after(self) -> bool:
-        return bool(self.aftercare) or self.exchanging.has_rest
-
     def _seconds_to_sleep(self) -> float | None:
         due = self.ledger.seconds_to_next()
-        if not self._has_guests_to_look_after():
+        if not self.care:
             return due
-        return self.aftercare.interval if due is None else min(due, self.aftercare.interval)
+        interval = self.care.times.interval
+        return interval if due is None else min(due, interval)
 
     def seconds_in_triage(self) -> float:
         """For how long the triage under way has waited for Xen; 0 without one."""
@@ -165,23 +171,22 @@ class Retirer:
         return 0.0 if began is None else self._clock.monotonic() - began
 
     def stop(self) -> None:
-        """Begin nothing new; ``run`` returns."""
+        """Begin nothing new; ``run`` returns.  What guests are owed then is ``care``'s."""
         self._stopping = True
         self._wake.set()
 
     def recover(self) -> None:
         """End what an earlier process left of exchanges; makes hypercalls, for a thread."""
-        self.aftercare.note_recovered(self.exchanging.recover())
-
-    def _look_after(self) -> None:
-        if self.exchanging.has_rest:
-            self.aftercare.note_recovered(self.exchanging.recover_rest())
-        self.aftercare.look()
+        self.care.recover()
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""
         self.aftercare.note(
-            job, report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late
+            job,
+            report.domain,
+            stuck=report.stuck,
+            may_suspend_late=report.may_suspend_late,
+            standing=report.standing,
         )
         for result in report.results:
             self._exchange_result(job, report.domain, result)
@@ -207,7 +212,7 @@ class Retirer:
                 gone = mfns
             case NotRelocated(mfns=kept, offlined=gone):
                 if outcome.stuck is not None:
-                    self.aftercare.stuck[domain] = outcome.stuck
+                    self.aftercare.leave_to_operator(domain, outcome.stuck)
                 for mfn in kept:
                     self.ledger.leave(mfn, outcome.reason.value, outcome.detail, marked=True)
             case _:
@@ -220,7 +225,7 @@ class Retirer:
     def save_failed(self, domain: DomainIdentity) -> None:
         """Look after a guest that was asked to suspend itself for a save, which has failed."""
         self.exchanging.hold_off(domain)
-        self.aftercare.note("save", domain, stuck=None, may_suspend_late=True)
+        self.aftercare.note("save", domain, stuck=None, may_suspend_late=True, is_kept=False)
         self._wake.set()
 
     def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pgofflined import __version__
+from pgofflined.aftercare import CareTimes
 from pgofflined.control import ControlServer
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
@@ -23,6 +24,7 @@ from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.policy import Policy, effective
 from pgofflined.core.relocation_outcomes import MigrationOutcome, RelocationOutcome
 from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
+from pgofflined.guestcare import see_out
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
 from pgofflined.journal_log import event
@@ -75,6 +77,7 @@ class World:
     journal: Journal
     notifier: Notifier
     saves: Saves = field(default_factory=Saves)
+    times: CareTimes = CareTimes()
     source_opened: Callable[[TelemetrySource], None] = lambda _source: None
     source_broken: Callable[[TelemetrySource], None] = lambda _source: None
 
@@ -119,6 +122,7 @@ class Service:
             clock=world.clock,
             policy=policy,
             ledger=Ledger(world.store, world.clock, world.store.load_pages()),
+            times=world.times,
         )
         self.retirer.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
         self.intake = Intake(
@@ -157,7 +161,11 @@ class Service:
         self._connect(policy)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serve until ``stop`` is set, then end what is under way and come back."""
+        """Serve until ``stop`` is set, then end what is under way and come back.
+
+        Not before every guest runs that may stand still because of us, as far as
+        ``World.times.stop`` allows.
+        """
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
@@ -182,7 +190,7 @@ class Service:
             relocations.cancel()
             self.retirer.stop()
             self.pool.stop()
-            await asyncio.wait([*work, relocations])
+            await see_out(self.retirer.care, [*work, relocations])
             for task in rest:
                 task.cancel()
 
@@ -245,7 +253,7 @@ class Service:
             snapshot,
             attention=attention(
                 snapshot,
-                stuck=self.retirer.aftercare.stuck,
+                stuck={domain: one.text for domain, one in self.retirer.care.stuck.items()},
                 version=self._xen_version,
                 trouble=self._world.store.trouble,
                 saves=(*self.relocation.overdue(), *self._saves.lines),

@@ -128,12 +128,26 @@ class Blackout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What of a guest's standing still is ours, where it could not be resumed.
+
+    ``paused``: our pause may not have been taken back.  ``cpu_time`` is the processor time in ns
+    that the guest had used when it was held: with more it has run since, and whoever has stopped it
+    again was not we.  None where it is not known.
+    """
+
+    paused: bool = False
+    cpu_time: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeReport:
     """One job: all pages of one domain in one suspend.
 
     ``blackout`` is None where the guest was never suspended.  ``stuck`` says what keeps the
-    guest from running if our own clean-up failed; an operator has to act then.
-    ``may_suspend_late`` says that the guest has read our request and may still follow it.
+    guest from running if our own clean-up failed; an operator has to act then, and ``standing``
+    says what may be taken back.  ``may_suspend_late`` says that the guest has read our request and
+    may still follow it.
     """
 
     domain: DomainIdentity
@@ -141,3 +155,4 @@ class ExchangeReport:
     blackout: Blackout | None
     stuck: str | None = None
     may_suspend_late: bool = False
+    standing: Standing = Standing()

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from pgofflined.aftercare import Aftercare
+from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.outcomes import Standing
 from pgofflined.ports import SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor
 from pgofflined.sim.journal import MemoryJournal
@@ -19,11 +20,18 @@ def held() -> SmallHost:
     return small
 
 
+def ours(small: SmallHost) -> Standing:
+    """Both are ours: the suspend, and a pause that could not be taken back."""
+    return Standing(paused=True, cpu_time=small.host.domain(small.pv).cpu_time)
+
+
 def caring(small: SmallHost, *plan: Fault) -> Aftercare:
     xen = FaultyHypervisor(small.host, *plan)
-    aftercare = Aftercare(xen, small.host.clock, interval=5, ended=MemoryJournal().done_with)
+    aftercare = Aftercare(xen, small.host.clock, times=CareTimes(), ended=MemoryJournal().done_with)
     domain = small.host.domain(small.pv).identity
-    aftercare.note("x1", domain, stuck="could not unpause it", may_suspend_late=False)
+    aftercare.note(
+        "x1", domain, stuck="could not unpause it", may_suspend_late=False, standing=ours(small)
+    )
     return aftercare
 
 
@@ -62,7 +70,9 @@ def test_a_guest_that_somebody_has_helped_is_left_alone(held: SmallHost) -> None
 
 def test_a_guest_that_suspends_late_is_resumed(held: SmallHost) -> None:
     held.host.unpause(held.pv)
-    aftercare = Aftercare(held.host, held.host.clock, interval=5, ended=MemoryJournal().done_with)
+    aftercare = Aftercare(
+        held.host, held.host.clock, times=CareTimes(), ended=MemoryJournal().done_with
+    )
     domain = held.host.domain(held.pv).identity
     aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
     aftercare.look()
@@ -72,7 +82,9 @@ def test_a_guest_that_suspends_late_is_resumed(held: SmallHost) -> None:
 
 def test_a_guest_that_may_suspend_late_is_given_up_after_a_while() -> None:
     small = small_host()
-    aftercare = Aftercare(small.host, small.host.clock, interval=5, ended=MemoryJournal().done_with)
+    aftercare = Aftercare(
+        small.host, small.host.clock, times=CareTimes(), ended=MemoryJournal().done_with
+    )
     domain = small.host.domain(small.pv).identity
     aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
     aftercare.look()
@@ -91,9 +103,11 @@ def test_a_guest_that_somebody_saves_is_let_go_only_when_he_has_ended(
     guest = held.host.simulated(held.pv)
     guest.somebody = "process 5 (xl save)"
     xen = FaultyHypervisor(held.host)
-    aftercare = Aftercare(xen, held.host.clock, interval=5, ended=MemoryJournal().done_with)
+    aftercare = Aftercare(xen, held.host.clock, times=CareTimes(), ended=MemoryJournal().done_with)
     domain = held.host.domain(held.pv).identity
-    aftercare.note("x1", domain, stuck=stuck, may_suspend_late=stuck is None)
+    aftercare.note(
+        "x1", domain, stuck=stuck, may_suspend_late=stuck is None, standing=Standing(paused=True)
+    )
     aftercare.look()
     assert not {"resume", "unpause"} & set(xen.trace.methods)
     assert aftercare
@@ -107,9 +121,9 @@ def test_a_guest_that_somebody_saves_is_let_go_only_when_he_has_ended(
 def test_a_guest_that_stands_still_is_never_given_up(trouble: str) -> None:
     small = small_host()
     guest = small.host.simulated(small.pv)
-    xen = FaultyHypervisor(small.host, *[Fault(method="resume", times=2)][: trouble == "xen"])
+    xen = FaultyHypervisor(small.host, *[Fault(method="resume", times=20)][: trouble == "xen"])
     ended: list[DomainIdentity] = []
-    aftercare = Aftercare(xen, small.host.clock, interval=5, ended=ended.append)
+    aftercare = Aftercare(xen, small.host.clock, times=CareTimes(), ended=ended.append)
     domain = small.host.domain(small.pv).identity
     aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
     small.host.suspend(small.pv, SuspendLimits())

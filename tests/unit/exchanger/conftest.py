@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pgofflined.aftercare import Aftercare
+from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import ExchangeReport
@@ -91,16 +91,20 @@ class Bench:
         care = Aftercare(
             self.host,
             self.host.clock,
-            interval=5,
+            times=CareTimes(),
             ended=ended or self.journal.done_with,
         )
         for report in reports:
             care.note(
-                "test", report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late
+                "test",
+                report.domain,
+                stuck=report.stuck,
+                may_suspend_late=report.may_suspend_late,
+                standing=report.standing,
             )
         while care:
             care.look()
-            self.host.clock.wait(care.interval)
+            self.host.clock.wait(care.times.interval)
 
     def exchange(self, mfns: Sequence[Mfn], xen: Hypervisor | None = None) -> ExchangeReport:
         return exchange(
