@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo, ShutdownReason
@@ -25,8 +25,8 @@ from pgofflined.ports import Clock, DomainControl
 
 log = logging.getLogger(__name__)
 
-# The two limits of a request by default (``core.policy``), which are over when a job of this process
-# leaves its guest.  Of another process it is known when it asked, and no more.
+# The two limits of a request by default (``core.policy``), which are over when a job of this
+# process leaves its guest.  Of another process it is known when it asked, and no more.
 _LIMITS = 70.0
 
 
@@ -88,7 +88,7 @@ class _Case:
     until: float
     at_stop: float
     stuck: StuckGuest | None = None
-    standing: Standing = Standing()
+    standing: Standing = field(default_factory=Standing)
     is_ours: bool = True
     is_kept: bool = True
     stands: bool = False
@@ -208,7 +208,7 @@ class Aftercare:
 
     def take_over(self, earlier: Aftercare) -> None:
         """Look after the guests of another of this process, which must not be used any more."""
-        for domain, case in earlier._cases.items():  # noqa: SLF001 - it is one of us
+        for domain, case in earlier._cases.items():
             self._put(domain, case)
 
     def _stuck(self, why: str | None) -> StuckGuest | None:
@@ -265,7 +265,7 @@ class Aftercare:
         return self._let_go(info, case)
 
     def _is_settled(self, domain: DomainIdentity) -> bool:
-        """Whether what was left to a person is done: one domain of the guest runs, or there is none.
+        """Whether what was left to a person is done: one domain of the guest runs, or none is left.
 
         By its uuid, for a migration may have left two of them, or it may be another by now.
         """
@@ -293,10 +293,8 @@ class Aftercare:
             return _Found.WAITS, replace(
                 case, until=math.inf, stuck=stuck, standing=replace(standing, paused=kept.paused)
             )
-        was = (
-            "still suspended on our request" if case.stuck is None else "held, could not be let go"
-        )
-        message = f"d{domid}, which was {was}, was resumed"
+        was = "was still suspended on our request" if case.stuck is None else "could not be let go"
+        message = f"d{domid}, which {was}, was resumed"
         event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)
         return _Found.ENDED, case
 

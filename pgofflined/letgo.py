@@ -28,19 +28,24 @@ def let_go(
     paused: bool = False,
     before: Callable[[], None] = nothing,
 ) -> Kept | None:
-    """Take our pause back and resume the guest; what is wrong if that cannot be done.
+    """Resume the guest and take our pause back; what is wrong if that cannot be done.
+
+    In this order: a guest that was not run since is then paused by us as long as it is suspended,
+    so that any other pause is known for somebody else's, wherever we are killed.
 
     Without ``paused`` it is not certain that we have paused it, and Xen is asked first.  ``told``
-    is to follow, when it runs and there is time.  ``before`` is called just before it runs.
+    is to follow, when it runs and there is time.  ``before`` is called just before it runs, or may.
     """
+    resuming = resume_only(xen, domid, before)
     certain = iter([paused])
 
     def unpause() -> None:
         # The reply to the first try may be lost: whether it is still paused is asked then.
         if next(certain, False) or xen.condition(domid).paused:
+            before()
             xen.unpause(domid)
 
-    return _both(_insist(unpause, "unpause"), resume_only(xen, domid, before))
+    return _both(_insist(unpause, "unpause"), resuming)
 
 
 def unpause_only(xen: DomainControl, domid: Domid) -> Kept | None:

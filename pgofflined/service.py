@@ -77,7 +77,7 @@ class World:
     journal: Journal
     notifier: Notifier
     saves: Saves = field(default_factory=Saves)
-    times: CareTimes = CareTimes()
+    times: CareTimes = field(default_factory=CareTimes)
     source_opened: Callable[[TelemetrySource], None] = lambda _source: None
     source_broken: Callable[[TelemetrySource], None] = lambda _source: None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import assert_never
 
@@ -155,4 +155,4 @@ class ExchangeReport:
     blackout: Blackout | None
     stuck: str | None = None
     may_suspend_late: bool = False
-    standing: Standing = Standing()
+    standing: Standing = field(default_factory=Standing)

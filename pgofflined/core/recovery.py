@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pgofflined.core.domains import DomainIdentity
@@ -48,6 +48,6 @@ class RecoveryReport:
     results: tuple[PageResult, ...] = ()
     stuck: str | None = None
     may_suspend_late: bool = False
-    standing: Standing = Standing()
+    standing: Standing = field(default_factory=Standing)
     asked: float | None = None
     is_whole: bool = False

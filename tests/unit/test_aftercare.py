@@ -35,6 +35,11 @@ def caring(small: SmallHost, *plan: Fault) -> Aftercare:
     return aftercare
 
 
+def plain(small: SmallHost) -> Aftercare:
+    host = small.host
+    return Aftercare(host, host.clock, times=CareTimes(), ended=MemoryJournal().done_with)
+
+
 def runs(small: SmallHost) -> bool:
     info = small.host.domain(small.pv)
     return info.shutdown is None and not info.paused
@@ -70,9 +75,7 @@ def test_a_guest_that_somebody_has_helped_is_left_alone(held: SmallHost) -> None
 
 def test_a_guest_that_suspends_late_is_resumed(held: SmallHost) -> None:
     held.host.unpause(held.pv)
-    aftercare = Aftercare(
-        held.host, held.host.clock, times=CareTimes(), ended=MemoryJournal().done_with
-    )
+    aftercare = plain(held)
     domain = held.host.domain(held.pv).identity
     aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
     aftercare.look()
@@ -82,9 +85,7 @@ def test_a_guest_that_suspends_late_is_resumed(held: SmallHost) -> None:
 
 def test_a_guest_that_may_suspend_late_is_given_up_after_a_while() -> None:
     small = small_host()
-    aftercare = Aftercare(
-        small.host, small.host.clock, times=CareTimes(), ended=MemoryJournal().done_with
-    )
+    aftercare = plain(small)
     domain = small.host.domain(small.pv).identity
     aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
     aftercare.look()

@@ -87,7 +87,7 @@ class Bench:
         *,
         ended: Callable[[DomainIdentity], None] | None = None,
     ) -> None:
-        """Until no guest needs it."""
+        """Until no guest needs it; one that somebody has paused may need it for ever."""
         care = Aftercare(
             self.host,
             self.host.clock,
@@ -102,7 +102,8 @@ class Bench:
                 may_suspend_late=report.may_suspend_late,
                 standing=report.standing,
             )
-        while care:
+        until = self.host.clock.monotonic() + 4 * care.times.late
+        while care and self.host.clock.monotonic() < until:
             care.look()
             self.host.clock.wait(care.times.interval)
 
