@@ -29,10 +29,15 @@ log = logging.getLogger(__name__)
 _STOPS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
+# Between two tries to get the lock.
+_AGAIN: Final = 0.1
+
+
 @contextmanager
-def only_daemon(path: Path) -> Iterator[bool]:
+def only_daemon(path: Path, *, wait: float = 0.0) -> Iterator[bool]:
     """Be the one daemon of this host, as long as the process lives; False where another is.
 
+    For ``wait`` seconds it is tried again: what recovers guests after a stop has the lock, too.
     Where no lock can be had it is told, and this is taken for the only one: no record that another
     process has open is touched all the same.
     """
@@ -42,9 +47,7 @@ def only_daemon(path: Path) -> Iterator[bool]:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        is_only = False
+        is_only = _lock(descriptor, wait)
     except OSError as error:
         log.error("%s cannot be locked (%s): see that no other pgofflined runs", path, error)
     try:
@@ -52,6 +55,20 @@ def only_daemon(path: Path) -> Iterator[bool]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: float) -> bool:
+    """Raises OSError where there is no locking at all."""
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_AGAIN)
+        else:
+            return True
 
 
 class Leftovers:

@@ -16,7 +16,7 @@ import pytest
 from pgofflined.core.errors import PortError
 from pgofflined.daemon import EX_UNAVAILABLE, LOCK, STATE, Host, HostClock, start
 from pgofflined.jobstore import JobStore
-from pgofflined.ports import Hypervisor
+from pgofflined.ports import Hypervisor, nothing
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.store import Store, read_boot_id
 from tests.crash.killing import PAGES, MortalJournal, run
@@ -60,7 +60,9 @@ class Found:
     def start(self) -> int:
         host = Host(
             open_xen=lambda: self.bench.host,
+            restore_affinity=nothing,
             release_monitors=self._release,
+            lock_wait=0.2,
             directory=self.directory,
             clock=Clock(self.bench),
         )
