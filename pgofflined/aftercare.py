@@ -60,10 +60,14 @@ class StuckGuest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftGuest:
-    """A guest that is not seen to the end, and what a person can do."""
+    """A guest that is not seen to the end, and what a person can do.
+
+    ``is_kept``: a later process knows of it and goes on.
+    """
 
     domain: DomainIdentity
     text: str
+    is_kept: bool
 
 
 class _Found(Enum):
@@ -145,7 +149,9 @@ class Aftercare:
     def left(self) -> Sequence[LeftGuest]:
         """The guests that are left to a person, should nobody go on looking."""
         return [
-            LeftGuest(domain=domain, text=_left(domain, case))
+            LeftGuest(
+                domain=domain, text=_left(domain, case), is_kept=case.is_ours and case.is_kept
+            )
             for domain, case in self._cases.items()
         ]
 

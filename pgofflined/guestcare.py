@@ -75,7 +75,11 @@ class GuestCare:
         return [
             *by_care,
             *(
-                LeftGuest(domain=domain, text=f"{detail}; if it stays, {by_hand(domain.domid)}")
+                LeftGuest(
+                    domain=domain,
+                    text=f"{detail}; if it stays so, {by_hand(domain.domid)}",
+                    is_kept=True,
+                )
                 for domain, detail in self.exchanging.left()
                 if domain not in seen
             ),
@@ -86,10 +90,9 @@ class GuestCare:
         left = self.left()
         for guest in left:
             domid = guest.domain.domid
-            message = (
-                f"pgofflined ends and leaves a guest: {guest.text}. Its record is kept, and the "
-                "next start goes on with it"
-            )
+            message = f"pgofflined ends and leaves a guest: {guest.text}"
+            if guest.is_kept:
+                message += ". Its record is kept, and the next start goes on with it"
             event(log, logging.CRITICAL, Event.GUEST_LEFT, message, domid=domid)
         return bool(left)
 

@@ -138,3 +138,62 @@ def test_a_guest_that_stands_still_is_never_given_up(trouble: str) -> None:
     aftercare.look()
     assert runs(small)
     assert ended == [domain]
+
+
+def test_what_is_shown_does_not_change_while_guests_are_looked_at(held: SmallHost) -> None:
+    aftercare = caring(held)
+    shown = iter(aftercare.stuck.items())
+    aftercare.look()
+    assert [one.text for _, one in shown] == ["could not unpause it"]
+    assert aftercare.stuck == {}
+
+
+def test_a_guest_that_is_left_to_a_person_is_shown_until_it_runs_and_never_touched(
+    held: SmallHost,
+) -> None:
+    aftercare = plain(held)
+    domain = held.host.domain(held.pv).identity
+    aftercare.leave_to_operator(domain, "it may run elsewhere")
+    began = aftercare.stuck[domain].since
+    held.host.clock.wait(10_000)
+    aftercare.look()
+    assert not runs(held)
+    assert not aftercare.holds_up_a_stop
+    assert aftercare.stuck[domain].since == began
+    assert [(guest.text, guest.is_kept) for guest in aftercare.left()] == [
+        ("it may run elsewhere", False)
+    ]
+    held.host.unpause(held.pv)
+    held.host.resume(held.pv)
+    aftercare.look()
+    assert not aftercare
+
+
+def test_a_guest_that_somebody_has_paused_may_follow_when_it_runs_again(held: SmallHost) -> None:
+    held.host.resume(held.pv)
+    aftercare = plain(held)
+    domain = held.host.domain(held.pv).identity
+    aftercare.note("x1", domain, stuck=None, may_suspend_late=True)
+    for _ in range(3):
+        held.host.clock.wait(299)
+        aftercare.look()
+    held.host.unpause(held.pv)
+    held.host.suspend(held.pv, SuspendLimits())
+    held.host.clock.wait(299)
+    aftercare.look()
+    assert runs(held)
+    assert not aftercare
+
+
+def test_a_guest_that_was_held_and_has_run_is_nobodys_concern_when_it_is_suspended_again(
+    held: SmallHost,
+) -> None:
+    aftercare = plain(held)
+    domain = held.host.domain(held.pv).identity
+    aftercare.note("x1", domain, stuck=None, may_suspend_late=True, standing=ours(held))
+    held.host.unpause(held.pv)
+    held.host.resume(held.pv)
+    held.host.suspend(held.pv, SuspendLimits())
+    aftercare.look()
+    assert not runs(held)
+    assert not aftercare
