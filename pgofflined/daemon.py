@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from pgofflined import __version__
+from pgofflined.affinitynote import AffinityFile
+from pgofflined.aftercare import CareTimes
 from pgofflined.config import EX_CONFIG, ConfigError, Configuration, load
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError, SourceUnavailable
@@ -44,7 +46,7 @@ from pgofflined.store import Store, StoreInUse, read_boot_id
 from pgofflined.uncorrected import stored_poison
 from pgofflined.xen.abi.mca import VIRQ_MCA
 from pgofflined.xen.ends import XenstoreEnds
-from pgofflined.xen.hypervisor import XenHypervisor, release_monitors
+from pgofflined.xen.hypervisor import XenHypervisor, release_monitors, restore_affinity
 from pgofflined.xen.process import leave_no_core
 from pgofflined.xen.telemetry import McelogSource, NativeSource
 
@@ -55,6 +57,7 @@ _RUN: Final = Path("/run/pgofflined")
 JOBS: Final = _RUN / "jobs"
 STATE: Final = "state.db"
 LOCK: Final = "lock"
+AFFINITY: Final = "affinity"
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
@@ -74,15 +77,29 @@ class HostClock:
         time.sleep(seconds)
 
 
+def _open_xen() -> Hypervisor:
+    return XenHypervisor(AffinityFile(_RUN / AFFINITY))
+
+
+def _restore_affinity() -> None:
+    restore_affinity(AffinityFile(_RUN / AFFINITY))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What the daemon needs of the host before it knows its configuration."""
+    """What the daemon needs of the host before it knows its configuration.
 
-    open_xen: Callable[[], Hypervisor] = XenHypervisor
+    ``lock_wait``: seconds for which another process that has the lock is waited for.
+    """
+
+    open_xen: Callable[[], Hypervisor] = _open_xen
+    restore_affinity: Callable[[], object] = _restore_affinity
     release_monitors: Callable[[], object] = release_monitors
     open_ends: Callable[[], DomainEnds] = XenstoreEnds
     directory: Path = _RUN
     clock: Clock = field(default_factory=HostClock)
+    times: CareTimes = field(default_factory=CareTimes)
+    lock_wait: float = 20.0
 
 
 class _NoRelocator:
@@ -150,7 +167,7 @@ def run(config_path: Path) -> int:
 
 def start(config_path: Path, host: Host) -> int:
     """Be the only daemon, end what an earlier one left of exchanges, then serve."""
-    with only_daemon(host.directory / LOCK) as is_only:
+    with only_daemon(host.directory / LOCK, wait=host.lock_wait) as is_only:
         if not is_only:
             log.critical(
                 "pgofflined cannot start: another one runs on this host (it has locked %s); stop "
@@ -171,14 +188,11 @@ def _start_alone(config_path: Path, host: Host) -> int:
         is_bad = _load_or_tell(config_path) is None
         # A configuration with mistakes ends all tries, unless a guest may wait for us.
         return EX_CONFIG if is_bad and not any(jobs.glob("*")) else EX_UNAVAILABLE
-    leftovers = Leftovers(xen, journal, host.clock, lambda: _poison(host.directory))
-    leftovers.recover()
-    # Not before: a monitor that goes on while its guest stands still is lost.
-    _release_monitors(host)
+    leftovers = recover_first(host, xen, journal)
     configuration = _load_or_tell(config_path)
     if configuration is None:
-        leftovers.see_out()
-        return EX_CONFIG
+        # As above: with a guest that still waits for us, it is tried again.
+        return EX_CONFIG if leftovers.see_out() else EX_UNAVAILABLE
     try:
         return asyncio.run(_serve(config_path, configuration, host, xen, journal, leftovers))
     except (PortError, StoreInUse, CannotListen, ValueError) as error:
@@ -188,6 +202,21 @@ def _start_alone(config_path: Path, host: Host) -> int:
     except Exception:  # a fault of ours is told by who called, after the guests
         leftovers.see_out()
         raise
+
+
+def recover_first(host: Host, xen: Hypervisor, journal: Journal) -> Leftovers:
+    """Try once to end whatever an earlier process has left of guests, monitors and affinities."""
+    leftovers = Leftovers(
+        xen, journal, host.clock, lambda: _poison(host.directory), times=host.times
+    )
+    leftovers.recover()
+    # Not before: a monitor that goes on while its guest stands still is lost.
+    _release_monitors(host)
+    try:
+        host.restore_affinity()
+    except PortError as error:
+        log.error("whether a vCPU of dom0 is still kept off pCPU 0 cannot be seen: %s", error)
+    return leftovers
 
 
 async def _serve(
@@ -221,12 +250,13 @@ async def _serve(
         notifier=notifier,
         saves=Saves(read_boot_id()),
         ends=host.open_ends,
+        times=host.times,
         source_opened=native.keep,
         source_broken=native.let_go,
     )
     service = Service(world, policy, configuration.warnings)
     current.append(service)
-    leftovers.hand_over(service.retirer.exchanging, service.retirer.aftercare)
+    leftovers.hand_over(service.retirer.care)
     _tell_started(policy, xen, service)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import assert_never
@@ -20,7 +20,14 @@ from pgofflined.core.policy import ExchangePolicy, Marking
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.core.suspending import Objection, SuspendSupport, ended_before, objection
 from pgofflined.journal_log import event
-from pgofflined.ports import Clock, Hypervisor, Journal, SuspendLimits, UnfinishedJob
+from pgofflined.ports import (
+    Clock,
+    Hypervisor,
+    JobRecord,
+    Journal,
+    SuspendLimits,
+    UnfinishedJob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +65,10 @@ class Exchanging:
         self._poisoned = poisoned
         self._denial = denial
         self._was_restored = was_restored
-        self._rest: list[UnfinishedJob] = []
+        # Both are replaced as a whole: the loop reads them while a thread tries again.
+        self._rest: tuple[UnfinishedJob, ...] = ()
+        self._last: Mapping[DomainIdentity, RecoveryReport] = {}
         self._tries: Counter[DomainIdentity] = Counter()
-        self._busy: dict[DomainIdentity, str] = {}
         # Jobs not ended yet, and guests that are looked after since: a new job would suspend the
         # guest for us, and who is to let it go would do so in the middle of that.
         self._unended: set[DomainIdentity] = set()
@@ -78,7 +86,7 @@ class Exchanging:
 
         It must not be used any more.
         """
-        names = ("_rest", "_tries", "_busy", "_unended", "_looked_after", "_next_try")
+        names = ("_rest", "_last", "_tries", "_unended", "_looked_after", "_next_try")
         vars(self).update({name: vars(earlier).pop(name) for name in names})
         self._took_over = True
 
@@ -141,6 +149,19 @@ class Exchanging:
         self._journal.done_with(domain)
         self._looked_after.discard(domain)
 
+    def keep_asked(self, info: DomainInfo) -> None:
+        """Have a later process know of a guest that may follow a request that was no exchange's."""
+        record = JobRecord(
+            domain=info.identity,
+            shared_info=info.shared_info,
+            cpu_time=info.cpu_time,
+            began=self._clock.monotonic(),
+        )
+        try:
+            self._journal.open(record).leave()
+        except PortError as error:
+            log.error("should this process end, nobody looks after d%d: %s", info.domid, error)
+
     def _give_up(self, unfinished: UnfinishedJob) -> None:
         # Its record must not be replaced by that of another job.
         self._unended.add(unfinished.record.domain)
@@ -179,42 +200,81 @@ class Exchanging:
         """Try the jobs again that could not be ended, if it is time for that."""
         if self._clock.monotonic() < self._next_try:
             return ()
-        rest, self._rest = self._rest, []
+        jobs = [*self._rest]
         while not self._given_up.empty():
-            rest.append(self._given_up.get())
-        return self._recover(rest)
+            jobs.append(self._given_up.get())
+            # Not to be missing for a moment, for whoever asks whether there are any.
+            self._rest = tuple(jobs)
+        return self._recover(jobs)
 
     @property
     def has_rest(self) -> bool:
         """Whether there are jobs to try again."""
         return bool(self._rest) or not self._given_up.empty()
 
+    @property
+    def holds_up_a_stop(self) -> bool:
+        """Whether trying again may help one of them: not where only a person can."""
+        return not self._given_up.empty() or any(
+            not self._is_held(unfinished.record.domain) for unfinished in self._rest
+        )
+
+    def left(self) -> Sequence[tuple[DomainIdentity, str]]:
+        """The jobs that are not ended, and how far that is."""
+        domains = [unfinished.record.domain for unfinished in self._rest]
+        last = self._last
+        return [(domain, last[domain].detail) for domain in domains if domain in last]
+
+    def _is_held(self, domain: DomainIdentity) -> bool:
+        last = self._last.get(domain)
+        return last is not None and last.outcome is Recovered.HELD
+
     def _recover(self, jobs: Sequence[UnfinishedJob]) -> tuple[RecoveryReport, ...]:
         self._next_try = self._clock.monotonic() + RECOVERY_SECONDS
-        reports = []
         self._unended.update(unfinished.record.domain for unfinished in jobs)
-        for unfinished in jobs:
-            report = self._recover_one(unfinished)
-            domain = report.domain
-            rest = replace(unfinished, group=None) if report.is_whole else unfinished
-            if report.outcome is Recovered.BUSY:
+        self._rest = tuple(jobs)
+        reports = [self._recover_next(unfinished) for unfinished in jobs]
+        return tuple(report for report in reports if report is not None)
+
+    def _recover_next(self, unfinished: UnfinishedJob) -> RecoveryReport | None:
+        """Try to end a job; what became of it, if somebody has to know."""
+        report = self._recover_one(unfinished)
+        domain = report.domain
+        before = self._last.get(domain)
+        rest = replace(unfinished, group=None) if report.is_whole else unfinished
+        match report.outcome:
+            case Recovered.BUSY | Recovered.HELD:
+                self._put(domain, unfinished, rest, report)
                 # That may last for hours, and is told once.
-                if self._busy.get(domain) != report.detail:
-                    _tell(report)
-                self._busy[domain] = report.detail
-                self._rest.append(rest)
-                continue
-            _tell(report)
-            if report.outcome is Recovered.NOT_YET:
+                if before is not None and before.detail == report.detail:
+                    return None
+                _tell(report)
+                return report if report.outcome is Recovered.HELD else None
+            case Recovered.NOT_YET:
+                self._put(domain, unfinished, rest, report)
+                _tell(report)
                 self._tries[domain] += 1
-                self._rest.append(rest)
-            else:
+                return None
+            case _:
+                _tell(report)
                 del self._tries[domain]
                 if report.stuck is not None or report.may_suspend_late:
                     self.hold_off(domain)
+                self._put(domain, unfinished, None, None)
                 self._unended.discard(domain)
-                reports.append(report)
-        return tuple(reports)
+                return report
+
+    def _put(
+        self,
+        domain: DomainIdentity,
+        old: UnfinishedJob,
+        new: UnfinishedJob | None,
+        report: RecoveryReport | None,
+    ) -> None:
+        rest = [new if job is old else job for job in self._rest]
+        self._rest = tuple(job for job in rest if job is not None)
+        others = {other: last for other, last in self._last.items() if other != domain}
+        self._last = others if report is None else {**others, domain: report}
 
     def _recover_one(self, unfinished: UnfinishedJob) -> RecoveryReport:
         from pgofflined.exchanger import recover
@@ -262,7 +322,7 @@ def _tell(report: RecoveryReport) -> None:
                 event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
             else:
                 log.warning("%s; then it is tried again", message)
-        case Recovered.LEFT_ALONE | Recovered.STANDS_STILL:
+        case Recovered.LEFT_ALONE | Recovered.STANDS_STILL | Recovered.HELD:
             event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
         case _:
             assert_never(report.outcome)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pgofflined import __version__
+from pgofflined.aftercare import CareTimes
 from pgofflined.control import ControlServer
 from pgofflined.core.domains import (
     DomainIdentity,
@@ -27,6 +28,7 @@ from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.policy import Policy, effective
 from pgofflined.core.relocation_outcomes import MigrationOutcome, RelocationOutcome
 from pgofflined.core.status import FrameAnswer, OfflineAnswer, ReloadStatus, Snapshot, SourceStatus
+from pgofflined.guestcare import see_out
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
 from pgofflined.journal_log import Chatter, event
@@ -82,6 +84,7 @@ class World:
     notifier: Notifier
     saves: Saves = field(default_factory=Saves)
     ends: Callable[[], DomainEnds] | None = None
+    times: CareTimes = field(default_factory=CareTimes)
     source_opened: Callable[[TelemetrySource], None] = lambda _source: None
     source_broken: Callable[[TelemetrySource], None] = lambda _source: None
 
@@ -135,6 +138,7 @@ class Service:
             ledger=Ledger(world.store, world.clock, world.store.load_pages()),
             errors=UncorrectedErrors(world.store),
             chatter=self._chatter,
+            times=world.times,
         )
         self.retirer.consequences.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
         restored = identities_from_text(world.store.get_meta(_RESTORED) or "")
@@ -177,7 +181,11 @@ class Service:
         self._connect(policy)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serve until ``stop`` is set, then end what is under way and come back."""
+        """Serve until ``stop`` is set, then end what is under way and come back.
+
+        Not before every guest runs that may stand still because of us, as far as
+        ``World.times.stop`` allows.
+        """
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
@@ -203,7 +211,7 @@ class Service:
             relocations.cancel()
             self.retirer.stop()
             self.pool.stop()
-            await asyncio.wait([*work, relocations])
+            await see_out(self.retirer.care, [*work, relocations])
             for task in rest:
                 task.cancel()
             self._chatter.close()
@@ -271,7 +279,7 @@ class Service:
             snapshot,
             attention=attention(
                 snapshot,
-                stuck=self.retirer.aftercare.stuck,
+                stuck={domain: one.text for domain, one in self.retirer.care.stuck.items()},
                 version=self._xen_version,
                 trouble=self._world.store.trouble,
                 saves=(*self.relocation.overdue(), *self._saves.lines),

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -38,9 +37,6 @@ from pgofflined.core.pages import MFN_BITS
 from pgofflined.core.policy import ControlPolicy, effective
 
 _MAX_MFN: Final = Mfn((1 << MFN_BITS) - 1)
-
-# It is started after RestartSec (5 s), and ends what is left of exchanges before anything else.
-_NEXT_DAEMON_SECONDS: Final = 60
 
 _EXIT_STATUS: Final = """\
 exit status: 0 done; 1 failed or refused; 64 wrong usage; 69 the daemon does not run, or cannot
@@ -116,12 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     release = commands.add_parser(
         "release-monitors", help="let xl's monitors go on that a killed daemon has left stopped"
     )
-    release.add_argument(
+    release.set_defaults(perform=_release_monitors)
+
+    recover = commands.add_parser(
+        "recover", help="end what a daemon that does not run any more has left of exchanges"
+    )
+    recover.add_argument(
         "--after-stop",
         action="store_true",
-        help="as systemd runs it: in a minute, where the service may be restarted before",
+        help="as systemd runs it: once, and again in a minute, where a restart may come first",
     )
-    release.set_defaults(perform=_release_monitors)
+    recover.set_defaults(perform=_recover)
 
     # Its options are its own business, --help included.
     commands.add_parser("demo", help="see it at work on a simulated host", add_help=False)
@@ -180,45 +181,23 @@ def _check_config(options: argparse.Namespace) -> int:
     return 1 if found.warnings and options.strict else 0
 
 
-def _release_monitors(options: argparse.Namespace) -> int:
-    from pgofflined.xen.hypervisor import release_monitors, stops_monitors
+def _recover(options: argparse.Namespace) -> int:
+    from pgofflined.afterstop import main as recover_main
 
+    return recover_main(after_stop=options.after_stop)
+
+
+def _release_monitors(options: argparse.Namespace) -> int:
+    from pgofflined.xen.hypervisor import release_monitors
+
+    del options
     try:
-        later = options.after_stop and _may_be_restarted(os.environ)
-        if later and (not stops_monitors() or _release_later()):
-            return 0
         released = release_monitors()
     except PortError as error:
         return _fail(error, os.EX_UNAVAILABLE)
     if released:
         print(f"xl's monitors go on: processes {', '.join(map(str, released))}")
     return 0
-
-
-def _may_be_restarted(environ: Mapping[str, str]) -> bool:
-    """Whether systemd may start the service that has ended again (systemd.exec(5), SERVICE_RESULT).
-
-    It does not say whether it does: a stop that took too long is a failure as well, and so is one
-    too many.
-    """
-    final = (str(os.EX_USAGE), str(os.EX_CONFIG))  # RestartPreventExitStatus
-    return (
-        environ.get("SERVICE_RESULT", "success") != "success"
-        and environ.get("EXIT_STATUS") not in final
-    )
-
-
-def _release_later() -> bool:
-    """Have it done when the next daemon, if there is one, has let its guests go; False if not."""
-    command = (
-        *("systemd-run", "--quiet", "--collect", f"--on-active={_NEXT_DAEMON_SECONDS}"),
-        *(sys.executable, "-I", "-m", "pgofflined", "release-monitors"),
-    )
-    try:
-        return subprocess.run(command, check=False).returncode == 0
-    except OSError as error:
-        print(f"pgofflined: systemd-run cannot be run: {error}", file=sys.stderr)
-        return False
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import assert_never
 
@@ -133,14 +133,27 @@ class Blackout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What of a guest's standing still is ours, where it could not be resumed.
+
+    ``paused``: our pause may not have been taken back.  ``cpu_time`` is the processor time in ns
+    that the guest had used when it was held: with more it has run since, and whoever has stopped it
+    again was not we.  None where it is not known.
+    """
+
+    paused: bool = False
+    cpu_time: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeReport:
     """One job: all pages of one domain in one suspend.
 
     ``blackout`` is None where the guest was never suspended.  ``stuck`` says what keeps the
-    guest from running if our own clean-up failed; an operator has to act then.
-    ``may_suspend_late`` says that the guest has read our request and may still follow it.
-    ``ended`` says that the guest crashed, shut down or vanished after our request to suspend,
-    before we let it run again or just as it did, and what to do.
+    guest from running if our own clean-up failed; an operator has to act then, and ``standing``
+    says what may be taken back.  ``may_suspend_late`` says that the guest has read our request and
+    may still follow it.  ``ended`` says that the guest crashed, shut down or vanished after our
+    request to suspend, before we let it run again or just as it did, and what to do.
     """
 
     domain: DomainIdentity
@@ -149,3 +162,4 @@ class ExchangeReport:
     stuck: str | None = None
     may_suspend_late: bool = False
     ended: str | None = None
+    standing: Standing = field(default_factory=Standing)

@@ -241,7 +241,10 @@ def _look_at_domain(
             "failed one has left a copy, which `xl destroy` removes if it is paused"
         )
     if domain.shutdown is ShutdownReason.SUSPEND:
-        return _busy(f"d{job.domid} is suspended by somebody else; `xl resume` lets it run")
+        return _busy(
+            f"d{job.domid} is suspended by somebody else; `xl resume` (Xen 4.20 or later) lets it "
+            "run"
+        )
     if domain.shutdown is not None:
         return _busy(f"d{job.domid} is shut down ({domain.shutdown.name.lower()})")
     if domain.paused:

@@ -255,7 +255,11 @@ def _when_still(left: LeftOver, stand: Stand) -> str:
         )
     if note.phase is SavePhase.SAVED and stand is Stand.PAUSED and left.has_file:
         return _either(note)
-    lets_it_run = "`xl unpause`" if stand is Stand.PAUSED else "`xl resume`, then `xl unpause`,"
+    lets_it_run = (
+        "`xl unpause`"
+        if stand is Stand.PAUSED
+        else "`xl resume` (Xen 4.20 or later), then `xl unpause`,"
+    )
     return f"{lets_it_run} lets it run; do not restore {note.file} as well"
 
 
@@ -305,8 +309,8 @@ def when_unclear(note: SaveNote, path: str) -> str:
     if note.phase is SavePhase.SAVING:
         domid = note.domain.domid
         still = (
-            f"; if it is suspended, `xl resume {domid}`, and if it is paused, `xl unpause {domid}` "
-            f"lets it run"
+            f"; if it is suspended, `xl resume {domid}` (Xen 4.20 or later), and if it is paused, "
+            f"`xl unpause {domid}` lets it run"
         )
     elif note.phase is SavePhase.SAVED:
         still = f"; if it is still there and paused, {_either(note)}"

@@ -18,12 +18,15 @@ from pgofflined.core.errors import (
 )
 from pgofflined.core.frames import Domid
 from pgofflined.exchanger.moving import NotKept
-from pgofflined.letgo import let_go, resume_only, told, unpause_only
+from pgofflined.letgo import Kept, let_go, resume_only, told, unpause_only
 from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
 
 # libxl withdraws a request that was not followed for 60 s, and goes on where the guest is
 # suspended, for whomever (libxl_dom_suspend.c, domain_suspend_common_pvcontrol_suspending).
 _LONG = 45.0
+# A vCPU's processor time grows as long as it is on a pCPU, which the last one of a guest that has
+# just shut down is for some microseconds more.
+_LOOKS = 6
 
 
 class Holding:
@@ -42,7 +45,7 @@ class Holding:
         self.asked = 0.0
         self.held = 0.0
         self.released = 0.0
-        self.stuck: str | None = None
+        self.stuck: Kept | None = None
         self.may_suspend_late = False
         self.cpu_time: int | None = None
         self._xen = xen
@@ -85,9 +88,10 @@ class Holding:
             raise
         self.held = self._clock.monotonic()
         self.was_asked = True
+        self.cpu_time = self._used()
         try:
             with kept():
-                job.hold(None)
+                job.hold(self.cpu_time)
         except NotKept:
             self._release()
             self.stuck = resume_only(self._xen, domid, self._release)
@@ -113,6 +117,21 @@ class Holding:
                 self.stuck = let_go(self._xen, domid, paused=paused, before=self._release)
                 self.owes_nothing = self.stuck is None
             told(self._xen, domid)
+
+    def _used(self) -> int | None:
+        """The guest's processor time, when two looks agree; by it we know later that it has run.
+
+        Before our pause, which is not made unless this is noted: whoever finds the guest paused in
+        the end must know whether it has stood still since.
+        """
+        with contextlib.suppress(PortError):
+            last = self._xen.condition(self._domid).cpu_time
+            for _ in range(_LOOKS):
+                used = self._xen.condition(self._domid).cpu_time
+                if used == last:
+                    return used
+                last = used
+        return None
 
     def _is_somebodys_by_now(self) -> bool:
         """Whether somebody has taken the suspend for his, which takes him a minute of waiting."""

@@ -24,6 +24,7 @@ from pgofflined.core.outcomes import (
     PageResult,
     Refusal,
     RefusalReason,
+    Standing,
     page_of,
 )
 from pgofflined.core.suspending import MayNotBeAsked, how_it_ended, unless_announced
@@ -299,9 +300,10 @@ class ExchangeJob:
             raise DomainGone(self._domain.domid)
         if info.shutdown is not ShutdownReason.SUSPEND:
             raise _InUseByOthers(f"d{self._domain.domid} was resumed by someone else")
-        self._held.cpu_time = info.cpu_time
-        with kept():
-            job.hold(info.cpu_time)
+        if self._held.cpu_time != info.cpu_time:
+            self._held.cpu_time = info.cpu_time
+            with kept():
+                job.hold(info.cpu_time)
         mover.move(before, surveyed.plan, held=self._held.held, survey_seconds=surveyed.seconds)
 
     # When it runs again.
@@ -343,9 +345,12 @@ class ExchangeJob:
             domain=self._domain,
             results=tuple(results),
             blackout=blackout,
-            stuck=held.stuck,
+            stuck=None if held.stuck is None else held.stuck.text,
             may_suspend_late=held.may_suspend_late,
             ended=self._ended,
+            standing=Standing(
+                paused=held.stuck is not None and held.stuck.paused, cpu_time=held.cpu_time
+            ),
         )
 
 

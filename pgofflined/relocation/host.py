@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar, assert_never
 
 from pgofflined.core.aftermath import (
+    RESUME_SINCE,
     Ended,
     Moved,
     Resume,
@@ -250,7 +251,7 @@ class MigrationHost:
         if somebody is not None:
             return Care(
                 stuck=f"d{domid} is suspended, and {somebody} is at work on it; should it still "
-                f"stand still when that has ended, `xl resume {domid}` lets it run"
+                f"stand still when that has ended, `xl resume {domid}` {RESUME_SINCE} lets it run"
             )
         try:
             self._xen.resume(domid)
@@ -261,7 +262,8 @@ class MigrationHost:
         except PortError as error:
             return Care(stuck=f"d{domid} is left suspended and cannot be resumed: {error}")
         if still is not None:
-            return Care(stuck=f"d{domid} is left suspended; `xl resume {domid}` lets it run")
+            what = f"d{domid} is left suspended; `xl resume {domid}` {RESUME_SINCE} lets it run"
+            return Care(stuck=what)
         return Care(note=f"xl left d{domid} suspended, so it was resumed")
 
     def _find(self, domain: DomainIdentity) -> tuple[DomainInfo | None, tuple[DomainInfo, ...]]:

@@ -21,7 +21,7 @@ from pgofflined.core.status import ReloadStatus
 from pgofflined.daemon import EX_UNAVAILABLE, LOCK, STATE, Host, HostClock, _reload, start
 from pgofflined.jobstore import JobStore
 from pgofflined.notify import NullNotifier
-from pgofflined.ports import Hypervisor
+from pgofflined.ports import Hypervisor, nothing
 from pgofflined.sim.clock import ManualClock
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.scenarios import demo_host
@@ -68,7 +68,9 @@ class Found:
     def start(self) -> int:
         host = Host(
             open_xen=lambda: self.bench.host,
+            restore_affinity=nothing,
             release_monitors=self._release,
+            lock_wait=0.2,
             directory=self.directory,
             clock=Clock(self.bench),
         )

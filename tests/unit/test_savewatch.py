@@ -12,6 +12,7 @@ from uuid import UUID
 
 import pytest
 
+from pgofflined.aftercare import CareTimes
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid
@@ -103,10 +104,12 @@ def service_of(
     policy: Policy = Policy(),  # noqa: B008 - it does not change
     relocator: Relocator | None = None,
     saves: Saves | None = None,
+    times: CareTimes = CareTimes(),  # noqa: B008 - it does not change
 ) -> Service:
     host = demo.host
     world = World(
         xen=host,
+        times=times,
         clock=host.clock,
         machine=Machine(vendor=CpuVendor.INTEL, family=6, physical_bits=46, max_mfn=host.max_mfn()),
         sources=[lambda: demo.telemetry],

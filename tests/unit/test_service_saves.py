@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pgofflined.aftercare import CareTimes
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.events import Event
@@ -136,7 +137,15 @@ async def bench_at(folder: Path, outcome: MigrationOutcome) -> AsyncIterator[Ben
     layout = demo.host.pv(guest.domid).layout
     mfns = [demo.host.frame_of(guest.domid, layout.plain[at]) for at in range(2)]
     with closing(Store.open(folder / "state.db", "this")) as store:
-        service = service_of(demo, folder, store, policy=policy, relocator=mover, saves=saves)
+        service = service_of(
+            demo,
+            folder,
+            store,
+            policy=policy,
+            relocator=mover,
+            saves=saves,
+            times=CareTimes(interval=0.02, late_at_stop=0.1),
+        )
         stop = asyncio.Event()
         async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
             tasks.create_task(service.run(stop))

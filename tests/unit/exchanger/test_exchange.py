@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from errno import ESRCH
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from pgofflined.core.pages import PTE_PRESENT
 from pgofflined.core.suspending import SuspendSupport
 from pgofflined.exchanger import exchange
 from pgofflined.jobstore import JobStore
-from pgofflined.ports import SuspendLimits, nothing
+from pgofflined.ports import SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.linux import ARCH_MAX_PFN, ARCH_P2M_CR3, ARCH_P2M_GENERATION, ARCH_P2M_VADDR
@@ -88,7 +87,8 @@ def test_the_guest_is_paused_whenever_its_page_tables_change(bench: Bench) -> No
     methods = xen.trace.methods
     first, last = methods.index("update_ptes"), len(methods) - methods[::-1].index("update_ptes")
     assert methods.index("suspend") < methods.index("pause") < first
-    assert last <= methods.index("unpause") < methods.index("resume")
+    # The other way round, a pause that somebody makes in between could be taken for ours.
+    assert last <= methods.index("resume") < methods.index("unpause")
 
 
 def test_a_granted_page_is_refused_before_the_guest_is_suspended(bench: Bench) -> None:
@@ -620,8 +620,8 @@ def test_a_blackout_ends_when_the_guest_may_run_and_not_when_we_run_again(bench:
     class GuestFirst(FaultyHypervisor):
         """Lets the guest run for a while before the call returns, as a pCPU of both would."""
 
-        def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
-            super().resume(domid, before)
+        def unpause(self, domid: Domid) -> None:
+            super().unpause(domid)
             bench.host.clock.wait(3)
 
     report = bench.exchange(bench.mark(bench.layout.plain[0]), GuestFirst(bench.host))
