@@ -9,12 +9,14 @@ from typing import Protocol, assert_never
 
 import msgspec
 
-from pgofflined.core.book import Cause
+from pgofflined.core.book import Cause, Phase
+from pgofflined.core.conditions import uncorrected_error
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.history import History
+from pgofflined.core.incidents import Incidents
 from pgofflined.core.policy import CapReached, DryRun, Ignore, Policy, Retire, Watch, decide
 from pgofflined.core.reports import CorrectedPageError, HypervisorActed, OtherError, Sighting
 from pgofflined.journal_log import event
@@ -57,6 +59,7 @@ class Intake:
         retirer: Retirer,
         store: FactStore,
         host_frames: int,
+        incidents: Incidents,
     ) -> None:
         self.policy = policy
         self.history = history
@@ -66,6 +69,7 @@ class Intake:
         self._clock = clock
         self._retirer = retirer
         self._store = store
+        self._incidents = incidents
         self._load_facts()
 
     def cap_frames(self) -> int:
@@ -75,6 +79,7 @@ class Intake:
     async def take(self, sighting: Sighting) -> None:
         """Act on one report."""
         report = sighting.report
+        self._note_incident(sighting)
         match report:
             case CorrectedPageError():
                 self._corrected(report, sighting.when)
@@ -152,6 +157,15 @@ class Intake:
             domain = await asyncio.to_thread(self._find, report.domid)
         self._retirer.note_hypervisor_action(report.mfn, domain, report.describe())
         self._save_facts()
+
+    def _note_incident(self, sighting: Sighting) -> None:
+        incident = uncorrected_error(sighting.report, sighting.when)
+        if incident is None:
+            return
+        entry = None if incident.mfn is None else self._retirer.ledger.book.get(incident.mfn)
+        # A scrubber goes on reporting a page that is out of use, which does no harm any more.
+        if entry is None or entry.phase is not Phase.OFFLINED:
+            self._incidents.note(incident)
 
     def _find(self, domid: Domid) -> DomainInfo | None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from pgofflined.core.book import Book, Cause, PageEntry, Phase
@@ -26,10 +26,11 @@ class PageStore(Protocol):
 
 
 class Ledger:
-    """Moves pages from phase to phase."""
+    """Moves pages from phase to phase.  ``changed`` is given each entry as it is now."""
 
     def __init__(self, store: PageStore, clock: Clock, entries: Iterable[PageEntry] = ()) -> None:
         self.book = Book(tuple(entries))
+        self.changed: Callable[[PageEntry], None] = lambda _entry: None
         self._store = store
         self._clock = clock
         # Waits in a row that were no tries; they begin anew with the daemon.
@@ -158,6 +159,7 @@ class Ledger:
         if entry.phase.is_final:
             self._waits.pop(entry.mfn, None)
         self._store.put_page(entry)
+        self.changed(entry)
 
 
 def tell(

@@ -139,7 +139,7 @@ class MigrationHost:
             save=save,
             has_devices=info is not None and self._xen.has_devices(info.domid),
             poison=self._poison(),
-            saved_guest=saves[0] if saves else None,
+            saved_guest=saves[0].text if saves else None,
         )
 
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:
