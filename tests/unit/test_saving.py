@@ -140,7 +140,7 @@ def test_a_file_without_a_note_is_told_of(tmp_path: Path, note: SaveNote) -> Non
     assert saves.without_note(directory) == ()
     note_path(GUEST.uuid, tmp_path).unlink()
     [told] = saves.without_note(directory)
-    assert note.file in told.text
+    assert note.file in told
     assert saves.without_note(tmp_path / "nowhere") == ()
 
 
