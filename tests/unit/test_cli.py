@@ -70,6 +70,7 @@ class Daemon:
     def acknowledge(
         self, code: ConditionCode | None, mfn: Mfn | None, domid: Domid | None, *, uid: int
     ) -> Acknowledged:
+        del uid
         found = (UNRESOLVED,) if code in (None, UNRESOLVED.code) and domid is None else ()
         stuck = (STUCK,) if code in (None, STUCK.code) else ()
         return Acknowledged(done=found if mfn in (None, UNRESOLVED.mfn) else (), kept=stuck)
@@ -212,8 +213,8 @@ def test_the_fields_of_status_are_an_interface(
     document = json.loads(capsys.readouterr().out)
     assert set(document) == {
         "reply", "version", "started", "xen_version", "dry_run", "attention", "attention_omitted",
-        "source", "errors", "lost", "pages_by_state", "retired_frames", "cap_frames", "tracked_pages",
-        "evicted_pages", "idle_scrub", "oldest_unfinished", "workers", "jobs", "jobs_omitted",
+        "source", "errors", "lost", "pages_by_state", "retired_frames", "cap_frames",
+        "tracked_pages", "evicted_pages", "idle_scrub", "oldest_unfinished", "workers", "jobs", "jobs_omitted",
         "policy", "policy_digest", "pages", "pages_omitted",
     }  # fmt: skip
     assert document["errors"] == [{"class": "corrected", "source": "mcelog", "count": 12}]

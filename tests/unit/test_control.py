@@ -49,7 +49,6 @@ from pgofflined.core.status import Fate, FrameAnswer, OfflineAnswer, Snapshot
 from pgofflined.serving import CannotListen
 from tests.unit.rim_samples import LEFT_PAGE, OFFLINED_PAGE, SNAPSHOT, UNRESOLVED, WAITING_PAGE
 
-
 STUCK = Condition(code=ConditionCode.GUEST_STUCK, text="d7 stands still", since=1.0)
 
 
