@@ -214,8 +214,8 @@ def test_the_fields_of_status_are_an_interface(
     assert set(document) == {
         "reply", "version", "started", "xen_version", "dry_run", "attention", "attention_omitted",
         "source", "errors", "lost", "pages_by_state", "retired_frames", "cap_frames",
-        "tracked_pages", "evicted_pages", "idle_scrub", "oldest_unfinished", "workers", "jobs", "jobs_omitted",
-        "policy", "policy_digest", "pages", "pages_omitted",
+        "tracked_pages", "evicted_pages", "idle_scrub", "oldest_unfinished", "workers", "jobs",
+        "jobs_omitted", "policy", "policy_digest", "pages", "pages_omitted",
     }  # fmt: skip
     assert document["errors"] == [{"class": "corrected", "source": "mcelog", "count": 12}]
     assert document["pages"][0]["mfn"] == 0x1A2B3
