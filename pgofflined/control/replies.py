@@ -31,7 +31,7 @@ from pgofflined.core.status import FrameAnswer, JobStatus, OfflineAnswer, Snapsh
 # character.
 _MAX_TEXT: Final = 400
 # What somebody has to do, with the names of the files that it is about.
-_MAX_ADVICE: Final = 1600
+MAX_ADVICE: Final = 1600
 
 
 def status_reply(snapshot: Snapshot, *, pages: int) -> StatusReply:
@@ -122,7 +122,7 @@ def _conditions(found: Iterable[conditions.Condition]) -> list[Condition]:
             mfn=condition.mfn,
             domid=condition.domid,
             since=condition.since,
-            text=_clean(condition.text, _MAX_ADVICE),
+            text=_clean(condition.text, MAX_ADVICE),
             acknowledged=condition.acknowledged,
         )
         for condition in islice(found, MAX_ATTENTION)

@@ -46,7 +46,6 @@ class Scene:
     def __init__(self, notes: Path) -> None:
         self.clock = ManualClock()
         self.watch = SaveWatch(self.clock, lambda: LIMIT)
-        self.code: ConditionCode | None = None
         self._saves = Saves("this", notes=notes)
         write_note(NOTE, notes, new=True)
 
@@ -54,8 +53,10 @@ class Scene:
         self.clock.wait(after)
         self.watch.see(self._saves.left_over(list))
         [condition] = self.watch.conditions
-        self.code = condition.code
         return condition.text
+
+    def shows(self, code: ConditionCode) -> bool:
+        return [one.code for one in self.watch.conditions] == [code]
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str | None]]:
@@ -76,7 +77,7 @@ def test_a_save_that_was_cut_off_is_told_once_and_shown_for_as_long_as_it_is_the
     assert "was cut off" in scene.look()
     assert "was cut off" in scene.look(after=10 * LIMIT)
     assert told(caplog) == [(logging.CRITICAL, "7")]
-    assert scene.code is ConditionCode.SAVE_UNFINISHED
+    assert scene.shows(ConditionCode.SAVE_UNFINISHED)
     scene.watch.see([])
     assert scene.watch.conditions == ()
 
@@ -89,9 +90,9 @@ def test_a_save_that_an_earlier_daemon_began_is_nothing_to_act_upon_until_it_las
         scene.look()
         assert "hangs" not in scene.look(after=LIMIT - 1)
         assert told(caplog) == [(logging.WARNING, "7")]
-        assert scene.code is ConditionCode.SAVE_UNDER_WAY
+        assert scene.shows(ConditionCode.SAVE_UNDER_WAY)
         assert "30 min" in scene.look(after=1)
-        assert scene.code is ConditionCode.SAVE_OVERDUE
+        assert scene.shows(ConditionCode.SAVE_OVERDUE)
         scene.look(after=15)
         assert told(caplog)[1:] == [(logging.ERROR, "7")]
         assert "90 min" in scene.look(after=TELL_AGAIN - 15)
