@@ -61,8 +61,8 @@ class Attention:
             open_pages={page.mfn for page in snapshot.pages if page.phase is not Phase.OFFLINED},
         )
 
-    def note_damage(self, report: ExchangeReport) -> None:
-        """Take note of the pages that an exchange has damaged."""
+    def note_exchange(self, report: ExchangeReport) -> None:
+        """Take note of what an exchange did that a person has to know: pages it has damaged."""
         domid = report.domain.domid
         for page in report.results:
             if isinstance(page, Damaged):

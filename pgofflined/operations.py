@@ -129,12 +129,16 @@ class Operations:
             uncorrected=is_poisoned or is_broken,
         )
 
-    async def offline(self, mfn: Mfn) -> OfflineAnswer:
-        """Retire a frame by the policy's rules; answers when the first look at it is over."""
+    async def offline(self, mfn: Mfn, *, is_awaited: bool = True) -> OfflineAnswer:
+        """Retire a frame by the policy's rules.
+
+        ``is_awaited``: answer when the first look at it is over, and not before.
+        """
         taken, detail = self._intake.request(mfn)
         if not taken:
             return OfflineAnswer(mfn=mfn, fate=Fate.REFUSED, detail=detail)
-        await self._until(mfn, lambda phase: phase is not Phase.TRIAGE, _FIRST_LOOK_SECONDS)
+        if is_awaited:
+            await self._until(mfn, lambda phase: phase is not Phase.TRIAGE, _FIRST_LOOK_SECONDS)
         return self._fate(mfn)
 
     async def wait(self, mfn: Mfn, seconds: float) -> OfflineAnswer:

@@ -250,9 +250,9 @@ class Service:
         """Xen's state of a frame, its owner as far as that can be told, and our entry."""
         return await self._operations.query(mfn)
 
-    async def offline(self, mfn: Mfn) -> OfflineAnswer:
-        """Retire a frame as an operator wishes, by the same policy as any other."""
-        return await self._operations.offline(mfn)
+    async def offline(self, mfn: Mfn, *, is_awaited: bool = True) -> OfflineAnswer:
+        """Retire a frame by the policy's rules; ``is_awaited``: after a first look at it."""
+        return await self._operations.offline(mfn, is_awaited=is_awaited)
 
     async def wait(self, mfn: Mfn, seconds: float) -> OfflineAnswer:
         """What has become of a frame in hand, at its end or after so many seconds."""
@@ -343,7 +343,7 @@ class Service:
 
     def _exchange_finished(self, job: str, report: ExchangeReport) -> None:
         self.metrics.observe_exchange(report)
-        self._attention.note_damage(report)
+        self._attention.note_exchange(report)
         self.retirer.exchange_finished(job, report)
         self._keep_counters()
 

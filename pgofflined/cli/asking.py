@@ -32,6 +32,8 @@ from pgofflined.core.policy import ControlPolicy
 from pgofflined.core.status import Fate
 
 _WAIT_PIECE: Final = MAX_WAIT / 2
+# Until the next try, while enough others wait already.
+_BUSY_PAUSE: Final = 1.0
 
 
 def status(options: argparse.Namespace) -> int:
@@ -56,7 +58,7 @@ def offline(options: argparse.Namespace) -> int:
         if options.wait:
             reply = _until_its_end(options, reply)
     except _Failed as failed:
-        return failed.status
+        return failed.tell()
     _show(options, reply)
     match reply:
         case OfflineReply(fate=Fate.OUT_OF_USE):
@@ -75,7 +77,11 @@ def _until_its_end(options: argparse.Namespace, reply: Reply) -> Reply:
         if left <= 0:
             break
         # In pieces: a daemon should not keep a connection for somebody who has gone.
-        reply = _ask(options, WaitRequest(mfn=options.mfn, seconds=min(left, _WAIT_PIECE)))
+        piece = WaitRequest(mfn=options.mfn, seconds=min(left, _WAIT_PIECE))
+        try:
+            reply = _ask(options, piece)
+        except _Busy:
+            time.sleep(min(left, _BUSY_PAUSE))
     return reply
 
 
@@ -85,25 +91,33 @@ def acknowledge(options: argparse.Namespace) -> int:
     try:
         reply = _ask(options, request)
     except _Failed as failed:
-        return failed.status
+        return failed.tell()
     _show(options, reply)
     done = isinstance(reply, AcknowledgeReply) and bool(reply.acknowledged)
     return 0 if done else 1
 
 
 class _Failed(Exception):
-    """The daemon gave no answer, and why was told; the exit status is ``status``."""
+    """The daemon gave no answer."""
 
     def __init__(self, error: Exception, status: int) -> None:
         super().__init__(str(error))
-        self.status = fail(error, status)
+        self._status = status
+
+    def tell(self) -> int:
+        """Say why; gives the exit status."""
+        return fail(self, self._status)
+
+
+class _Busy(_Failed):
+    """It has enough to do, and may give one later."""
 
 
 def _ask_and_show(options: argparse.Namespace, request: Request) -> int:
     try:
         _show(options, _ask(options, request))
     except _Failed as failed:
-        return failed.status
+        return failed.tell()
     return 0
 
 
@@ -116,7 +130,7 @@ def _ask(options: argparse.Namespace, request: Request) -> Reply:
     except client.NotAllowed as error:
         raise _Failed(error, os.EX_NOPERM) from None
     except client.Busy as error:
-        raise _Failed(error, os.EX_TEMPFAIL) from None
+        raise _Busy(error, os.EX_TEMPFAIL) from None
     except client.RequestFailed as error:
         raise _Failed(error, 1) from None
 

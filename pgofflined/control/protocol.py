@@ -54,9 +54,13 @@ class QueryRequest(_Request, tag="query", frozen=True, kw_only=True):
 
 
 class OfflineRequest(_Request, tag="offline", frozen=True, kw_only=True):
-    """Retire one frame, by the policy's rules; answered when the first look at it is over."""
+    """Retire one frame, by the policy's rules.
+
+    Answered when the first look at it is over; at once if not ``wait``, or if many wait already.
+    """
 
     mfn: _MfnText
+    wait: bool = True
 
 
 class WaitRequest(_Request, tag="wait", frozen=True, kw_only=True):
@@ -84,9 +88,9 @@ Request = (
 
 ALLOWED_REQUESTS: Final = (
     '{"request": "status", "pages": 0 to 500}, {"request": "query", "mfn": "0x1a2b3"}, '
-    '{"request": "offline", "mfn": "0x1a2b3"}, {"request": "wait", "mfn": "0x1a2b3", "seconds": '
-    '0 to 60}, {"request": "jobs"}, {"request": "acknowledge", "code": CODE or null, "mfn": '
-    '"0x1a2b3", "domid": 7}'
+    '{"request": "offline", "mfn": "0x1a2b3", "wait": true}, {"request": "wait", '
+    '"mfn": "0x1a2b3", "seconds": 0 to 60}, {"request": "jobs"}, {"request": "acknowledge", '
+    '"code": CODE or null, "mfn": "0x1a2b3", "domid": 7}'
 )
 
 

@@ -71,10 +71,15 @@ class _Share:
         self._what = what
         self._taken = 0
 
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another."""
+        return self._taken >= self._most
+
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Be one of them.  Raises _Busy."""
-        if self._taken >= self._most:
+        if self.is_full:
             raise _Busy(f"{self._taken} requests wait for {self._what} already; try again later")
         self._taken += 1
         try:
@@ -102,8 +107,8 @@ class Operations(Protocol):
         """What is known of a frame.  Raises PortError."""
         ...
 
-    async def offline(self, mfn: Mfn) -> OfflineAnswer:
-        """Retire a frame; gives how it stands after the first look at it.  Raises PortError."""
+    async def offline(self, mfn: Mfn, *, is_awaited: bool) -> OfflineAnswer:
+        """Retire a frame; ``is_awaited``: answer when the first look at it is over."""
         ...
 
     async def wait(self, mfn: Mfn, seconds: float) -> OfflineAnswer:
@@ -192,9 +197,13 @@ class ControlServer:
             case QueryRequest(mfn=untrusted_mfn):
                 with self._queries.taken():
                     return query_reply(await self._operations.query(self._mfn(untrusted_mfn)))
-            case OfflineRequest(mfn=untrusted_mfn):
+            case OfflineRequest(mfn=untrusted_mfn, wait=is_awaited):
+                mfn = self._mfn(untrusted_mfn)
+                # Nobody is turned away: what is asked is done in either case.
+                if self._waits.is_full or not is_awaited:
+                    return offline_reply(await self._operations.offline(mfn, is_awaited=False))
                 with self._waits.taken():
-                    return offline_reply(await self._operations.offline(self._mfn(untrusted_mfn)))
+                    return offline_reply(await self._operations.offline(mfn, is_awaited=True))
             case WaitRequest(mfn=untrusted_mfn, seconds=seconds):
                 mfn = self._mfn(untrusted_mfn)
                 with self._waits.taken():

@@ -174,7 +174,7 @@ def test_a_damaged_guest_stays_shown_until_it_is_acknowledged(
     meta: Meta, kept: Callable[[Snapshot], tuple[Condition, ...]]
 ) -> None:
     attention = Attention(meta, ManualClock())
-    attention.note_damage(
+    attention.note_exchange(
         ExchangeReport(
             domain=WEB,
             results=(

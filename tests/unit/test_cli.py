@@ -17,7 +17,8 @@ import pytest
 
 from pgofflined import __version__
 from pgofflined.cli import main, view
-from pgofflined.control import ControlServer
+from pgofflined.control import ControlServer, client
+from pgofflined.control.protocol import Reply, Request, WaitRequest
 from pgofflined.control.replies import status_reply
 from pgofflined.core.conditions import Condition, ConditionCode
 from pgofflined.core.errors import PortError
@@ -56,7 +57,8 @@ class Daemon:
             mfn=mfn, state="OFFLINE_PENDING", owner="d7 (pv) web-1", hits_in_window=2, entry=entry
         )
 
-    async def offline(self, mfn: Mfn) -> OfflineAnswer:
+    async def offline(self, mfn: Mfn, *, is_awaited: bool) -> OfflineAnswer:
+        assert is_awaited
         fates = (Fate.UNDER_WAY, Fate.REFUSED, Fate.UNRESOLVED, Fate.OUT_OF_USE)
         fate = Fate.UNDER_WAY if mfn >= 0x3000 else fates[mfn % 4]
         return OfflineAnswer(mfn=mfn, fate=fate, detail="so it is")
@@ -263,6 +265,36 @@ def test_the_exit_status_of_offline_is_the_pages_fate(
 ) -> None:
     assert main(["offline", *arguments, "--socket", str(running)]) == status
     assert capsys.readouterr().out.startswith(said)
+
+
+def test_who_waits_tries_again_while_the_daemon_has_enough_who_wait(
+    running: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pgofflined.cli.asking._BUSY_PAUSE", 0.001)
+    turned_away: list[Request] = []
+    ask = client.ask
+
+    def busy_at_first(path: Path, request: Request) -> Reply:
+        if isinstance(request, WaitRequest) and len(turned_away) < 3:
+            turned_away.append(request)
+            raise client.Busy("8 requests wait already")
+        return ask(path, request)
+
+    monkeypatch.setattr(client, "ask", busy_at_first)
+    assert main(["offline", "0x3002", "--wait", "--socket", str(running)]) == 0
+    assert len(turned_away) == 3
+    assert capsys.readouterr().out == "mfn 0x3002 is out of use: after a while\n"
+
+
+def test_a_query_of_a_busy_daemon_is_75(
+    running: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path, request: Request) -> Reply:
+        raise client.Busy(f"{request} at {path}")
+
+    monkeypatch.setattr(client, "ask", busy)
+    assert main(["query", "1", "--socket", str(running)]) == os.EX_TEMPFAIL
+    assert "QueryRequest" in capsys.readouterr().err
 
 
 def test_acknowledging_says_what_is_done_and_what_cannot_be(

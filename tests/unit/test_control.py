@@ -58,6 +58,7 @@ class Daemon:
     def __init__(self) -> None:
         self.status = SNAPSHOT
         self.asked: list[Mfn] = []
+        self.awaited: list[bool] = []
         self.waited: list[float] = []
         self.acknowledged: list[tuple[ConditionCode | None, Mfn | None, Domid | None, int]] = []
         self.hold: asyncio.Event | None = None
@@ -82,8 +83,12 @@ class Daemon:
             mfn=mfn, state="OFFLINE_PENDING", owner="d7", hits_in_window=2, entry=entry
         )
 
-    async def offline(self, mfn: Mfn) -> OfflineAnswer:
+    async def offline(self, mfn: Mfn, *, is_awaited: bool) -> OfflineAnswer:
         self.asked.append(mfn)
+        self.awaited.append(is_awaited)
+        if self.hold is not None and is_awaited:
+            self.held.release()
+            await self.hold.wait()
         return OfflineAnswer(mfn=mfn, fate=Fate.UNDER_WAY, detail="exchange of d7")
 
     async def wait(self, mfn: Mfn, seconds: float) -> OfflineAnswer:
@@ -319,6 +324,22 @@ async def test_who_waits_leaves_connections_to_everybody_else(
     assert all(task.result()[0]["reply"] != "error" for task in waiting)
     (again,) = await send(path, encode(slow))
     assert again["reply"] != "error"
+
+
+async def test_no_page_is_refused_because_many_wait_for_theirs(path: Path, daemon: Daemon) -> None:
+    daemon.hold = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        lines = [encode(OfflineRequest(mfn=str(number))) for number in range(8)]
+        waiting = [group.create_task(send(path, line)) for line in lines]
+        for _ in waiting:
+            await daemon.held.acquire()
+        (ninth,) = await send(path, encode(OfflineRequest(mfn="8")))
+        daemon.hold.set()
+    assert (ninth["reply"], ninth["fate"]) == ("offline", "under_way")
+    await send(path, encode(OfflineRequest(mfn="9", wait=False)))
+    await send(path, encode(OfflineRequest(mfn="10")))
+    assert sorted(daemon.asked) == list(range(11))
+    assert daemon.awaited == [True] * 8 + [False, False, True]
 
 
 async def test_others_than_root_are_turned_away(
