@@ -66,7 +66,9 @@ class Bench:
         return reply
 
     async def run(self, *arguments: str) -> int:
-        return await asyncio.to_thread(main, [*arguments, "--socket", str(self.socket)])
+        # Shorter than a first look may take: whoever waits is woken, and does not just give up.
+        async with asyncio.timeout(LIMIT / 2):
+            return await asyncio.to_thread(main, [*arguments, "--socket", str(self.socket)])
 
     async def codes(self) -> list[str]:
         return [one.code for one in (await self.status()).attention]

@@ -53,6 +53,7 @@ def test_what_has_happened_stays_until_its_cause_is_gone(incidents: Kept) -> Non
     incidents.note(second)
     assert incidents.all() == (first, second)
     assert incidents.resolve(ERROR, mfn=Mfn(1)) == (first,)
+    assert incidents.stored == 3
     assert incidents.resolve(ERROR, mfn=Mfn(1)) == ()
     assert incidents.all() == (second,)
     assert incidents.stored == 3
