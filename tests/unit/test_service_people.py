@@ -195,6 +195,8 @@ async def test_an_uncorrected_error_is_shown_until_its_page_is_out_of_use(tmp_pa
         demo.host.break_frame(mfn)
         bench.demo.telemetry.push_srao(mfn, domid)
         await bench.until(lambda: bench.has(ConditionCode.UNCORRECTED_ERROR))
+        # The owner is asked for in a thread, and only then is the page in the book.
+        await bench.until(lambda: mfn in bench.service.retirer.ledger.book)
     async with bench_at(tmp_path, demo=demo) as bench:
         [condition] = [
             one for one in (await bench.status()).attention if one.code == "uncorrected_error"
