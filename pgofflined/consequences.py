@@ -52,6 +52,10 @@ SOON = Backoff(first=2.0, last=300.0)
 _ANONYMOUS_TRIES = 3
 
 
+# Whose the page is now, and whether it keeps its mark, is for triage to say.
+_TRIAGE_TELLS = frozenset({RelocationReason.DOMAIN_GONE, RelocationReason.DENIED})
+
+
 class Consequences:
     """Enters what became of pages into the book, and gives those that are to be moved to whom can.
 
@@ -190,9 +194,10 @@ class Consequences:
             self._ledger.offlined(mfn, f"its owner d{domain.domid} has left it")
 
     def _not_relocated(self, mfns: Iterable[Mfn], outcome: NotRelocated) -> None:
-        """A page of a guest that ended has another owner, or none; a denied one loses its mark."""
+        """A page of a guest that ended has another owner, or none; a denied one loses its mark;
+        one with an uncorrected error goes when its guest ends."""
         for mfn in mfns:
-            if outcome.reason in (RelocationReason.DOMAIN_GONE, RelocationReason.DENIED):
+            if mfn in self._errors.poisoned or outcome.reason in _TRIAGE_TELLS:
                 self._ledger.look_again([mfn])
             else:
                 self._ledger.leave(mfn, outcome.reason.value, outcome.detail, marked=True)

@@ -17,6 +17,7 @@ from pgofflined import __version__
 from pgofflined.affinitynote import AffinityFile
 from pgofflined.aftercare import CareTimes
 from pgofflined.config import EX_CONFIG, ConfigError, Configuration, load
+from pgofflined.core.conditions import ConditionCode, Severity
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError, SourceUnavailable
 from pgofflined.core.events import Event
@@ -253,6 +254,7 @@ async def _serve(
         times=host.times,
         source_opened=native.keep,
         source_broken=native.let_go,
+        exchanges_off=lambda: _leak(host.directory / JOBS.name),
     )
     service = Service(world, policy, configuration.warnings)
     current.append(service)
@@ -350,9 +352,10 @@ def _tell_started(policy: Policy, xen: Hypervisor, service: Service) -> None:
     event(log, logging.INFO, Event.STARTED, message)
     _tell_policy(policy, service)
     snapshot = service.snapshot()
-    for line in snapshot.attention:
-        if line != snapshot.source.note:  # no source has been tried at this point
-            log.warning("%s", line)
+    for condition in snapshot.attention:
+        if condition.code is not ConditionCode.NO_SOURCE:  # none has been tried at this point
+            level = logging.INFO if condition.severity is Severity.INFO else logging.WARNING
+            log.log(level, "%s", condition.text)
 
 
 def _tell_policy(policy: Policy, service: Service) -> None:

@@ -79,6 +79,7 @@ class Exchanging:
         self._next_try = 0.0
         # From the threads in which jobs run.
         self._given_up: SimpleQueue[UnfinishedJob] = SimpleQueue()
+        self._not_recovered: SimpleQueue[RecoveryReport] = SimpleQueue()
         self._took_over = False
 
     def take_over(self, earlier: Exchanging) -> None:
@@ -86,7 +87,15 @@ class Exchanging:
 
         It must not be used any more.
         """
-        names = ("_rest", "_last", "_tries", "_unended", "_looked_after", "_next_try")
+        names = (
+            "_rest",
+            "_last",
+            "_tries",
+            "_unended",
+            "_looked_after",
+            "_next_try",
+            "_not_recovered",
+        )
         vars(self).update({name: vars(earlier).pop(name) for name in names})
         self._took_over = True
 
@@ -207,6 +216,13 @@ class Exchanging:
             self._rest = tuple(jobs)
         return self._recover(jobs)
 
+    def take_not_recovered(self) -> Sequence[RecoveryReport]:
+        """Jobs that a person has to see to, each given once; for the loop's thread."""
+        reports = []
+        while not self._not_recovered.empty():
+            reports.append(self._not_recovered.get())
+        return reports
+
     @property
     def has_rest(self) -> bool:
         """Whether there are jobs to try again."""
@@ -257,6 +273,8 @@ class Exchanging:
                 return None
             case _:
                 _tell(report)
+                if report.outcome in (Recovered.LEFT_ALONE, Recovered.STANDS_STILL):
+                    self._not_recovered.put(report)
                 del self._tries[domain]
                 if report.stuck is not None or report.may_suspend_late:
                     self.hold_off(domain)

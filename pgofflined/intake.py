@@ -7,12 +7,14 @@ import logging
 from collections.abc import Iterable
 from typing import Protocol, assert_never
 
-from pgofflined.core.book import Cause
+from pgofflined.core.book import Cause, Phase
+from pgofflined.core.conditions import uncorrected_error
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.history import History
+from pgofflined.core.incidents import Incidents
 from pgofflined.core.policy import CapReached, DryRun, Ignore, Policy, Retire, Watch, decide
 from pgofflined.core.reports import (
     CorrectedPageError,
@@ -49,6 +51,7 @@ class Intake:
         history: History,
         retirer: Retirer,
         store: HitStore,
+        incidents: Incidents,
         chatter: Chatter | None = None,
     ) -> None:
         self._chatter = chatter or Chatter(clock.monotonic)
@@ -59,11 +62,13 @@ class Intake:
         self._clock = clock
         self._retirer = retirer
         self._store = store
+        self._incidents = incidents
         retirer.room_again = self.decide_again
 
     async def take(self, sighting: Sighting) -> None:
         """Act on one report."""
         report = sighting.report
+        self._note_incident(sighting)
         match report:
             case CorrectedPageError():
                 self._corrected(report)
@@ -203,6 +208,15 @@ class Intake:
         if report.domid is not None:
             domain = await asyncio.to_thread(self._find, report.domid)
         self._retirer.note_hypervisor_action(report.mfn, domain, report.describe())
+
+    def _note_incident(self, sighting: Sighting) -> None:
+        incident = uncorrected_error(sighting.report, sighting.when)
+        if incident is None:
+            return
+        entry = None if incident.mfn is None else self._retirer.ledger.book.get(incident.mfn)
+        # A scrubber goes on reporting a page that is out of use, which does no harm any more.
+        if entry is None or entry.phase is not Phase.OFFLINED:
+            self._incidents.note(incident)
 
     def _find(self, domid: Domid) -> DomainInfo | None:
         try:

@@ -1,46 +1,40 @@
 """The command line.
 
 Exit status: 0 done, 1 failed or refused, 64 wrong usage, 69 the daemon does not run (or cannot
-start), 77 only root may, 78 the configuration has mistakes.
+start), 75 not at its end yet or too busy, 77 only root may, 78 the configuration has mistakes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
 from pgofflined import __version__
-from pgofflined.cli import view
+from pgofflined.cli import asking
 from pgofflined.config import DEFAULT_PATH, ConfigError, load
-from pgofflined.control import client
-from pgofflined.control.protocol import (
-    MAX_PAGES,
-    JobsReply,
-    JobsRequest,
-    OfflineReply,
-    OfflineRequest,
-    QueryReply,
-    QueryRequest,
-    Reply,
-    Request,
-    StatusReply,
-    StatusRequest,
-)
+from pgofflined.control.protocol import MAX_PAGES
+from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn, parse_mfn
 from pgofflined.core.pages import MFN_BITS
-from pgofflined.core.policy import ControlPolicy, effective
+from pgofflined.core.policy import effective
+from pgofflined.core.units import parse_duration
 
 _MAX_MFN: Final = Mfn((1 << MFN_BITS) - 1)
+_MAX_DOMID: Final = 0x7FF0  # DOMID_FIRST_RESERVED, xen/include/public/xen.h
 
 _EXIT_STATUS: Final = """\
 exit status: 0 done; 1 failed or refused; 64 wrong usage; 69 the daemon does not run, or cannot
-start; 77 only root may; 78 the configuration has mistakes
+start; 75 too busy, try again later; 77 only root may; 78 the configuration has mistakes
+"""
+_OFFLINE_STATUS: Final = """\
+exit status: 0 the page is out of use, or without --wait: it was taken; 1 it is not retired, or
+stays in use; 75 with --wait: it is still under way; and as for the other commands
 """
 
 
@@ -66,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever reads us, head perhaps, has had enough.  Python would complain at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,21 +83,19 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--pages", type=_page_count, default=50, metavar="N", help="list so many pages at most (50)"
     )
-    status.set_defaults(perform=_status)
+    status.set_defaults(perform=asking.status)
 
     query = commands.add_parser("query", help="what is known of one page")
     query.add_argument("mfn", type=_mfn, metavar="MFN", help="0x1a2b3, or 107187")
     _add_client_options(query)
-    query.set_defaults(perform=_query)
+    query.set_defaults(perform=asking.query)
 
-    offline = commands.add_parser("offline", help="retire one page, by the same rules as any")
-    offline.add_argument("mfn", type=_mfn, metavar="MFN", help="0x1a2b3, or 107187")
-    _add_client_options(offline)
-    offline.set_defaults(perform=_offline)
+    _add_offline(commands)
+    _add_acknowledge(commands)
 
     jobs = commands.add_parser("jobs", help="the exchanges and migrations that run or wait")
     _add_client_options(jobs)
-    jobs.set_defaults(perform=_jobs)
+    jobs.set_defaults(perform=asking.jobs)
 
     check = commands.add_parser("check-config", help="check a configuration file and explain it")
     check.add_argument("file", type=Path, nargs="?", default=DEFAULT_PATH, metavar="FILE")
@@ -129,6 +123,44 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_offline(commands: argparse._SubParsersAction[_Parser]) -> None:
+    offline = commands.add_parser(
+        "offline",
+        help="retire one page, by the same rules as any",
+        epilog=_OFFLINE_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    offline.add_argument("mfn", type=_mfn, metavar="MFN", help="0x1a2b3, or 107187")
+    offline.add_argument(
+        "--wait", action="store_true", help="until it is out of use, or stays where it is"
+    )
+    offline.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=3600.0,
+        metavar="TIME",
+        help="wait no longer than this (1h); 90s, 10m, 2h",
+    )
+    _add_client_options(offline)
+    offline.set_defaults(perform=asking.offline)
+
+
+def _add_acknowledge(commands: argparse._SubParsersAction[_Parser]) -> None:
+    acknowledge = commands.add_parser(
+        "acknowledge", help="say that you know of what `status` lists; it counts no more then"
+    )
+    acknowledge.add_argument(
+        "code",
+        type=_code,
+        metavar="CODE",
+        help="as `status` names it, or `all`; see docs/runbook.md",
+    )
+    acknowledge.add_argument("--mfn", type=_mfn, metavar="MFN", help="of this page only")
+    acknowledge.add_argument("--domid", type=_domid, metavar="N", help="of this guest only")
+    _add_client_options(acknowledge)
+    acknowledge.set_defaults(perform=asking.acknowledge)
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, default=DEFAULT_PATH, metavar="FILE", help=f"{DEFAULT_PATH}"
@@ -154,6 +186,30 @@ def _page_count(untrusted_text: str) -> int:
     if untrusted_text.isascii() and untrusted_text.isdigit() and int(untrusted_text) <= MAX_PAGES:
         return int(untrusted_text)
     raise argparse.ArgumentTypeError(f"give a number from 0 to {MAX_PAGES}")
+
+
+def _seconds(untrusted_text: str) -> float:
+    try:
+        return parse_duration(untrusted_text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _code(untrusted_text: str) -> ConditionCode | None:
+    """None stands for any."""
+    if untrusted_text == "all":
+        return None
+    try:
+        return ConditionCode(untrusted_text)
+    except ValueError:
+        codes = ", ".join(code.value for code in ConditionCode if code.can_be_acknowledged)
+        raise argparse.ArgumentTypeError(f"no such code; give `all` or one of {codes}") from None
+
+
+def _domid(untrusted_text: str) -> int:
+    if untrusted_text.isascii() and untrusted_text.isdigit() and int(untrusted_text) < _MAX_DOMID:
+        return int(untrusted_text)
+    raise argparse.ArgumentTypeError(f"give a number from 0 to {_MAX_DOMID - 1}")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -194,64 +250,7 @@ def _release_monitors(options: argparse.Namespace) -> int:
     try:
         released = release_monitors()
     except PortError as error:
-        return _fail(error, os.EX_UNAVAILABLE)
+        return asking.fail(error, os.EX_UNAVAILABLE)
     if released:
         print(f"xl's monitors go on: processes {', '.join(map(str, released))}")
     return 0
-
-
-def _status(options: argparse.Namespace) -> int:
-    return _ask(options, StatusRequest(pages=options.pages))
-
-
-def _query(options: argparse.Namespace) -> int:
-    return _ask(options, QueryRequest(mfn=options.mfn))
-
-
-def _offline(options: argparse.Namespace) -> int:
-    return _ask(options, OfflineRequest(mfn=options.mfn))
-
-
-def _jobs(options: argparse.Namespace) -> int:
-    return _ask(options, JobsRequest())
-
-
-def _ask(options: argparse.Namespace, request: Request) -> int:
-    try:
-        reply = client.ask(options.socket or _configured_socket(options.config), request)
-    except client.NotRunning as error:
-        return _fail(error, os.EX_UNAVAILABLE)
-    except client.NotAllowed as error:
-        return _fail(error, os.EX_NOPERM)
-    except client.RequestFailed as error:
-        return _fail(error, 1)
-    print(view.as_json(reply) if options.json else "\n".join(_lines(reply)))
-    return 1 if isinstance(reply, OfflineReply) and not reply.accepted else 0
-
-
-def _lines(reply: Reply) -> list[str]:
-    now = time.time()
-    match reply:
-        case StatusReply():
-            return view.status(reply, now)
-        case JobsReply():
-            return view.jobs(reply, now)
-        case QueryReply():
-            return view.query(reply, now)
-        case OfflineReply():
-            return view.offline(reply)
-        case _:
-            raise AssertionError(f"the client gave {reply}")
-
-
-def _configured_socket(config: Path) -> Path:
-    """Where the daemon listens; the default where its configuration cannot be read."""
-    try:
-        return Path(load(config).policy.control.socket)
-    except ConfigError:
-        return Path(ControlPolicy().socket)
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"pgofflined: {error}", file=sys.stderr)
-    return status

@@ -194,12 +194,26 @@ def seen_to_run(note: SaveNote) -> SaveNote:
     return replace(note, phase=SavePhase.RESTORED)
 
 
-def under_way(note: SaveNote) -> str:
-    """What is told of a save that an earlier daemon began and that goes on."""
-    return (
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedSave:
+    """A save whose note is there, and in a sentence what a person is to do about it.
+
+    ``domain`` is what the guest was, None where the note cannot be read.  ``is_under_way``: a
+    process is at work on it, so nothing is to be done.
+    """
+
+    text: str
+    domain: DomainIdentity | None = None
+    is_under_way: bool = False
+
+
+def under_way(note: SaveNote) -> UnfinishedSave:
+    """A save that an earlier daemon began and that goes on."""
+    text = (
         f"the guest that was d{note.domain.domid} (uuid {note.domain.uuid}) is being saved and "
         "restored, as an earlier daemon began it; do nothing about it"
     )
+    return UnfinishedSave(text=text, domain=note.domain, is_under_way=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from pgofflined.core.book import Phase
+from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.frames import PAGE_SIZE
 from pgofflined.core.outcomes import ExchangeReport, RefusalReason
 from pgofflined.core.policy import SourceName
@@ -237,11 +238,20 @@ def _pages(snapshot: Snapshot, now: float) -> Iterator[Metric]:
         "Retired pages that idle processors keep looking for until a reboot.",
         snapshot.idle_scrub,
     )
-    yield _gauge(
-        "attention",
-        "Things that need a person; pgofflined status names them.",
-        len(snapshot.attention),
+    yield _attention(snapshot)
+
+
+def _attention(snapshot: Snapshot) -> Metric:
+    found = Counter(one.code for one in snapshot.attention if not one.acknowledged)
+    family = GaugeMetricFamily(
+        f"{_PREFIX}attention",
+        "Conditions that nobody has acknowledged; pgofflined status names them, docs/runbook.md "
+        "says what to do.",
+        labels=("severity", "reason"),
     )
+    for code in ConditionCode:
+        family.add_metric((code.severity.value, code.value), found[code])
+    return family
 
 
 def _work(snapshot: Snapshot) -> Iterator[Metric]:

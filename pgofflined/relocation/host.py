@@ -168,7 +168,7 @@ class MigrationHost:
             objection=None
             if info is None
             else self._objection(info, self._xen.suspend_support(info.domid)),
-            saved_guest=saves[0] if saves else None,
+            saved_guest=saves[0].text if saves else None,
         )
 
     def standing(

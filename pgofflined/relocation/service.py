@@ -136,9 +136,9 @@ class RelocationService:
         """Every job that waits or runs."""
         return self._queue.statuses(self._now())
 
-    def overdue(self) -> tuple[str, ...]:
-        """What a person has to know of saves that take too long."""
-        return tuple(self._following.overdue.values())
+    def overdue(self) -> dict[DomainIdentity, str]:
+        """What a person has to know of saves that take too long, by guest."""
+        return dict(self._following.overdue)
 
     async def run(self) -> None:
         """Work until cancelled."""

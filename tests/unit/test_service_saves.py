@@ -178,7 +178,7 @@ async def test_a_save_that_is_left_to_a_person_is_shown_at_once(
         await heard.wait()
         assert bench.mover.called == [bench.guest]
         attention = bench.service.snapshot().attention
-    assert any("was cut off" in line for line in attention)
+    assert any("was cut off" in condition.text for condition in attention)
 
 
 async def test_a_guest_is_looked_after_when_its_save_has_failed(
