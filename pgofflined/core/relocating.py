@@ -306,7 +306,8 @@ class RelocationQueue:
             return [now.steady]
         times = [job.due for job in self._resting() if job.due > now.steady]
         if self._due(now):
-            times.append(now.steady + min(closed, _LOOK_AGAIN))
+            # The looks see to it that a clock that is set meanwhile is noticed.
+            times.append(now.steady + closed)
         return times
 
     def _due(self, now: Instant) -> list[RelocationJob]:

@@ -154,6 +154,7 @@ def test_a_guest_that_xl_says_it_has_resumed_may_still_run_there_as_far_as_is_kn
         [SAVING + TRYING + RESUMED + ACKNOWLEDGED + PERMISSION],
         # Without the word that goes before it.
         [SAVING, ACKNOWLEDGED, PERMISSION, RESUMED],
+        [SAVING, ACKNOWLEDGED, TRYING, RESUMED],
         # Not as a line of its own.
         [SAVING, ACKNOWLEDGED, PERMISSION, TRYING, "the guest " + RESUMED],
         [SAVING, ACKNOWLEDGED, PERMISSION, TRYING, RESUMED.rstrip() + " she said\n"],

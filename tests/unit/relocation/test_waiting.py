@@ -14,7 +14,7 @@ from pgofflined.core.policy import RelocationPolicy
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationReason
 from pgofflined.core.schedule import parse_window
 from pgofflined.saving import Saves
-from tests.unit.relocation.doubles import quiet
+from tests.unit.relocation.doubles import guest, quiet
 from tests.unit.relocation.scene import (
     AWAY,
     BROKEN_OFF,
@@ -130,10 +130,17 @@ async def test_pages_that_a_guest_has_given_back_are_waited_for_no_longer(what: 
         assert outcome.mfns == {0x10, 0x11}
 
 
-async def test_a_guest_that_has_ended_while_its_page_is_held_is_said_to_have_ended() -> None:
+@pytest.mark.parametrize("ends", ["gone", "dying"])
+async def test_a_guest_that_has_ended_while_its_page_is_held_is_said_to_have_ended(
+    ends: str,
+) -> None:
     async with running(policy_for("window")) as world:
+        world.host.add(guest(8), 0x20)
         await waits_for(world, "window")
-        world.host.destroy(7, free=False)
+        if ends == "gone":
+            world.host.destroy(7, free=False)
+        else:
+            world.host.change(7, dying=True)
         await world.time.advance(MINUTES + 200)
         [outcome] = world.outcomes
         assert isinstance(outcome, NotRelocated)
