@@ -82,6 +82,7 @@ class Retirer:
             clock=clock,
             policy=lambda: self.policy.exchange,
             poisoned=lambda: frozenset(self.poisoned),
+            wedged=lambda domain: domain in self.wedged,
         )
         self.aftercare = Aftercare(xen, clock, interval=late_look, ended=self.exchanging.done_with)
         self.idle_scrub = 0
@@ -313,7 +314,7 @@ class Retirer:
             self._queue_full(mfn, "migrations", marked=True)
 
     def _handed_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase, *, marked: bool) -> None:
-        mark = "marked offline-pending" if marked else "to be marked when it has been scrubbed"
+        mark = "marked offline-pending" if marked else "to be marked later"
         what = f"is {mark} and waits for {phase.value}"
         tell(logging.INFO, Event.PAGE_MARKED, what, mfn, domid=domain.domid)
         self.ledger.hand_over(mfn, domain, phase, marked=marked)

@@ -17,6 +17,7 @@ from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, XenError
 from pgofflined.core.frames import DOM0, DOMID_COW, DOMID_IO, DOMID_XEN, Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineReply, OfflineState
 from pgofflined.core.pages import PageKind, decode_page_type
+from pgofflined.marks import may_join
 from pgofflined.ports import Hypervisor
 
 
@@ -183,9 +184,10 @@ def _settled_by_owner(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition | 
         return Left(mfn=mfn, reason=LeftReason.DENIED, detail=denial)
     # A freed frame joins its neighbour only where that one is free too, and it is the join
     # that the unfixed allocator takes apart wrongly.
-    if not fixed and xen.m2p(Mfn(mfn ^ 1)) is None:
+    if not fixed and may_join(xen, mfn):
         return _unfixed(mfn, "its neighbour is free, and the two would be joined")
-    if fixed and rules.mark_pv_later:
+    if not fixed or rules.mark_pv_later:
+        # On an unfixed Xen it is marked when its guest is held: it might be freed before.
         return ToExchange(mfn=mfn, domain=owner, marked=False)
     return None
 

@@ -14,6 +14,8 @@ class RefusalReason(StrEnum):
     """Why a page was not exchanged.  The guest runs on unharmed in every case."""
 
     NOT_PENDING = "not_pending"
+    CANNOT_MARK = "cannot_mark"
+    NEIGHBOUR_FREE = "neighbour_free"
     BROKEN = "broken"
     NOT_THE_DOMAINS = "not_the_domains"
     SHARED_INFO = "shared_info"
@@ -46,6 +48,8 @@ class RefusalReason(StrEnum):
 
 _MAY_PASS = frozenset(
     {
+        RefusalReason.CANNOT_MARK,
+        RefusalReason.NEIGHBOUR_FREE,
         RefusalReason.GRANTED,
         RefusalReason.OTHER_REFERENCES,
         RefusalReason.CONTENTS_CHANGED,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 
 import numpy as np
@@ -11,6 +11,7 @@ from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group
+from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import PageResult, Refusal, RefusalReason, page_of
 from pgofflined.exchanger.check import Look, Seen, check, look_at
 from pgofflined.exchanger.plan import Plan, make_plan
@@ -45,8 +46,9 @@ class Mover:
         clock: Clock,
         job: OpenJob,
         poisoned: frozenset[Mfn],
-        marked: bool,
+        when: WhenMarked,
         limits: SuspendLimits,
+        wedged: Callable[[], bool],
     ) -> None:
         # In their order; told in full only when nobody waits any more.
         self._outcomes: list[Transfer | Refusal] = []
@@ -55,7 +57,8 @@ class Mover:
         self._clock = clock
         self._job = job
         self._poisoned = poisoned
-        self._marked = marked
+        self._when = when
+        self._wedged = wedged
         self._limits = limits
         self._olds = np.empty(0, dtype=np.uint64)
         self._news = np.empty(0, dtype=np.uint64)
@@ -113,7 +116,7 @@ class Mover:
         try:
             moved = dict(zip(self._olds.tolist(), self._news.tolist(), strict=True))
             facts = survey(self._xen, info, unsure, self._poisoned, moved)
-            again = make_plan(facts, marked=self._marked)
+            again = make_plan(facts, when=self._when)
         except (GuestLayoutError, PortError) as error:
             if isinstance(error, DomainGone):
                 raise
@@ -168,7 +171,7 @@ class Mover:
         except PortError as error:
             self._refuse(group.frames(), RefusalReason.NOT_KEPT, str(error))
             return
-        transfer = Transfer(self._xen, domid, group)
+        transfer = self._new_transfer(domid, group)
         self._outcomes.append(transfer)
         self.is_whole, self._under_way = False, group
         try:
@@ -186,9 +189,12 @@ class Mover:
             self._olds = np.concatenate([self._olds, olds])
             self._news = np.concatenate([self._news, news])
 
+    def _new_transfer(self, domid: Domid, group: Group) -> Transfer:
+        return Transfer(self._xen, domid, group, when=self._when, wedged=self._wedged)
+
     def _once_more(self, domid: Domid, group: Group) -> Transfer:
         """Begin from what Xen says is true, as another process would."""
-        rescue = Transfer(self._xen, domid, group)
+        rescue = self._new_transfer(domid, group)
         rescue.take_over()
         rescue.settle()
         self._outcomes.append(rescue)

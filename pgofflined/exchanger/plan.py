@@ -9,7 +9,7 @@ import numpy as np
 
 from pgofflined.core.frames import Mfn, Pfn
 from pgofflined.core.moves import Group, References, frames_of, no_contents
-from pgofflined.core.offline import OfflineState
+from pgofflined.core.offline import OfflineState, WhenMarked
 from pgofflined.core.outcomes import Refusal, RefusalReason
 from pgofflined.core.pages import PageKind, PageType
 from pgofflined.exchanger.survey import P2mSlot, PageFacts, PteReference
@@ -34,13 +34,13 @@ class Plan:
     refusals: tuple[Refusal, ...]
 
 
-def make_plan(facts: Sequence[PageFacts], *, marked: bool = True) -> Plan:
-    """A plan or a refusal for each page; ``marked``: a page that has no mark is refused.
+def make_plan(facts: Sequence[PageFacts], *, when: WhenMarked = WhenMarked.BEFORE) -> Plan:
+    """A plan or a refusal for each page, which ``when`` says that it is marked.
 
     Data pages go together.  A page table goes by itself and after them: that its entries can be
     set again is checked against the guest's memory as it is then.
     """
-    decided = [plan_page(page, marked=marked) for page in facts]
+    decided = [plan_page(page, when=when) for page in facts]
     pages = [page for page in decided if isinstance(page, PagePlan)]
     data = [page for page in pages if not page.type.kind.is_table]
     tables = [page for page in pages if page.type.kind.is_table]
@@ -72,7 +72,7 @@ def _group(pages: Sequence[PagePlan]) -> Group:
     )
 
 
-def plan_page(page: PageFacts, *, marked: bool = True) -> PagePlan | Refusal:
+def plan_page(page: PageFacts, *, when: WhenMarked = WhenMarked.BEFORE) -> PagePlan | Refusal:
     """What to do with one page."""
     if page.is_shared:
         return Refusal(
@@ -81,7 +81,7 @@ def plan_page(page: PageFacts, *, marked: bool = True) -> PagePlan | Refusal:
             detail="it is Xen's own and lent to the guest (shared_info or grant table); "
             "it goes when the guest ends",
         )
-    early = refuse_by_state(page.mfn, page.state, marked=marked)
+    early = refuse_by_state(page.mfn, page.state, when=when)
     early = early or refuse_by_kind(page.mfn, page.type.kind)
     if early is not None:
         return early
@@ -129,7 +129,9 @@ def _refuse_table(page: PageFacts) -> Refusal | None:
     return None
 
 
-def refuse_by_state(mfn: Mfn, state: OfflineState, *, marked: bool = True) -> Refusal | None:
+def refuse_by_state(
+    mfn: Mfn, state: OfflineState, *, when: WhenMarked = WhenMarked.BEFORE
+) -> Refusal | None:
     """A refusal for a page whose contents must not be read or that nobody marked."""
     if state & OfflineState.BROKEN:
         return Refusal(
@@ -137,7 +139,7 @@ def refuse_by_state(mfn: Mfn, state: OfflineState, *, marked: bool = True) -> Re
             reason=RefusalReason.BROKEN,
             detail="it has had an uncorrected error; its contents must not be read",
         )
-    if marked and not state & OfflineState.OFFLINE_PENDING:
+    if when is WhenMarked.BEFORE and not state & OfflineState.OFFLINE_PENDING:
         return Refusal(
             mfn=mfn,
             reason=RefusalReason.NOT_PENDING,

@@ -145,7 +145,10 @@ class HostState:
             own = np.flatnonzero((frames.owner == domid) & frames.pinned)
             for mfn in own.tolist():
                 self.references.unpin(mfn)
-            for mfn in np.flatnonzero((frames.owner == domid) & frames.allocated).tolist():
+            # From the highest on, as Xen has given them out: page_list_add_tail in assign_pages(),
+            # and relinquish_memory() walks that list from its head.  So what is freed finds the
+            # frames above it free, and is taken out of the block that it makes with them.
+            for mfn in np.flatnonzero((frames.owner == domid) & frames.allocated)[::-1].tolist():
                 frames.allocated[mfn] = False
                 self.references.put(mfn)
             del self.by_domid[domid]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from errno import EBUSY, EIO
 from typing import TYPE_CHECKING
 
@@ -12,15 +13,19 @@ from pgofflined.core.errors import PortError, SuspendShared, XenError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import Damaged, Exchanged, Refusal, RefusalReason
 from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.core.xenversion import XenVersion
 from pgofflined.exchanging import RECOVERY_SECONDS
 from pgofflined.ports import JobRecord, OpenJob, SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.layout import DIRECT_MAP
 from pgofflined.sim.pagetables import PageFault
+from tests.crash.killing import VERSIONS, hosts_of
 from tests.unit.exchanger.conftest import Bench
 
 if TYPE_CHECKING:
+    from _pytest.mark.structures import ParameterSet
+
     from pgofflined.core.moves import PteWrites
     from pgofflined.ports import FrameArray, Words
 
@@ -36,17 +41,21 @@ def _calls_of_a_good_run() -> list[str]:
     return xen.trace.methods
 
 
-FAILURES = [
-    pytest.param(nth, moment, id=f"{nth}-{method}-{moment.name.lower()}")
-    for nth, method in enumerate(_calls_of_a_good_run(), start=1)
-    for moment in Moment
-]
+def _failures() -> Iterator[ParameterSet]:
+    for xen, version in VERSIONS.items():
+        with hosts_of(version):
+            methods = _calls_of_a_good_run()
+        for nth, method in enumerate(methods, start=1):
+            for moment in Moment:
+                told = f"{xen}-{nth}-{method}-{moment.name.lower()}"
+                yield pytest.param(version, nth, moment, id=told)
 
 
-@pytest.mark.parametrize(("nth", "moment"), FAILURES)
+@pytest.mark.parametrize(("version", "nth", "moment"), [*_failures()])
 def test_one_failing_call_leaves_the_guest_running_with_its_memory(
-    nth: int, moment: Moment
+    version: XenVersion, nth: int, moment: Moment
 ) -> None:
+    assert Bench.version == version
     bench = Bench.build()
     mfns = _pages(bench)
     xen = FaultyHypervisor(bench.host, Fault(nth=nth, moment=moment))
