@@ -23,6 +23,7 @@ class RefusalReason(StrEnum):
     ROOT_IN_USE = "root_in_use"
     MAPS_OTHERS = "maps_others"
     LINEAR_MAPPING = "linear_mapping"
+    TOO_MANY_REFERENCES = "too_many_references"
     GRANTED = "granted"
     P2M_DISAGREES = "p2m_disagrees"
     GUEST_LAYOUT = "guest_layout"
@@ -50,6 +51,7 @@ _MAY_PASS = frozenset(
     {
         RefusalReason.CANNOT_MARK,
         RefusalReason.NEIGHBOUR_FREE,
+        RefusalReason.TOO_MANY_REFERENCES,
         RefusalReason.GRANTED,
         RefusalReason.OTHER_REFERENCES,
         RefusalReason.CONTENTS_CHANGED,

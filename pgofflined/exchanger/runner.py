@@ -205,7 +205,8 @@ class ExchangeJob:
         began = self._clock.monotonic()
         facts = survey(self._xen, info, mfns, self._never_read)
         return Surveyed(
-            plan=make_plan(facts, when=self._when), seconds=self._clock.monotonic() - began
+            plan=make_plan(facts, when=self._when, blackout=self._limits.blackout),
+            seconds=self._clock.monotonic() - began,
         )
 
     # While it stands still.
