@@ -1,7 +1,7 @@
 """Marks where the allocator is damaged if a marked page is freed among free ones.
 
-On such a Xen (``XenVersion.offlines_free_frames_safely``, docs/xen-bugs.md) a page may have its mark
-only while its guest is held by us, and is freed only by our exchange, next to a page in use.
+On such a Xen (``XenVersion.offlines_free_frames_safely``, docs/xen-bugs.md) a page may have its
+mark only while its guest is held by us, and is freed only by our exchange, next to a page in use.
 """
 
 from __future__ import annotations

@@ -94,9 +94,11 @@ class GroupMarks:
             self._progress.refuse(row, RefusalReason.NEIGHBOUR_FREE, NEIGHBOUR)
 
     def take_back(self) -> list[str]:
-        """Take back what pages have that were not exchanged; what could not be, in words."""
-        left = np.flatnonzero(~self._progress.committed).tolist()
-        return take_marks_back(self._xen, [self._progress.group.page(row)[0] for row in left])
+        """Take back what pages have that were not exchanged; what could not be, in words.
+
+        Of all of them: Xen knows better than we which were, should the guest's M2P have lied.
+        """
+        return take_marks_back(self._xen, self._progress.group.frames())
 
 
 def wedged_detail(domid: Domid) -> str:

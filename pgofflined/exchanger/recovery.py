@@ -79,12 +79,17 @@ class _Recovery:
         self._never_read = never_read
         self._results: tuple[PageResult, ...] = ()
         self._is_whole = self._group is None
-        self._marks_left: list[str] = []
 
     def end(self) -> RecoveryReport:
         """Raises DomainGone, PortError."""
+        try:
+            return self._end()
+        finally:
+            # Whatever becomes of the guest: it may have run since, or be about to end.
+            self._take_marks_back()
+
+    def _end(self) -> RecoveryReport:
         domid = self._domid
-        self._marks_left = self._take_marks_back()
         info = self._xen.condition(domid)
         if not _is_same(info, self._record):
             raise DomainGone(domid)
@@ -191,17 +196,14 @@ class _Recovery:
         transfer.settle()
         self._results = tuple(transfer.progress.results())
         damages = [each.detail for each in self._results if isinstance(each, Damaged)]
-        damage = "; ".join([*damages, *self._marks_left])
+        damage = "; ".join([*damages, *self._take_marks_back()])
         if not damage:
             self._job.settled()
             self._is_whole = True
         return damage
 
     def _take_marks_back(self) -> list[str]:
-        """Marks that were set for the exchange, where none may stay; what stays, in words.
-
-        Whatever becomes of the guest: it may have run since, or be about to end.
-        """
+        """Marks that were set for the exchange, where none may stay; what stays, in words."""
         if self._group is None or self._xen.version().offlines_free_frames_safely:
             return []
         return take_marks_back(self._xen, self._group.frames())

@@ -134,6 +134,7 @@ class Answers(FaultyHypervisor):
     "reply",
     [
         OfflineReply(flags=OfflineFlag.OWNED | OfflineFlag.PENDING, owner=Domid(77)),
+        OfflineReply(flags=OfflineFlag.OWNED | OfflineFlag.AGAIN, owner=Domid(1)),
         OfflineReply(flags=OfflineFlag.ANONYMOUS | OfflineFlag.FAILED, owner=None),
         OfflineReply(flags=OfflineFlag.XENPAGE | OfflineFlag.PENDING, owner=None),
         OfflineReply(flags=OfflineFlag.OFFLINED, owner=None),
