@@ -31,5 +31,6 @@ def hosts(version: XenVersion, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.setattr(Bench, "version", version)
     monkeypatch.setattr(Bench, "build", built_and_noted)
     yield
-    for bench in built:
-        bench.assert_heap_stays_sound()
+    if not version.offlines_free_frames_safely:
+        for bench in built:
+            bench.assert_heap_stays_sound()
