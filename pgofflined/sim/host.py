@@ -145,9 +145,8 @@ class HostState:
             own = np.flatnonzero((frames.owner == domid) & frames.pinned)
             for mfn in own.tolist():
                 self.references.unpin(mfn)
-            # From the highest on, as Xen has given them out: page_list_add_tail in assign_pages(),
-            # and relinquish_memory() walks that list from its head.  So what is freed finds the
-            # frames above it free, and is taken out of the block that it makes with them.
+            # From the highest on, as they were given out: relinquish_memory() goes through the
+            # list that assign_pages() has appended them to.  Each finds those above it free.
             for mfn in np.flatnonzero((frames.owner == domid) & frames.allocated)[::-1].tolist():
                 frames.allocated[mfn] = False
                 self.references.put(mfn)
