@@ -2,10 +2,10 @@
 
 KIND is, of a running PV domain: ``data`` (plain memory that no grant offers and no p2m lies in),
 ``granted``, ``table`` (page tables), ``any`` of its p2m, ``paired`` (any whose neighbour is its own
-too, so that it joins no free block: see docs/xen-bugs.md), ``paired-data`` (both at once) or ``anonymous`` (one
-that Xen has allocated to nobody, for the domain); of a PVH domain that is the only one: ``hvm``; of
-dom0: ``dom0``; of nobody: ``free`` (nearly always: a few of Xen's own look the same).  Frames are
-drawn at random.
+too, so that it joins no free block: see docs/xen-bugs.md), ``paired-data`` (both at once) or
+``anonymous`` (one that Xen has allocated to nobody, for the domain); of a PVH domain that is the
+only one: ``hvm``; of dom0: ``dom0``; of nobody: ``free`` (nearly always: a few of Xen's own look
+the same).  Frames are drawn at random.
 """
 
 from __future__ import annotations
