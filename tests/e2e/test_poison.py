@@ -47,7 +47,8 @@ def test_a_poisoned_page_is_marked_and_never_moved_and_goes_with_its_guest(host:
         daemon.inject_ce(mfn)
         daemon.inject_ce(mfn)
         daemon.request_offline(mfn)
-        guest.wait_passes(2)
+        # A pass takes half a second at least: a job would have come to its end in this time.
+        guest.wait_passes(20)
         assert_untouched(daemon, guest, mfn)
         guest.assert_clean()
         guest.destroy()
