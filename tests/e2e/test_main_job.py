@@ -114,7 +114,9 @@ def test_pages_of_nobody_dom0_and_xen_get_their_verdicts(host: Host) -> None:
 def test_a_guest_that_ignores_the_request_to_suspend_is_unharmed(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="deaf", vcpus=2, ignore_suspend=True))
     [mfn] = frames(host, "data", guest.domid, 1)
-    with running(host) as daemon:
+    # It does not say that it could either.
+    asked = POLICY.replace("[exchange]", '[exchange]\nask_unannounced = ["deaf"]')
+    with running(host, asked) as daemon:
         daemon.offline(mfn)
         daemon.wait_for(mfn, "left")
         assert daemon.page(mfn)["reason"] == "no_suspend"
