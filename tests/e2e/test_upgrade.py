@@ -45,7 +45,7 @@ def test_a_guest_that_the_release_before_left_standing_still_runs_on_whole(host:
     with running(host) as daemon:
         for stage in ("asked", "held", "cleared", "exchanged"):
             mfn = upgrade(host, guest, stage, BEFORE)
-            wait_until(lambda: records(host) == [], timeout=60, what=f"the end of {stage}")
+            wait_until(lambda: records(host) == [], timeout=60, what=f"{stage} ends")
             assert not stands_still(host, guest), stage
             moved = "OFFLINED" if stage == "exchanged" else "OFFLINE_PENDING"
             assert daemon.state(mfn) == moved
