@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +25,15 @@ UCNA = 0xBC00_0000_0000_0090
 MISC_PAGE = 0x8C
 
 # Asks at the control socket as the command line does, without the seconds that its start takes
-# under emulation.
+# under emulation; all that it is given, at once.
 ASK = """
 import socket, sys
 asking = socket.socket(socket.AF_UNIX)
 asking.connect("/run/pgofflined/control.sock")
-asking.sendall(sys.argv[1].encode() + b"\\n")
-sys.stdout.write(asking.makefile().readline())
+asking.sendall("".join(line + "\\n" for line in sys.argv[1:]).encode())
+answers = asking.makefile()
+for _ in sys.argv[1:]:
+    sys.stdout.write(answers.readline())
 """
 
 # Retries within the time of a test; room for all the pages of a test run.
@@ -67,8 +69,14 @@ class Daemon:
 
     def ask(self, request: str, **fields: object) -> Any:  # noqa: ANN401 - what it answers
         """A request's answer, see pgofflined/control/protocol.py."""
-        line = json.dumps({"request": request, **fields})
-        return json.loads(self.host.run(["python3", "-I", "-S", "-c", ASK, line]).out)
+        [answer] = self.ask_all([{"request": request, **fields}])
+        return answer
+
+    def ask_all(self, requests: Iterable[Mapping[str, object]]) -> list[Any]:
+        """The answers to several requests, of which none waits for another's answer."""
+        lines = [json.dumps(request) for request in requests]
+        done = self.host.run(["python3", "-I", "-S", "-c", ASK, *lines])
+        return [json.loads(line) for line in done.out.splitlines()]
 
     def status(self) -> Any:  # noqa: ANN401
         """What `pgofflined status --json` shows."""

@@ -28,7 +28,8 @@ def assert_capped(daemon: Daemon, mfns: list[int]) -> None:
     """So many pages have gone, and for no other has anything been done."""
     wait_until(lambda: is_settled(daemon), timeout=300, what="the pages to be retired", interval=1)
     assert daemon.status()["retired_frames"] == CAP
-    states = [daemon.state(mfn) for mfn in mfns]
+    questions = [{"request": "query", "mfn": f"{mfn:#x}"} for mfn in mfns]
+    states = [answer["state"] for answer in daemon.ask_all(questions)]
     assert sorted(states) == sorted(["OFFLINED"] * CAP + ["ONLINE"] * (len(mfns) - CAP))
 
 
@@ -51,7 +52,8 @@ def test_an_operator_who_asks_for_thirty_pages_at_once_gets_no_more_than_the_cap
     guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
     mfns = frames(host, "data", guest.domid, BURST)
     with running(host, CAPPED) as daemon:
-        taken = [daemon.request_offline(mfn)["accepted"] for mfn in mfns]
+        requests = [{"request": "offline", "mfn": f"{mfn:#x}"} for mfn in mfns]
+        taken = [answer["accepted"] for answer in daemon.ask_all(requests)]
         assert_capped(daemon, mfns)
         assert sum(taken) == CAP
     guest.wait_passes(2)
