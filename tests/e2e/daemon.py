@@ -192,3 +192,8 @@ def frames(host: Host, kind: str, domid: int, count: int) -> list[int]:
     found = [mfn for _, mfn in json.loads(done.out)]
     assert len(found) == count, f"asked for {count} {kind} pages of d{domid}, found {len(found)}"
     return found
+
+
+def announce_suspend(host: Host, domid: int) -> None:
+    """Say for a guest that it can suspend itself, which one that cannot does not do."""
+    host.run(["xenstore-write", f"/local/domain/{domid}/control/feature-suspend", "1"])

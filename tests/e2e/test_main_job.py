@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from .daemon import CONFIG, POLICY, UNIT, frames, running
+from .daemon import CONFIG, POLICY, UNIT, announce_suspend, frames, running
 from .rig.guest import GuestSpec
 from .rig.host import Host
 from .rig.nested import tried_again_after_triple_faults
@@ -114,9 +114,8 @@ def test_pages_of_nobody_dom0_and_xen_get_their_verdicts(host: Host) -> None:
 def test_a_guest_that_ignores_the_request_to_suspend_is_unharmed(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="deaf", vcpus=2, ignore_suspend=True))
     [mfn] = frames(host, "data", guest.domid, 1)
-    # It does not say that it could either.
-    asked = POLICY.replace("[exchange]", '[exchange]\nask_unannounced = ["deaf"]')
-    with running(host, asked) as daemon:
+    announce_suspend(host, guest.domid)
+    with running(host) as daemon:
         daemon.offline(mfn)
         daemon.wait_for(mfn, "left")
         assert daemon.page(mfn)["reason"] == "no_suspend"
