@@ -76,7 +76,7 @@ def _offline(mfn: Mfn) -> None:
         asking.connect(_SOCKET)
         asking.sendall(json.dumps({"request": "offline", "mfn": f"{mfn:#x}"}).encode() + b"\n")
         answer = json.loads(asking.makefile().readline())
-    if not answer["accepted"]:
+    if answer["fate"] in ("refused", "unresolved"):
         raise SystemExit(f"the service does not take {mfn:#x}: {answer}")
 
 
