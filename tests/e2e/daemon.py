@@ -174,7 +174,7 @@ def running(host: Host, policy: str = POLICY) -> Iterator[Daemon]:
     """Start the service with this policy and nothing remembered; stop it in the end."""
     host.write_text(CONFIG, policy)
     host.run(["systemctl", "stop", UNIT])
-    host.run("rm -rf /run/pgofflined/state.db*")
+    host.run(f"rm -rf /run/pgofflined/state.db* {JOBS}/*")
     host.run(["systemctl", "start", UNIT], timeout=120)
     try:
         yield Daemon(host)

@@ -33,7 +33,7 @@ def small(name: str) -> GuestSpec:
     return GuestSpec(name=name, memory_mib=96)
 
 
-def stops(host: Host, policy: str, count: int, guests: list[Guest]) -> list[dict[str, Any]]:
+def stops(host: Host, policy: str, count: int | str, guests: list[Guest]) -> list[dict[str, Any]]:
     """Stop the service at so many moments of jobs; what stood still then."""
     names = " ".join(guest.spec.name for guest in guests)
     with running(host, policy):
@@ -41,7 +41,6 @@ def stops(host: Host, policy: str, count: int, guests: list[Guest]) -> list[dict
     told: list[dict[str, Any]] = [json.loads(line) for line in done.out.splitlines()]
     # Shown when the test fails, and with -rP.
     print(*told, sep="\n")
-    assert len(told) == count
     return told
 
 
@@ -54,11 +53,22 @@ def test_no_guest_stands_still_when_the_service_has_stopped_at_any_moment_of_a_j
 ) -> None:
     guests = [host.start_guest(small(name)) for name in ("one", "other")]
     told = stops(host, policy, count, guests)
+    assert len(told) == count
     assert [stop for stop in told if stop["standing"] or stop["records"]] == []
     assert "suspended" in {stop["when"] for stop in told}
     for guest in guests:
         guest.wait_passes(1)
         guest.assert_clean()
+
+
+def test_a_stop_waits_for_a_guest_that_has_taken_the_request_and_not_followed_it(
+    host: Host,
+) -> None:
+    guest = host.start_guest(small("one"))
+    [stop] = stops(host, LATE, "late", [guest])
+    assert (stop["standing"], stop["records"]) == ([], [])
+    guest.wait_passes(1)
+    guest.assert_clean()
 
 
 @pytest.mark.parametrize("policy", [DRY, NOT_THESE], ids=["dry-run", "denied"])
