@@ -224,8 +224,8 @@ def test_a_broken_configuration_ends_the_start_with_78_and_the_reason(host: Host
     shown = host.run(["systemctl", "show", "-P", "ExecMainStatus", UNIT]).out.strip()
     assert shown == "78"
     journal = host.journal(UNIT)
-    assert f'{CONFIG}: retire.window: found "72"' in journal
-    assert f"{CONFIG}: retire.frequency: found an unknown key" in journal
+    assert f'{CONFIG}: line 2: retire.window: found "72"' in journal
+    assert f"{CONFIG}: line 3: retire.frequency: found an unknown key" in journal
     assert host.run(["systemctl", "show", "-P", "NRestarts", UNIT]).out.strip() == "0"
 
 
@@ -234,14 +234,18 @@ def test_a_bad_reload_keeps_the_policy_in_force(host: Host) -> None:
     with running(host) as daemon:
         before = daemon.status()["policy_digest"]
         host.write_text(CONFIG, "[retire]\ncorrected_errors = 0\n")
-        host.run(["systemctl", "reload", UNIT])
+        assert host.run(["systemctl", "reload", UNIT], check=False).status != 0
         wait_until(
-            lambda: "retire.corrected_errors: found 0" in daemon.journal(),
+            lambda: "line 2: retire.corrected_errors: found 0" in daemon.journal(),
             timeout=30,
             what="the word on the bad file",
         )
         assert daemon.status()["policy_digest"] == before
+        assert daemon.metric("config_last_reload_successful") == 0
+        assert daemon.attention("config_rejected") != []
         daemon.reload(POLICY + "\n[domains]\ndeny = ['secret*']\n")
+        assert daemon.metric("config_last_reload_successful") == 1
+        assert daemon.attention("config_rejected") == []
 
 
 @pytest.mark.hosts(MCELOG)
