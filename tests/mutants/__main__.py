@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from tests.mutants.selection import modules, tests_of
+from tests.mutants.selection import GROUPS
 from tests.mutants.workplace import Mutant, Workplace
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
@@ -27,29 +27,32 @@ _COLUMNS: Final = ("mutants", "killed", "timed out", "survived", "explained", "s
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Try the modules that are asked for, each printed when it is done."""
+    """Try the modules that are asked for; each group of them is printed when it is done."""
     options = _parser().parse_args(arguments)
-    wanted = options.modules or list(modules(_ROOT))
     explained = explanations(_EXPLAINED.read_text())
-    width = max(map(len, [*wanted, "all"]))
-    print(_line("", _COLUMNS, width))
+    width = max(len(module) for group in GROUPS for module in group.modules)
+    print(_line("", _COLUMNS, width), flush=True)
     total: Counter[str] = Counter()
     status = 0
-    for module in wanted:
-        place = Workplace(_ROOT, _BUILD, module)
+    for group in GROUPS:
+        wanted = [name for name in group.modules if not options.modules or name in options.modules]
+        if not wanted:
+            continue
+        place = Workplace(_ROOT, _BUILD, group, wanted)
         place.prepare(again=options.again)
         try:
             found = place.run()
         except subprocess.CalledProcessError as error:
-            print(f"mutants: {module}: {error}", file=sys.stderr)
+            print(f"mutants: {group.name}: {error}; see its log", file=sys.stderr)
             status = 1
             continue
-        counts = count(found, explained)
-        print(_line(module, cells(counts), width), flush=True)
-        total += counts
-        status = max(status, _tell(module, found, explained))
-    if len(wanted) > 1:
-        print(_line("all", cells(total), width))
+        for module in wanted:
+            mutants = [mutant for mutant in found if mutant.module == module]
+            counts = count(mutants, explained)
+            print(_line(module, cells(counts), width), flush=True)
+            total += counts
+            status = max(status, _tell(module, mutants, explained))
+    print(_line("all", cells(total), width))
     return status
 
 
@@ -67,12 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _module(text: str) -> str:
-    try:
-        tests_of(_ROOT, text)
-    except KeyError:
-        raise argparse.ArgumentTypeError(f"{text} is not mutated") from None
-    if not (_ROOT / text).is_file():
-        raise argparse.ArgumentTypeError(f"{text} is not there")
+    if not any(text in group.modules for group in GROUPS):
+        raise argparse.ArgumentTypeError(f"{text} is not mutated")
     return text
 
 
@@ -114,7 +113,8 @@ def _line(name: str, row: Sequence[str], width: int) -> str:
 def _tell(module: str, found: Sequence[Mutant], explained: Mapping[str, str]) -> int:
     """Write down what survives; whether something is explained that does not."""
     survivors = [mutant for mutant in found if mutant.status in _SURVIVED]
-    path = _BUILD / f"{module.removesuffix('.py').replace('/', '.')}.survivors"
+    path = _BUILD / "survivors" / module.removesuffix(".py").replace("/", ".")
+    path.parent.mkdir(exist_ok=True)
     path.write_text(
         "\n".join(
             f"{mutant.key}\n{mutant.difference}"

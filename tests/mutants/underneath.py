@@ -31,8 +31,8 @@ def mutate_word(node: Any) -> Iterable[Any]:  # noqa: ANN401 - mutmut's own type
         yield from mutate_string(node)
 
 
-def main(module: str, results: str) -> None:
-    """Try all mutants of ``module`` that have no verdict yet."""
+def main(results: str) -> None:
+    """Try all mutants that have no verdict yet."""
     mutators.mutation_operators = [
         (kind, mutate_word if operator is mutate_string else operator)
         for kind, operator in mutators.mutation_operators
@@ -40,16 +40,17 @@ def main(module: str, results: str) -> None:
     # The list was imported by name already.
     sys.modules["mutmut.mutation.file_mutation"].mutation_operators = mutators.mutation_operators  # type: ignore[attr-defined]
     mutmut._run([], 1)
-    [data] = mutmut.collect_source_file_mutation_data(mutant_names=[])[1].values()
+    _, found = mutmut.collect_source_file_mutation_data(mutant_names=[])
     Path(results).write_text(
         json.dumps(
             [
                 {
+                    "module": module,
                     "name": name,
                     "status": status_by_exit_code[code],
-                    "seconds": data.durations_by_key.get(name),
                     "difference": get_diff_for_mutant(name, path=Path(module)),
                 }
+                for module, data in found.items()
                 for name, code in data.exit_code_by_key.items()
             ],
             indent=1,

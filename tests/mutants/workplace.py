@@ -8,11 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.mutants.selection import tests_of
+from tests.mutants.selection import Group
 
 _UNDERNEATH: Final = Path(__file__).with_name("underneath.py")
 _COPIED: Final = ("pgofflined", "tests", "bench", "config", "systemd")
@@ -47,12 +48,13 @@ class Mutant:
 
 
 class Workplace:
-    """Where one module is mutated."""
+    """Where the modules of a group are mutated, or some of them."""
 
-    def __init__(self, root: Path, build: Path, module: str) -> None:
-        self.module = module
+    def __init__(self, root: Path, build: Path, group: Group, modules: Sequence[str]) -> None:
         self._root = root
-        self._folder = build / module.removesuffix(".py").replace("/", ".")
+        self._folder = build / group.name
+        self._group = group
+        self._modules = tuple(modules)
 
     def prepare(self, *, again: bool) -> None:
         """Copy everything anew; ``again`` keeps verdicts but those of mutants that survived."""
@@ -65,22 +67,28 @@ class Workplace:
             )
         shutil.rmtree(self._folder / "mutants/tests", ignore_errors=True)
         (self._folder / "mutants/mutmut-stats.json").unlink(missing_ok=True)
-        source = self._folder / self.module
-        source.write_text(without_properties(source.read_text()))
+        # mutmut leaves alone what is there, and mutates what is newer than its own copy.
+        for path in (self._folder / "pgofflined").rglob("*.py"):
+            name = str(path.relative_to(self._folder))
+            copy = self._folder / "mutants" / name
+            if name in self._modules:
+                path.write_text(without_properties(path.read_text()))
+                self._forget_survivors(name)
+            else:
+                copy.unlink(missing_ok=True)
         self._configure()
-        self._forget_survivors()
 
     def _configure(self) -> None:
         settings = {
             **_SETTINGS,
-            "only_mutate": [self.module],
-            "pytest_add_cli_args_test_selection": list(tests_of(self._root, self.module)),
+            "only_mutate": self._modules,
+            "pytest_add_cli_args_test_selection": self._group.tests,
             # What strict types refuse never reaches a test.
             "type_check_command": [
                 *(sys.executable, "-m", "mypy", "--output", "json"),
-                *("--follow-imports", "silent"),
-                *("--disable-error-code", "unused-ignore"),
-                self.module,
+                *("--follow-imports", "silent", "--disable-error-code", "unused-ignore"),
+                *("--cache-dir", str(self._folder.parent / ".mypy_cache")),
+                *self._modules,
             ],
         }
         lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
@@ -88,8 +96,8 @@ class Workplace:
         ours = (self._root / "pyproject.toml").read_text().replace(', "ignore-without-code"', "")
         (self._folder / "pyproject.toml").write_text("\n".join([ours, "[tool.mutmut]", *lines, ""]))
 
-    def _forget_survivors(self) -> None:
-        path = self._folder / "mutants" / f"{self.module}.meta"
+    def _forget_survivors(self, module: str) -> None:
+        path = self._folder / "mutants" / f"{module}.meta"
         if not path.exists():
             return
         found = json.loads(path.read_text())
@@ -99,16 +107,11 @@ class Workplace:
         path.write_text(json.dumps(found))
 
     def run(self) -> list[Mutant]:
-        """Try its mutants.  Raises CalledProcessError if that was not possible."""
+        """Try their mutants.  Raises CalledProcessError if that was not possible."""
         results = self._folder / "results.json"
         with (self._folder / "log").open("w") as log:
             subprocess.run(
-                [
-                    sys.executable,
-                    Path(__file__).with_name("underneath.py"),
-                    self.module,
-                    results.name,
-                ],
+                [sys.executable, _UNDERNEATH, results.name],
                 cwd=self._folder,
                 # CI is what has hypothesis draw the same examples each time, without a time limit.
                 env={**os.environ, "CI": "true", "PYTHONPATH": ""},
@@ -117,27 +120,28 @@ class Workplace:
                 stderr=subprocess.STDOUT,
                 check=True,
             )
-        return [self._mutant(found) for found in json.loads(results.read_text())]
+        return [_mutant(found) for found in json.loads(results.read_text())]
 
-    def _mutant(self, found: dict[str, str]) -> Mutant:
-        lines = found["difference"].splitlines()
-        changed = {
-            sign: " ".join(
-                " ".join(line[1:].split())
-                for line in lines
-                if line.startswith(sign) and not line.startswith(sign * 3)
-            )
-            for sign in "-+"
-        }
-        name = found["name"].rpartition("__mutmut_")[0].rpartition(".")[2]
-        return Mutant(
-            module=self.module,
-            function=name.removeprefix("x").removeprefix("_").strip("ǁ").replace("ǁ", "."),
-            was=changed["-"],
-            becomes=changed["+"],
-            status=found["status"],
-            difference=found["difference"],
+
+def _mutant(found: dict[str, str]) -> Mutant:
+    lines = found["difference"].splitlines()
+    changed = {
+        sign: " ".join(
+            " ".join(line[1:].split())
+            for line in lines
+            if line.startswith(sign) and not line.startswith(sign * 3)
         )
+        for sign in "-+"
+    }
+    name = found["name"].rpartition("__mutmut_")[0].rpartition(".")[2]
+    return Mutant(
+        module=found["module"],
+        function=name.removeprefix("x").removeprefix("_").strip("ǁ").replace("ǁ", "."),
+        was=changed["-"],
+        becomes=changed["+"],
+        status=found["status"],
+        difference=found["difference"],
+    )
 
 
 def without_properties(source: str) -> str:
