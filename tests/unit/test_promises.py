@@ -327,3 +327,72 @@ async def test_pages_are_looked_at_although_others_wait_for_xen(tmp_path: Path) 
         assert not any(future.done() for future in waiting)
         release.set()
         await asyncio.gather(*waiting)
+
+
+# Over a restart.
+
+
+async def test_errors_count_together_over_a_restart(tmp_path: Path) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, small=small) as whole:
+        mfn = whole.plain()
+        await whole.corrected(mfn, times=1)
+        assert whole.entry(mfn) is None
+    async with at_work(tmp_path, small=small) as whole:
+        await whole.corrected(mfn, times=1)
+        await whole.page(mfn, Phase.OFFLINED)
+
+
+async def test_a_page_that_waits_is_taken_up_by_the_next_daemon(tmp_path: Path) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, SLOW, small=small) as whole:
+        mfn = whole.granted()
+        await whole.corrected(mfn)
+        await whole.page(mfn, Phase.WAITING)
+    small.host.simulated(small.pv).grants.clear()
+    async with at_work(tmp_path, SLOW, small=small) as whole:
+        entry = await whole.page(mfn, Phase.OFFLINED)
+        assert entry.attempts == 1, "the try before the restart still counts"
+
+
+async def test_the_cap_holds_over_a_restart(tmp_path: Path) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, EIGHT, small=small) as whole:
+        mfns = [whole.plain(which) for which in range(12)]
+        await whole.corrected(*mfns[:6])
+        await whole.until(lambda: len(whole.pages(mfns, Phase.OFFLINED)) == 6)
+    async with at_work(tmp_path, EIGHT, small=small) as whole:
+        await whole.corrected(*mfns[6:])
+        await whole.until(lambda: len(whole.pages(mfns, Phase.OFFLINED)) == 8)
+        assert len(whole.service.retirer.ledger.book) == 8
+
+
+async def test_what_became_of_a_page_while_no_daemon_ran_is_found_out_at_the_start(
+    tmp_path: Path,
+) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, small=small) as whole:
+        mfn = small.host.frame_of(small.pvh, 5)
+        await whole.corrected(mfn)
+        await whole.page(mfn, Phase.LEFT, reason="no_relocation")
+    small.host.migrate_to_self(small.pvh)
+    async with at_work(tmp_path, small=small) as whole:
+        await whole.page(mfn, Phase.OFFLINED)
+
+
+async def test_a_page_with_an_uncorrected_error_is_not_exchanged_by_the_next_daemon(
+    tmp_path: Path,
+) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, small=small) as whole:
+        mfn = whole.plain()
+        small.host.poison(mfn)
+        whole.service.retirer.take_poisoned(mfn, "an uncorrected error")
+        await whole.page(mfn, Phase.LEFT, reason="uncorrected")
+    async with at_work(tmp_path, small=small) as whole:
+        await whole.corrected(mfn, times=3)
+        answer = await whole.service.offline(mfn)
+        assert whole.suspended() == []
+        assert "uncorrected" in answer.detail
+        small.host.destroy(small.pv)
+        await whole.page(mfn, Phase.OFFLINED)
