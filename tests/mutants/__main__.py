@@ -48,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
             continue
         for module in wanted:
             mutants = [mutant for mutant in found if mutant.module == module]
+            if not mutants:
+                continue  # it has nothing but constants and fields
             counts = count(mutants, explained)
             print(_line(module, cells(counts), width), flush=True)
             total += counts
@@ -116,8 +118,8 @@ def _tell(module: str, found: Sequence[Mutant], explained: Mapping[str, str]) ->
     path = _BUILD / "survivors" / module.removesuffix(".py").replace("/", ".")
     path.parent.mkdir(exist_ok=True)
     path.write_text(
-        "\n".join(
-            f"{mutant.key}\n{mutant.difference}"
+        "".join(
+            f"{mutant.key}\n{mutant.difference.rstrip()}\n\n"
             for mutant in survivors
             if mutant.key not in explained
         )

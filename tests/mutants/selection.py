@@ -39,7 +39,8 @@ GROUPS: Final = (
         tests=_unit(
             *(f"core/test_{name}.py" for name in ("aftermath", "book", "domains", "errors")),
             *(f"core/test_{name}.py" for name in ("frames", "history", "ladder", "patterns")),
-            *(f"core/test_{name}.py" for name in ("policy", "premigration", "relocating", "saves")),
+            *(f"core/test_{name}.py" for name in ("policy", "policy_waits", "premigration")),
+            *(f"core/test_{name}.py" for name in ("relocating", "saves")),
             *(f"core/test_{name}.py" for name in ("schedule", "tally", "text", "units")),
             *("test_config.py", "test_events.py", "test_journal_log.py", "test_ledger.py"),
             *("test_metrics.py", "test_unresolved.py"),

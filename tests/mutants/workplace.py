@@ -21,6 +21,8 @@ _COPIED: Final = ("pgofflined", "tests", "bench", "config", "systemd")
 _SETTINGS: Final = {
     "source_paths": ["pgofflined"],
     "also_copy": ["bench", "config", "systemd"],
+    # Where mypy has seen to it that nothing comes by.
+    "do_not_mutate_patterns": ["assert_never"],
     "pytest_add_cli_args": ["-p", "no:cacheprovider"],
     "timeout_constant": 4.0,
     "timeout_multiplier": 2.0,

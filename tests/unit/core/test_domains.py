@@ -17,5 +17,6 @@ def test_the_reason_is_read_from_the_flags(code: int, reason: ShutdownReason) ->
 
 def test_guest_kinds_are_told_apart_by_flags_and_emulation() -> None:
     assert guest_kind(0, 0) is GuestKind.PV
+    assert guest_kind(1 << 1, 0) is GuestKind.PVH
     assert guest_kind(1 << 1, 1) is GuestKind.PVH
     assert guest_kind(1 << 1, 0x3FF) is GuestKind.HVM

@@ -10,9 +10,8 @@ from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, SourceUnavail
 from pgofflined.core.frames import Domid, Mfn
 
 
-@pytest.mark.parametrize(
-    ("error", "text"),
-    [
+def test_a_failure_says_what_where_and_with_which_errno() -> None:
+    for error, text in (
         (XenError(EBUSY, op="pin"), "pin failed with EBUSY"),
         (XenError(EBUSY, op="pin", domid=Domid(0)), "pin failed with EBUSY (d0)"),
         (XenError(EBUSY, op="pin", mfn=Mfn(0)), "pin failed with EBUSY (mfn 0x0)"),
@@ -30,10 +29,8 @@ from pgofflined.core.frames import Domid, Mfn
             SourceUnavailable(9999, source="native", reason="it is bound"),
             "the native source is unavailable (9999): it is bound",
         ),
-    ],
-)
-def test_a_failure_says_what_where_and_with_which_errno(error: Exception, text: str) -> None:
-    assert str(error) == text
+    ):
+        assert str(error) == text
 
 
 def test_a_failed_call_keeps_what_its_caller_needs() -> None:
