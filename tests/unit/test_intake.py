@@ -1,0 +1,292 @@
+"""What follows from a report, on the assembled service: what is told, counted and taken in hand."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pgofflined.core.book import Cause, Phase
+from pgofflined.core.events import Event
+from pgofflined.core.frames import Domid, Mfn, maddr_of
+from pgofflined.core.policy import DomainPolicy, Policy
+from pgofflined.core.reports import (
+    ErrorReport,
+    HypervisorActed,
+    HypervisorResult,
+    OtherError,
+    OtherKind,
+    Sighting,
+)
+from pgofflined.core.units import AmountOfMemory
+
+from .whole import POLICY, Whole, at_work, retiring
+
+ONE = retiring(max_retired=AmountOfMemory(size=1 << 12))
+
+
+def told(caplog: pytest.LogCaptureFixture, kind: Event) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if fields(record)["MESSAGE_ID"] == kind.message_id]
+
+
+def fields(record: logging.LogRecord) -> dict[str, str]:
+    found: dict[str, str] = getattr(record, "pgofflined_fields", {"MESSAGE_ID": ""})
+    return found
+
+
+async def take(whole: Whole, report: ErrorReport) -> None:
+    await whole.service.intake.take(Sighting(when=1.0, source="simulated", report=report))
+
+
+def uncorrected(mfn: Mfn | None) -> OtherError:
+    return OtherError(kind=OtherKind.UNCORRECTED_NOT_SIGNALLED, bank=7, status=1 << 63, mfn=mfn)
+
+
+def acted(mfn: Mfn | None, domid: Domid | None) -> HypervisorActed:
+    return HypervisorActed(
+        mfn=mfn,
+        domid=domid,
+        broken=mfn is not None,
+        result=HypervisorResult.OFFLINED,
+        reason="it took the page out",
+        bank=7,
+        status=1 << 63,
+    )
+
+
+async def test_a_corrected_error_is_told_with_its_page_and_the_owner_that_xen_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path) as whole:
+        mfn = whole.plain()
+        whole.telemetry.push_corrected(maddr_of(mfn), domid=whole.small.pv)
+        await whole.until(lambda: whole.service.counters.reports.total() == 1)
+        await whole.until(lambda: bool(told(caplog, Event.ERROR_SEEN)))
+        [record] = told(caplog, Event.ERROR_SEEN)
+        assert record.levelno == logging.WARNING
+        assert fields(record)["MFN"] == f"{mfn:#x}"
+        assert fields(record)["DOMID"] == str(whole.small.pv)
+        assert "a corrected memory error in" in record.getMessage()
+
+
+async def test_a_page_below_the_threshold_is_kept_and_its_errors_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        async with at_work(tmp_path, retiring(corrected_errors=3)) as whole:
+            mfn = whole.plain()
+            await whole.corrected(mfn, times=2)
+            assert whole.entry(mfn) is None
+            assert (await whole.service.query(mfn)).hits_in_window == 2
+            kept = [text for text in caplog.messages if text.startswith(f"mfn {mfn:#x} is kept")]
+            assert [text.split(": ")[1][:8] for text in kept] == ["1 of the", "2 of the"]
+            await whole.corrected(mfn, times=1)
+            assert (await whole.page(mfn, Phase.OFFLINED)).cause is Cause.CORRECTED
+
+
+async def test_errors_of_a_page_that_is_in_hand_are_counted_and_decide_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path) as whole:
+        mfn = whole.of_dom0()
+        await whole.corrected(mfn)
+        await whole.page(mfn, Phase.LEFT)
+        await whole.corrected(mfn, times=3)
+        assert (await whole.service.query(mfn)).hits_in_window == 2, "as many as are remembered"
+        assert len(told(caplog, Event.PAGE_TO_RETIRE)) == 1
+
+
+async def test_what_is_kept_of_errors_is_one_hit_for_each(tmp_path: Path) -> None:
+    async with at_work(tmp_path, retiring(corrected_errors=10)) as whole:
+        mfn = whole.plain()
+        before = whole.clock.monotonic()
+        await whole.corrected(mfn, times=3)
+        [kept] = whole.store.load_hits(before)
+        assert kept.mfn == mfn
+        assert [weight for _, weight in kept.hits] == [1, 1, 1]
+        assert all(time <= whole.clock.monotonic() for time, _ in kept.hits)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+async def test_an_uncorrected_error_is_told_and_its_page_is_marked_if_it_is_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, is_known: bool
+) -> None:
+    async with at_work(tmp_path) as whole:
+        mfn = whole.plain()
+        await take(whole, uncorrected(mfn if is_known else None))
+        [record] = told(caplog, Event.ERROR_SEEN)
+        assert record.levelno == logging.WARNING
+        assert fields(record).get("MFN") == (f"{mfn:#x}" if is_known else None)
+        if not is_known:
+            assert whole.service.retirer.errors.poisoned == frozenset()
+            assert len(whole.service.retirer.ledger.book) == 0
+            return
+        entry = await whole.page(mfn, Phase.LEFT, reason="uncorrected")
+        assert (entry.cause, entry.marked) == (Cause.UNCORRECTED, True)
+        assert told(caplog, Event.PAGE_TO_RETIRE)[0].getMessage().endswith(record.getMessage())
+
+
+async def test_what_xen_did_itself_is_told_as_critical_and_spares_its_domain(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path) as whole:
+        pv = whole.small.pv
+        await take(whole, acted(whole.plain(), pv))
+        [record] = told(caplog, Event.HYPERVISOR_ACTED)
+        assert record.levelno == logging.CRITICAL
+        assert fields(record)["MFN"] == f"{whole.plain():#x}"
+        assert fields(record)["DOMID"] == str(pv)
+        assert "it took the page out" in record.getMessage()
+        errors = whole.service.retirer.errors
+        assert errors.wedged == {whole.small.host.domain(pv).identity}
+        assert errors.poisoned == {whole.plain()}
+        # No further page of it is marked.
+        await whole.corrected(whole.plain(1))
+        await whole.page(whole.plain(1), Phase.WAITING, reason="owner_ending")
+
+
+async def test_what_xen_did_to_nobody_known_spares_nobody(tmp_path: Path) -> None:
+    gone = Domid(77)
+    async with at_work(tmp_path) as whole:
+        await take(whole, acted(None, None))
+        await take(whole, acted(None, gone))
+        errors = whole.service.retirer.errors
+        assert (errors.wedged, errors.poisoned) == (frozenset(), frozenset())
+
+
+# What an operator asks for.
+
+
+async def test_an_operators_page_is_taken_in_hand_once(tmp_path: Path) -> None:
+    async with at_work(tmp_path) as whole:
+        mfn = whole.granted()
+        answer = await whole.service.offline(mfn)
+        assert (answer.mfn, answer.accepted, answer.detail) == (mfn, True, "taken in hand")
+        again = await whole.service.offline(mfn)
+        assert (again.accepted, again.detail) == (True, "it is under way already")
+        entry = await whole.page(mfn, Phase.LEFT)
+        assert entry.cause is Cause.OPERATOR
+        # One that was left is tried anew.
+        assert (await whole.service.offline(mfn)).detail == "taken in hand"
+
+
+@pytest.mark.parametrize(
+    ("policy", "key"),
+    [(retiring(dry_run=True), "retire.dry_run"), (retiring(enabled=False), "retire.enabled")],
+)
+async def test_nothing_is_done_for_an_operator_while_nothing_is_done_at_all(
+    tmp_path: Path, policy: Policy, key: str
+) -> None:
+    async with at_work(tmp_path, policy) as whole:
+        answer = await whole.service.offline(whole.plain())
+        assert not answer.accepted
+        assert key in answer.detail
+        assert answer.detail.endswith("; nothing was done")
+        assert whole.entry(whole.plain()) is None
+
+
+async def test_an_operator_may_ask_again_for_a_page_that_uses_up_the_cap_already(
+    tmp_path: Path,
+) -> None:
+    async with at_work(tmp_path, ONE) as whole:
+        mfn = whole.granted()
+        await whole.corrected(mfn)
+        assert (await whole.page(mfn, Phase.LEFT)).marked
+        refused = await whole.service.offline(whole.plain(1))
+        assert not refused.accepted
+        assert refused.detail == (
+            "1 pages are retired or on their way, and retire.max_retired allows 1"
+        )
+        assert (await whole.service.offline(mfn)).accepted
+
+
+async def test_a_page_that_was_left_unmarked_is_no_exception_from_the_cap(tmp_path: Path) -> None:
+    policy = replace(ONE, domains=DomainPolicy(deny=("pv",)))
+    async with at_work(tmp_path, policy) as whole:
+        mfn = whole.plain()
+        await whole.corrected(mfn)
+        assert not (await whole.page(mfn, Phase.LEFT, reason="denied")).marked
+        pvh = whole.small.host.frame_of(whole.small.pvh, 5)
+        await whole.corrected(pvh)
+        await whole.page(pvh, Phase.LEFT, reason="no_relocation")
+        assert not (await whole.service.offline(mfn)).accepted
+
+
+async def test_an_operators_page_with_an_uncorrected_error_is_marked_and_not_moved(
+    tmp_path: Path,
+) -> None:
+    async with at_work(tmp_path) as whole:
+        mfn = whole.plain()
+        await take(whole, uncorrected(mfn))
+        await whole.page(mfn, Phase.LEFT, reason="uncorrected")
+        answer = await whole.service.offline(mfn)
+        assert answer.accepted
+        assert "is marked and not moved" in answer.detail
+        assert whole.suspended() == []
+
+
+# What the policy keeps back.
+
+
+async def test_what_a_dry_run_would_retire_is_told_as_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path, retiring(dry_run=True)) as whole:
+        mfn = whole.plain()
+        await whole.corrected(mfn)
+        [record] = told(caplog, Event.PAGE_WOULD_RETIRE)
+        assert record.levelno == logging.WARNING
+        assert fields(record)["MFN"] == f"{mfn:#x}"
+        assert record.getMessage().startswith(f"mfn {mfn:#x} would be retired")
+        # Another policy is told of anew.
+        whole.service.apply(whole.service.policy)
+        assert len(told(caplog, Event.PAGE_WOULD_RETIRE)) == 2
+
+
+async def test_a_page_over_the_cap_is_told_as_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path, ONE) as whole:
+        first, second = whole.granted(0), whole.plain(1)
+        await whole.corrected(first, second)
+        [record] = told(caplog, Event.CAP_REACHED)
+        assert record.levelno == logging.ERROR
+        assert fields(record)["MFN"] == f"{second:#x}"
+        assert record.getMessage().startswith(f"mfn {second:#x} is kept although it is failing: 1")
+
+
+async def test_pages_that_are_kept_back_are_remembered_in_bounds(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path, retiring(dry_run=True, max_tracked_pages=2)) as whole:
+        mfns = [whole.plain(which) for which in range(3)]
+        await whole.corrected(*mfns[:2])
+        await whole.corrected(*mfns[:2])
+        assert len(told(caplog, Event.PAGE_WOULD_RETIRE)) == 2
+        await whole.corrected(mfns[2])
+        await whole.corrected(mfns[2])
+        assert len(told(caplog, Event.PAGE_WOULD_RETIRE)) == 3
+
+
+async def test_a_reload_follows_the_new_threshold_window_and_bound_of_errors(
+    tmp_path: Path,
+) -> None:
+    async with at_work(tmp_path, retiring(corrected_errors=5)) as whole:
+        first, second, other = whole.plain(0), whole.plain(1), whole.plain(2)
+        await whole.corrected(first, second, times=3)
+        fewer = replace(POLICY.retire, corrected_errors=3, max_tracked_pages=1)
+        whole.service.apply(replace(whole.service.policy, retire=fewer))
+        # The bound keeps the page that was hit last; that one has enough now.
+        await whole.page(second, Phase.OFFLINED)
+        assert whole.entry(first) is None
+        assert len(whole.service.intake.history) == 1
+        short = replace(POLICY.retire, window=0.001)
+        whole.service.apply(replace(whole.service.policy, retire=short))
+        await whole.corrected(other, times=1)
+        await whole.until(
+            lambda: whole.service.intake.history.hits(other, whole.clock.monotonic()) == 0
+        )
+        await whole.corrected(other, times=1)
+        assert whole.entry(other) is None
