@@ -73,8 +73,14 @@ GROUPS: Final = (
             )
         ),
         tests=_unit(
-            *("test_promises.py", "test_retiring.py", "test_jobs.py", "test_ledger.py"),
-            *("test_triage.py", "test_uncorrected.py", "test_unresolved.py"),
+            *("test_promises.py", "test_retiring.py", "test_intake.py", "test_consequences.py"),
+            *(
+                "test_jobs.py",
+                "test_ledger.py",
+                "test_triage.py",
+                "test_uncorrected.py",
+                "test_unresolved.py",
+            ),
         ),
     ),
     Group(
