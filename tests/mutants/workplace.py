@@ -62,6 +62,7 @@ class Workplace:
         """Copy everything anew; ``again`` keeps verdicts but those of mutants that survived."""
         if not again:
             shutil.rmtree(self._folder, ignore_errors=True)
+        before = self._sources()
         for name in _COPIED:
             shutil.rmtree(self._folder / name, ignore_errors=True)
             shutil.copytree(
@@ -78,25 +79,33 @@ class Workplace:
                 self._forget_survivors(name)
             else:
                 copy.unlink(missing_ok=True)
-        self._configure()
+        # What types refuse is known of a module that has not changed, and costs minutes.
+        self._configure(check_types=self._sources() != before)
 
-    def _configure(self) -> None:
+    def _sources(self) -> dict[str, str]:
+        paths = {name: self._folder / name for name in self._modules}
+        return {name: path.read_text() for name, path in paths.items() if path.exists()}
+
+    def _configure(self, *, check_types: bool) -> None:
         settings = {
             **_SETTINGS,
             "only_mutate": self._modules,
             "pytest_add_cli_args_test_selection": self._group.tests,
             # What strict types refuse never reaches a test.
-            "type_check_command": [
-                *(sys.executable, "-m", "mypy", "--output", "json"),
-                *("--follow-imports", "silent", "--disable-error-code", "unused-ignore"),
-                *("--cache-dir", str(self._folder.parent / ".mypy_cache")),
-                *self._modules,
-            ],
+            "type_check_command": self._type_check() if check_types else [],
         }
         lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
         # mutmut writes such comments, and a code that is enabled here cannot be disabled.
         ours = (self._root / "pyproject.toml").read_text().replace(', "ignore-without-code"', "")
         (self._folder / "pyproject.toml").write_text("\n".join([ours, "[tool.mutmut]", *lines, ""]))
+
+    def _type_check(self) -> list[str]:
+        return [
+            *(sys.executable, "-m", "mypy", "--output", "json"),
+            *("--follow-imports", "silent", "--disable-error-code", "unused-ignore"),
+            *("--cache-dir", str(self._folder.parent / ".mypy_cache")),
+            *self._modules,
+        ]
 
     def _forget_survivors(self, module: str) -> None:
         path = self._folder / "mutants" / f"{module}.meta"

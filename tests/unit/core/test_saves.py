@@ -200,6 +200,7 @@ def test_the_command_that_lets_a_guest_run_is_that_for_how_it_stands(
 ) -> None:
     told = left_over(left_in(phase), stand)
     assert says in told
+    assert told.startswith(f"a save of the guest that was d7 (uuid {UUID(int=7)}) was cut off")
     assert told.endswith("; until then the guest is left alone")
     assert "instead; then remove" in told or stand is not Stand.ABSENT
     assert "booted since" not in told
