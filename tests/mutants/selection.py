@@ -73,14 +73,10 @@ GROUPS: Final = (
             )
         ),
         tests=_unit(
-            *("test_promises.py", "test_retiring.py", "test_intake.py", "test_consequences.py"),
-            *(
-                "test_jobs.py",
-                "test_ledger.py",
-                "test_triage.py",
-                "test_uncorrected.py",
-                "test_unresolved.py",
-            ),
+            *(f"test_{name}.py" for name in ("consequences", "dispositions", "intake", "jobs")),
+            *(f"test_{name}.py" for name in ("ledger", "promises", "retirer", "retiring")),
+            *(f"test_{name}.py" for name in ("triage", "triage_answers", "uncorrected")),
+            "test_unresolved.py",
         ),
     ),
     Group(

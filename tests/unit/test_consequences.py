@@ -1,89 +1,28 @@
-"""What becomes of a page after a look at it and after a job, on the assembled service."""
+"""What becomes of the pages of a job, on the assembled service."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pgofflined.core.book import Cause, PageEntry, Phase
-from pgofflined.core.errors import DomainGone
+from pgofflined.core.book import Cause, Phase
 from pgofflined.core.events import Event
-from pgofflined.core.frames import Domid, Mfn, Pfn
+from pgofflined.core.frames import Mfn, Pfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import (
     Blackout,
     Damaged,
     Exchanged,
-    ExchangeReport,
-    PageResult,
-    Refusal,
     RefusalReason,
 )
-from pgofflined.core.policy import DomainPolicy, Marking, Policy, RelocationPolicy
+from pgofflined.core.policy import DomainPolicy
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationReason
-from pgofflined.core.reports import OtherError, OtherKind, Sighting
-from pgofflined.sim.faults import Fault
-from pgofflined.sim.guests import SuspendBehaviour
-from pgofflined.triage import Later, LaterReason
 
-from .whole import POLICY, Whole, at_work, exchanging
-
-LOCAL = replace(POLICY, relocation=RelocationPolicy(target="localhost", free_memory_reserve=0))
-# Nothing that waits is due while a test lasts.
-SLOW = exchanging(retry_first=3600.0, retry_last=3600.0, attempts=3, scrub_wait=50.0)
-
-
-def told(caplog: pytest.LogCaptureFixture, kind: Event) -> list[logging.LogRecord]:
-    return [record for record in caplog.records if fields(record)["MESSAGE_ID"] == kind.message_id]
-
-
-def fields(record: logging.LogRecord) -> dict[str, str]:
-    found: dict[str, str] = getattr(record, "pgofflined_fields", {"MESSAGE_ID": ""})
-    return found
-
-
-def in_hand(whole: Whole, mfn: Mfn, phase: Phase = Phase.EXCHANGE, **changes: object) -> PageEntry:
-    """A page of the PV guest that a job has."""
-    domain = whole.small.host.domain(whole.small.pv)
-    entry = PageEntry(
-        mfn=mfn,
-        cause=Cause.CORRECTED,
-        phase=phase,
-        since=1.0,
-        marked=True,
-        domain=domain.identity,
-        domain_name=domain.name,
-    )
-    whole.service.retirer.ledger.put(replace(entry, **changes))  # type: ignore[arg-type]
-    return entry
-
-
-def finish(whole: Whole, *results: PageResult, blackout: Blackout | None = None) -> None:
-    domain = whole.small.host.domain(whole.small.pv).identity
-    report = ExchangeReport(domain=domain, results=results, blackout=blackout)
-    whole.service.retirer.exchange_finished("x9", report)
-
-
-def entry_of(whole: Whole, mfn: Mfn) -> PageEntry:
-    entry = whole.entry(mfn)
-    assert entry is not None
-    return entry
-
-
-def refusal(mfn: Mfn, reason: RefusalReason) -> Refusal:
-    return Refusal(mfn=mfn, reason=reason, detail="so it is")
-
-
-async def poison(whole: Whole, mfn: Mfn) -> None:
-    kind = OtherKind.UNCORRECTED_NOT_SIGNALLED
-    report = OtherError(kind=kind, bank=7, status=1 << 63, mfn=mfn)
-    await whole.service.intake.take(Sighting(when=1.0, source="simulated", report=report))
-
+from .whole import Whole, at_work
+from .whole_pages import SLOW, entry_of, fields, finish, in_hand, poison, refusal, told
 
 # How an exchange ended.
 
@@ -317,154 +256,3 @@ async def test_every_page_of_a_migrated_guest_is_out_of_use(tmp_path: Path) -> N
                 *(Phase.OFFLINED, f"its owner d{domain.domid} has left it"),
             )
         assert whole.service.snapshot().idle_scrub == 3
-
-
-# What a look at a page has shown.
-
-
-async def test_only_a_page_that_somebody_freed_while_it_was_marked_keeps_a_cpu_searching(
-    tmp_path: Path,
-) -> None:
-    async with at_work(tmp_path, SLOW) as whole:
-        host = whole.small.host
-        free = host.frames.allocate()
-        host.frames.release(free, dirty=False)
-        whole.service.retirer.take(free, Cause.CORRECTED, "two errors")
-        entry = await whole.page(free, Phase.OFFLINED)
-        assert entry.detail == "it was free and is out of use now"
-        assert whole.service.snapshot().idle_scrub == 0
-        left = host.frame_of(whole.small.pvh, 5)
-        await whole.corrected(left)
-        await whole.page(left, Phase.LEFT, reason="no_relocation")
-        await asyncio.to_thread(host.destroy, whole.small.pvh)
-        assert (await whole.page(left, Phase.OFFLINED)).detail == "its owner has left it"
-        assert whole.service.snapshot().idle_scrub == 1
-        waiting = whole.plain()
-        host.offline(waiting)
-        in_hand(whole, waiting, Phase.TRIAGE)
-        host.destroy(whole.small.pv)
-        whole.service.retirer.domain_ended()
-        await whole.page(waiting, Phase.OFFLINED)
-        assert whole.service.snapshot().idle_scrub == 2
-
-
-async def test_an_address_that_is_no_memory_keeps_nobody_from_anything(tmp_path: Path) -> None:
-    async with at_work(tmp_path, SLOW) as whole:
-        device = Mfn(whole.small.host.frames.count + 7)
-        await poison(whole, device)
-        await poison(whole, whole.plain())
-        await whole.page(device, Phase.LEFT, reason="not_ram")
-        await whole.page(whole.plain(), Phase.LEFT, reason="uncorrected")
-        assert whole.service.retirer.errors.poisoned == {whole.plain()}
-
-
-async def test_a_page_that_xen_names_no_owner_of_is_tried_three_times_more(tmp_path: Path) -> None:
-    async with at_work(tmp_path, SLOW) as whole:
-        mfn, apply = whole.plain(), whole.service.retirer.consequences.apply
-        in_hand(whole, mfn, marked=False)
-        anonymous = Later(mfn=mfn, reason=LaterReason.ANONYMOUS, detail="nobody's", marked=True)
-        for _ in range(3):
-            apply(mfn, anonymous)
-            entry = entry_of(whole, mfn)
-            assert (entry.phase, entry.reason, entry.marked) == (
-                *(Phase.WAITING, "anonymous", True),
-            )
-        apply(mfn, anonymous)
-        entry = entry_of(whole, mfn)
-        assert (entry.phase, entry.reason, entry.marked) == (Phase.LEFT, "xen", True)
-
-
-async def test_a_xen_that_cannot_be_asked_is_asked_again_soon(tmp_path: Path) -> None:
-    lost = Fault(method="query", error=DomainGone(Domid(3)))
-    async with at_work(tmp_path, SLOW, faults=[lost]) as whole:
-        mfn = whole.of_dom0()
-        await whole.corrected(mfn)
-        entry = await whole.page(mfn, Phase.WAITING, reason="cannot_ask_xen")
-        assert entry.detail == "d3 is gone"
-        seconds = whole.service.retirer.ledger.seconds_to_next()
-        assert seconds is not None
-        assert 0 < seconds <= 2
-
-
-@pytest.mark.parametrize("kind", ["pv", "pvh"])
-async def test_a_page_that_breaks_between_the_look_and_its_job_is_given_to_nobody(
-    tmp_path: Path, kind: str
-) -> None:
-    running: list[Whole] = []
-    loop = asyncio.get_running_loop()
-
-    def strike() -> None:
-        coroutine = poison(running[0], page(running[0]))
-        asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
-
-    page: Callable[[Whole], Mfn] = (
-        Whole.plain if kind == "pv" else lambda whole: whole.small.host.frame_of(whole.small.pvh, 5)
-    )
-    async with at_work(tmp_path, LOCAL, faults=[Fault(method="offline", act=strike)]) as whole:
-        running.append(whole)
-        await whole.corrected(page(whole))
-        await whole.page(page(whole), Phase.LEFT, reason="uncorrected")
-        assert whole.suspended() == []
-        assert whole.migration.asked == []
-
-
-async def test_a_page_for_which_no_exchange_can_be_queued_waits(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    async with at_work(
-        tmp_path, exchanging(max_queued=1, workers=1, suspend_timeout=1000.0)
-    ) as whole:
-        guest = whole.small.host.simulated(whole.small.pv)
-        guest.behaviour = SuspendBehaviour(suspend_after=200.0)
-        mfns = [whole.plain(which) for which in range(3)]
-        await whole.corrected(mfns[0])
-        await whole.until(lambda: whole.suspended() == [whole.small.pv])
-        await whole.corrected(mfns[1])
-        await whole.page(mfns[1], Phase.EXCHANGE)
-        await whole.corrected(mfns[2])
-        entry = await whole.page(mfns[2], Phase.WAITING, reason="queue_full")
-        assert (entry.detail, entry.marked) == ("the queue of exchanges is full", True)
-        [record] = told(caplog, Event.QUEUE_FULL)
-        assert record.levelno == logging.WARNING
-        assert record.getMessage() == f"mfn {mfns[2]:#x} waits: the queue of exchanges is full"
-
-
-async def test_where_no_guest_is_migrated_a_pvh_page_stays_pending_with_what_ends_that(
-    tmp_path: Path,
-) -> None:
-    off = replace(LOCAL, relocation=replace(LOCAL.relocation, enabled=False))
-    saving = replace(POLICY, relocation=RelocationPolicy(save_restore=True))
-    for number, policy in enumerate((off, saving)):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        async with at_work(folder, policy) as whole:
-            mfn = whole.small.host.frame_of(whole.small.pvh, 5)
-            await whole.corrected(mfn)
-            entry = await whole.page(mfn, Phase.LEFT, reason="no_relocation")
-            assert entry.marked
-            assert f"until d{whole.small.pvh} ends or is migrated" in entry.detail
-            assert entry.domain == whole.small.host.domain(whole.small.pvh).identity
-
-
-@pytest.mark.parametrize(
-    ("policy", "mark"),
-    [
-        (POLICY, "is marked offline-pending"),
-        (
-            exchanging(mark=Marking.AFTER_SCRUB, scrub_wait=0.05),
-            "is to be marked when it has been scrubbed",
-        ),
-    ],
-)
-async def test_what_a_page_waits_for_is_told_with_whether_it_is_marked(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, policy: Policy, mark: str
-) -> None:
-    with caplog.at_level(logging.INFO):
-        async with at_work(tmp_path, policy) as whole:
-            mfn = whole.plain()
-            await whole.corrected(mfn)
-            await whole.page(mfn, Phase.OFFLINED)
-            record = told(caplog, Event.PAGE_MARKED)[0]
-            domid = whole.small.pv
-            assert record.getMessage() == f"mfn {mfn:#x} of d{domid} {mark} and waits for exchange"
-            assert record.levelno == logging.INFO

@@ -23,17 +23,9 @@ from pgofflined.core.reports import (
 from pgofflined.core.units import AmountOfMemory
 
 from .whole import POLICY, Whole, at_work, retiring
+from .whole_pages import fields, told
 
 ONE = retiring(max_retired=AmountOfMemory(size=1 << 12))
-
-
-def told(caplog: pytest.LogCaptureFixture, kind: Event) -> list[logging.LogRecord]:
-    return [record for record in caplog.records if fields(record)["MESSAGE_ID"] == kind.message_id]
-
-
-def fields(record: logging.LogRecord) -> dict[str, str]:
-    found: dict[str, str] = getattr(record, "pgofflined_fields", {"MESSAGE_ID": ""})
-    return found
 
 
 async def take(whole: Whole, report: ErrorReport) -> None:
