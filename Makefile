@@ -28,7 +28,7 @@ bench: $(VENV)/.dev | system-e2e
 	$(BIN)/python -m bench
 
 mutants: $(MUTANTS)/.mutants
-	nice -n 15 $(MUTANTS)/bin/python -m tests.mutants $(MODULES)
+	nice -n 15 $(MUTANTS)/bin/python -m tests.mutants $(if $(AGAIN),--again) $(MODULES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
