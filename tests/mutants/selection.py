@@ -24,6 +24,10 @@ def _core(*names: str) -> tuple[str, ...]:
     return tuple(f"pgofflined/core/{name}.py" for name in names)
 
 
+def _beside(*names: str) -> tuple[str, ...]:
+    return tuple(f"pgofflined/{name}.py" for name in names)
+
+
 def _unit(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/unit/{name}" for name in names)
 
@@ -64,24 +68,25 @@ GROUPS: Final = (
         ),
     ),
     Group(
-        name="service",
-        modules=tuple(
-            f"pgofflined/{name}.py"
-            for name in (
-                *("consequences", "exchanging", "intake", "jobs", "ledger", "retiring", "triage"),
-                *("uncorrected", "unresolved"),
-            )
-        ),
+        name="pages",
+        modules=_beside("jobs", "ledger", "triage", "uncorrected", "unresolved"),
         tests=_unit(
-            *(f"test_{name}.py" for name in ("consequences", "dispositions", "intake", "jobs")),
-            *(f"test_{name}.py" for name in ("ledger", "promises", "retirer", "retiring")),
-            *(f"test_{name}.py" for name in ("triage", "triage_answers", "uncorrected")),
-            "test_unresolved.py",
+            *("test_jobs.py", "test_ledger.py", "test_triage.py", "test_triage_answers.py"),
+            *("test_uncorrected.py", "test_unresolved.py"),
+        ),
+    ),
+    Group(
+        name="service",
+        modules=_beside("consequences", "exchanging", "intake", "retiring"),
+        # The service with everything in it, on a simulated host.
+        tests=_unit(
+            *("test_consequences.py", "test_dispositions.py", "test_intake.py", "test_promises.py"),
+            *("test_retirer.py", "test_retiring.py"),
         ),
     ),
     Group(
         name="metrics",
-        modules=("pgofflined/metrics/collector.py", "pgofflined/metrics/http.py"),
+        modules=_beside("metrics/collector", "metrics/http"),
         tests=_unit("test_metrics.py", "test_serving.py"),
     ),
 )

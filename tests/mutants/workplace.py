@@ -55,6 +55,7 @@ class Workplace:
     def __init__(self, root: Path, build: Path, group: Group, modules: Sequence[str]) -> None:
         self._root = root
         self._folder = build / group.name
+        self._results = self._folder / "results.json"
         self._group = group
         self._modules = tuple(modules)
 
@@ -79,8 +80,8 @@ class Workplace:
                 self._forget_survivors(name)
             else:
                 copy.unlink(missing_ok=True)
-        # What types refuse is known of a module that has not changed, and costs minutes.
-        self._configure(check_types=self._sources() != before)
+        # What types refuse is known of what was tried and has not changed; it takes minutes.
+        self._configure(check_types=self._sources() != before or not self._results.exists())
 
     def _sources(self) -> dict[str, str]:
         paths = {name: self._folder / name for name in self._modules}
@@ -119,10 +120,10 @@ class Workplace:
 
     def run(self) -> list[Mutant]:
         """Try their mutants.  Raises CalledProcessError if that was not possible."""
-        results = self._folder / "results.json"
+        self._results.unlink(missing_ok=True)
         with (self._folder / "log").open("w") as log:
             subprocess.run(
-                [sys.executable, _UNDERNEATH, results.name],
+                [sys.executable, _UNDERNEATH, self._results.name],
                 cwd=self._folder,
                 # CI is what has hypothesis draw the same examples each time, without a time limit.
                 env={**os.environ, "CI": "true", "PYTHONPATH": ""},
@@ -131,7 +132,7 @@ class Workplace:
                 stderr=subprocess.STDOUT,
                 check=True,
             )
-        return [_mutant(found) for found in json.loads(results.read_text())]
+        return [_mutant(found) for found in json.loads(self._results.read_text())]
 
 
 def _mutant(found: dict[str, str]) -> Mutant:
