@@ -27,7 +27,7 @@ from pgofflined.core.relocation_outcomes import (
     RelocationOutcome,
     RelocationReason,
 )
-from pgofflined.journal_log import event
+from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger, tell
 from pgofflined.takers import Exchanges, Nobody, Relocations
 from pgofflined.triage import (
@@ -52,6 +52,10 @@ SOON = Backoff(first=2.0, last=300.0)
 _ANONYMOUS_TRIES = 3
 
 
+# Whose the page is now, and whether it keeps its mark, is for triage to say.
+_TRIAGE_TELLS = frozenset({RelocationReason.DOMAIN_GONE, RelocationReason.DENIED})
+
+
 class Consequences:
     """Enters what became of pages into the book, and gives those that are to be moved to whom can.
 
@@ -63,12 +67,14 @@ class Consequences:
         ledger: Ledger,
         errors: UncorrectedErrors,
         policy: Callable[[], Policy],
+        chatter: Chatter,
         soon: Backoff = SOON,
     ) -> None:
         self.idle_scrub = 0
         self._ledger = ledger
         self._errors = errors
         self._policy = policy
+        self._chatter = chatter
         self._soon = soon
         self._exchanges: Exchanges = Nobody()
         self._relocations: Relocations | None = None
@@ -151,10 +157,10 @@ class Consequences:
         self._ledger.hand_over(mfn, domain, phase, marked=marked)
 
     def _queue_full(self, mfn: Mfn, which: str, *, marked: bool) -> None:
-        tell(logging.WARNING, Event.QUEUE_FULL, f"waits: the queue of {which} is full", mfn)
-        self._ledger.wait(
-            mfn, self._soon, "queue_full", f"the queue of {which} is full", marked=marked
-        )
+        detail = f"the queue of {which} is full"
+        if self._chatter.admits(Event.QUEUE_FULL):
+            tell(logging.WARNING, Event.QUEUE_FULL, f"waits: {detail}", mfn)
+        self._ledger.wait(mfn, self._soon, "queue_full", detail, marked=marked)
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""
@@ -188,9 +194,10 @@ class Consequences:
             self._ledger.offlined(mfn, f"its owner d{domain.domid} has left it")
 
     def _not_relocated(self, mfns: Iterable[Mfn], outcome: NotRelocated) -> None:
-        """A page of a guest that ended has another owner, or none; a denied one loses its mark."""
+        """A page of a guest that ended has another owner, or none; a denied one loses its mark;
+        one with an uncorrected error goes when its guest ends."""
         for mfn in mfns:
-            if outcome.reason in (RelocationReason.DOMAIN_GONE, RelocationReason.DENIED):
+            if mfn in self._errors.poisoned or outcome.reason in _TRIAGE_TELLS:
                 self._ledger.look_again([mfn])
             else:
                 self._ledger.leave(mfn, outcome.reason.value, outcome.detail, marked=True)

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from pgofflined import __version__
-from pgofflined.config import EX_CONFIG, ConfigError, load
+from pgofflined.affinitynote import AffinityFile
+from pgofflined.aftercare import CareTimes
+from pgofflined.config import EX_CONFIG, ConfigError, Configuration, load
+from pgofflined.core.conditions import ConditionCode, Severity
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError, SourceUnavailable
 from pgofflined.core.events import Event
@@ -44,7 +47,7 @@ from pgofflined.store import Store, StoreInUse, read_boot_id
 from pgofflined.uncorrected import stored_poison
 from pgofflined.xen.abi.mca import VIRQ_MCA
 from pgofflined.xen.ends import XenstoreEnds
-from pgofflined.xen.hypervisor import XenHypervisor, release_monitors
+from pgofflined.xen.hypervisor import XenHypervisor, release_monitors, restore_affinity
 from pgofflined.xen.process import leave_no_core
 from pgofflined.xen.telemetry import McelogSource, NativeSource
 
@@ -55,6 +58,7 @@ _RUN: Final = Path("/run/pgofflined")
 JOBS: Final = _RUN / "jobs"
 STATE: Final = "state.db"
 LOCK: Final = "lock"
+AFFINITY: Final = "affinity"
 _CPUINFO: Final = Path("/proc/cpuinfo")
 
 
@@ -74,15 +78,29 @@ class HostClock:
         time.sleep(seconds)
 
 
+def _open_xen() -> Hypervisor:
+    return XenHypervisor(AffinityFile(_RUN / AFFINITY))
+
+
+def _restore_affinity() -> None:
+    restore_affinity(AffinityFile(_RUN / AFFINITY))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What the daemon needs of the host before it knows its configuration."""
+    """What the daemon needs of the host before it knows its configuration.
 
-    open_xen: Callable[[], Hypervisor] = XenHypervisor
+    ``lock_wait``: seconds for which another process that has the lock is waited for.
+    """
+
+    open_xen: Callable[[], Hypervisor] = _open_xen
+    restore_affinity: Callable[[], object] = _restore_affinity
     release_monitors: Callable[[], object] = release_monitors
     open_ends: Callable[[], DomainEnds] = XenstoreEnds
     directory: Path = _RUN
     clock: Clock = field(default_factory=HostClock)
+    times: CareTimes = field(default_factory=CareTimes)
+    lock_wait: float = 20.0
 
 
 class _NoRelocator:
@@ -150,7 +168,7 @@ def run(config_path: Path) -> int:
 
 def start(config_path: Path, host: Host) -> int:
     """Be the only daemon, end what an earlier one left of exchanges, then serve."""
-    with only_daemon(host.directory / LOCK) as is_only:
+    with only_daemon(host.directory / LOCK, wait=host.lock_wait) as is_only:
         if not is_only:
             log.critical(
                 "pgofflined cannot start: another one runs on this host (it has locked %s); stop "
@@ -171,16 +189,13 @@ def _start_alone(config_path: Path, host: Host) -> int:
         is_bad = _load_or_tell(config_path) is None
         # A configuration with mistakes ends all tries, unless a guest may wait for us.
         return EX_CONFIG if is_bad and not any(jobs.glob("*")) else EX_UNAVAILABLE
-    leftovers = Leftovers(xen, journal, host.clock, lambda: _poison(host.directory))
-    leftovers.recover()
-    # Not before: a monitor that goes on while its guest stands still is lost.
-    _release_monitors(host)
-    policy = _load_or_tell(config_path)
-    if policy is None:
-        leftovers.see_out()
-        return EX_CONFIG
+    leftovers = recover_first(host, xen, journal)
+    configuration = _load_or_tell(config_path)
+    if configuration is None:
+        # As above: with a guest that still waits for us, it is tried again.
+        return EX_CONFIG if leftovers.see_out() else EX_UNAVAILABLE
     try:
-        return asyncio.run(_serve(config_path, policy, host, xen, journal, leftovers))
+        return asyncio.run(_serve(config_path, configuration, host, xen, journal, leftovers))
     except (PortError, StoreInUse, CannotListen, ValueError) as error:
         log.critical("pgofflined cannot start: %s", error)
         leftovers.see_out()
@@ -190,14 +205,30 @@ def _start_alone(config_path: Path, host: Host) -> int:
         raise
 
 
+def recover_first(host: Host, xen: Hypervisor, journal: Journal) -> Leftovers:
+    """Try once to end whatever an earlier process has left of guests, monitors and affinities."""
+    leftovers = Leftovers(
+        xen, journal, host.clock, lambda: _poison(host.directory), times=host.times
+    )
+    leftovers.recover()
+    # Not before: a monitor that goes on while its guest stands still is lost.
+    _release_monitors(host)
+    try:
+        host.restore_affinity()
+    except PortError as error:
+        log.error("whether a vCPU of dom0 is still kept off pCPU 0 cannot be seen: %s", error)
+    return leftovers
+
+
 async def _serve(
     config_path: Path,
-    policy: Policy,
+    configuration: Configuration,
     host: Host,
     xen: Hypervisor,
     journal: Journal,
     leftovers: Leftovers,
 ) -> int:
+    policy = configuration.policy
     notifier = make_notifier(host.clock.monotonic)
     machine = read_cpuinfo(_CPUINFO.read_text(encoding="ascii"), max_mfn=xen.max_mfn())
     store = Store.open(host.directory / STATE, read_boot_id())
@@ -220,12 +251,14 @@ async def _serve(
         notifier=notifier,
         saves=Saves(read_boot_id()),
         ends=host.open_ends,
+        times=host.times,
         source_opened=native.keep,
         source_broken=native.let_go,
+        exchanges_off=lambda: _leak(host.directory / JOBS.name),
     )
-    service = Service(world, policy)
+    service = Service(world, policy, configuration.warnings)
     current.append(service)
-    leftovers.hand_over(service.retirer.exchanging, service.retirer.aftercare)
+    leftovers.hand_over(service.retirer.care)
     _tell_started(policy, xen, service)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -259,12 +292,20 @@ def _poison(directory: Path) -> frozenset[Mfn]:
         store.close()
 
 
-def _load_or_tell(config_path: Path) -> Policy | None:
+def _load_or_tell(
+    config_path: Path, rejected: Callable[[tuple[str, ...]], None] = lambda _: None
+) -> Configuration | None:
+    """The configuration; what speaks against it, or is doubtful in it, is told."""
     try:
-        return load(config_path)
+        configuration = load(config_path)
     except ConfigError as error:
-        _tell_rejected(error)
+        for line in error.lines:
+            event(log, logging.ERROR, Event.CONFIG_REJECTED, line)
+        rejected(error.lines)
         return None
+    for line in configuration.warnings:
+        log.warning("%s", line)
+    return configuration
 
 
 def _journal(jobs: Path) -> JobStore:
@@ -298,17 +339,12 @@ def _relocator(ssh_command: Callable[[], str]) -> Relocator:
 
 def _reload(config_path: Path, service: Service, notifier: Notifier) -> None:
     notifier.reloading()
-    policy = _load_or_tell(config_path)
-    if policy is not None:
-        service.apply(policy)
+    configuration = _load_or_tell(config_path, service.reject)
+    if configuration is not None:
+        service.apply(configuration.policy, configuration.warnings)
         event(log, logging.INFO, Event.CONFIG_RELOADED, f"{config_path} was read again")
-        _tell_policy(policy, service)
+        _tell_policy(configuration.policy, service)
     notifier.ready(service.status_line())
-
-
-def _tell_rejected(error: ConfigError) -> None:
-    for problem in error.problems:
-        event(log, logging.ERROR, Event.CONFIG_REJECTED, f"{error.name}: {problem}")
 
 
 def _tell_started(policy: Policy, xen: Hypervisor, service: Service) -> None:
@@ -316,9 +352,10 @@ def _tell_started(policy: Policy, xen: Hypervisor, service: Service) -> None:
     event(log, logging.INFO, Event.STARTED, message)
     _tell_policy(policy, service)
     snapshot = service.snapshot()
-    for line in snapshot.attention:
-        if line != snapshot.source.note:  # no source has been tried at this point
-            log.warning("%s", line)
+    for condition in snapshot.attention:
+        if condition.code is not ConditionCode.NO_SOURCE:  # none has been tried at this point
+            level = logging.INFO if condition.severity is Severity.INFO else logging.WARNING
+            log.log(level, "%s", condition.text)
 
 
 def _tell_policy(policy: Policy, service: Service) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import assert_never
+from uuid import UUID
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
@@ -17,8 +18,16 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Damaged, ExchangeReport, Refusal, RefusalReason
 from pgofflined.core.policy import ExchangePolicy, Marking
 from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.core.suspending import Objection, SuspendSupport, ended_before, objection
 from pgofflined.journal_log import event
-from pgofflined.ports import Clock, Hypervisor, Journal, SuspendLimits, UnfinishedJob
+from pgofflined.ports import (
+    Clock,
+    Hypervisor,
+    JobRecord,
+    Journal,
+    SuspendLimits,
+    UnfinishedJob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +41,10 @@ class Exchanging:
     """Runs jobs, by the policy that is in force when each begins.
 
     ``poisoned`` gives the frames whose contents must never be read, ``denial`` why a domain is not
-    to be suspended now, if it is not.  No method but ``run`` may be called from several threads.  A
-    job of this process whose guest it can neither put right nor let go is tried again as if an
-    earlier process had left it.
+    to be suspended now, if it is not, and ``was_restored`` says whether a domain is what came of a
+    guest that has suspended itself when asked.  No method but ``run`` and ``objection`` may be
+    called from several threads.  A job of this process whose guest it can neither put right nor let
+    go is tried again as if an earlier process had left it.
     """
 
     def __init__(
@@ -46,6 +56,7 @@ class Exchanging:
         policy: Callable[[], ExchangePolicy],
         poisoned: Callable[[], frozenset[Mfn]],
         denial: Callable[[DomainInfo], str | None] = lambda _: None,
+        was_restored: Callable[[DomainIdentity], bool] = lambda _: False,
     ) -> None:
         self._xen = xen
         self._journal = journal
@@ -53,16 +64,22 @@ class Exchanging:
         self._policy = policy
         self._poisoned = poisoned
         self._denial = denial
-        self._rest: list[UnfinishedJob] = []
+        self._was_restored = was_restored
+        # Both are replaced as a whole: the loop reads them while a thread tries again.
+        self._rest: tuple[UnfinishedJob, ...] = ()
+        self._last: Mapping[DomainIdentity, RecoveryReport] = {}
         self._tries: Counter[DomainIdentity] = Counter()
-        self._busy: dict[DomainIdentity, str] = {}
         # Jobs not ended yet, and guests that are looked after since: a new job would suspend the
         # guest for us, and who is to let it go would do so in the middle of that.
         self._unended: set[DomainIdentity] = set()
         self._looked_after: set[DomainIdentity] = set()
+        # Guests that ended after our request.  A toolstack that starts one again gives it the same
+        # uuid, and nothing has changed that would let it survive the next request.
+        self._ended: set[UUID] = set()
         self._next_try = 0.0
         # From the threads in which jobs run.
         self._given_up: SimpleQueue[UnfinishedJob] = SimpleQueue()
+        self._not_recovered: SimpleQueue[RecoveryReport] = SimpleQueue()
         self._took_over = False
 
     def take_over(self, earlier: Exchanging) -> None:
@@ -70,7 +87,15 @@ class Exchanging:
 
         It must not be used any more.
         """
-        names = ("_rest", "_tries", "_busy", "_unended", "_looked_after", "_next_try")
+        names = (
+            "_rest",
+            "_last",
+            "_tries",
+            "_unended",
+            "_looked_after",
+            "_next_try",
+            "_not_recovered",
+        )
         vars(self).update({name: vars(earlier).pop(name) for name in names})
         self._took_over = True
 
@@ -98,10 +123,13 @@ class Exchanging:
                     blackout=policy.max_blackout,
                 ),
                 marked=not self._marks_later(policy),
+                objection=self.objection,
                 unended=self._give_up,
             )
             if report.stuck is not None or report.may_suspend_late:
                 self.hold_off(domain)
+            if report.ended is not None:
+                self._ended.add(domain.uuid)
             if not self._xen.version().offlines_free_frames_safely:
                 self._withdraw(report)
         except Exception:  # a fault in one job must not end the daemon of all other guests
@@ -109,6 +137,17 @@ class Exchanging:
             detail = "a fault of our own, which the journal tells; please report it"
             report = _refused(domain, mfns, RefusalReason.INTERNAL, detail)
         return report
+
+    def objection(self, domain: DomainInfo, support: SuspendSupport) -> Objection | None:
+        """Why a domain must not be asked to suspend itself now, by anybody for us."""
+        if domain.uuid in self._ended:
+            return ended_before(domain.domid)
+        return objection(
+            domain,
+            support,
+            self._policy().ask_unannounced,
+            was_restored=self._was_restored(domain.identity),
+        )
 
     def hold_off(self, domain: DomainIdentity) -> None:
         """Begin no job in a guest that is looked after, before ``done_with``."""
@@ -118,6 +157,19 @@ class Exchanging:
         """Nobody has to look after the guest of an ended job any more."""
         self._journal.done_with(domain)
         self._looked_after.discard(domain)
+
+    def keep_asked(self, info: DomainInfo) -> None:
+        """Have a later process know of a guest that may follow a request that was no exchange's."""
+        record = JobRecord(
+            domain=info.identity,
+            shared_info=info.shared_info,
+            cpu_time=info.cpu_time,
+            began=self._clock.monotonic(),
+        )
+        try:
+            self._journal.open(record).leave()
+        except PortError as error:
+            log.error("should this process end, nobody looks after d%d: %s", info.domid, error)
 
     def _give_up(self, unfinished: UnfinishedJob) -> None:
         # Its record must not be replaced by that of another job.
@@ -157,42 +209,90 @@ class Exchanging:
         """Try the jobs again that could not be ended, if it is time for that."""
         if self._clock.monotonic() < self._next_try:
             return ()
-        rest, self._rest = self._rest, []
+        jobs = [*self._rest]
         while not self._given_up.empty():
-            rest.append(self._given_up.get())
-        return self._recover(rest)
+            jobs.append(self._given_up.get())
+            # Not to be missing for a moment, for whoever asks whether there are any.
+            self._rest = tuple(jobs)
+        return self._recover(jobs)
+
+    def take_not_recovered(self) -> Sequence[RecoveryReport]:
+        """Jobs that a person has to see to, each given once; for the loop's thread."""
+        reports = []
+        while not self._not_recovered.empty():
+            reports.append(self._not_recovered.get())
+        return reports
 
     @property
     def has_rest(self) -> bool:
         """Whether there are jobs to try again."""
         return bool(self._rest) or not self._given_up.empty()
 
+    @property
+    def holds_up_a_stop(self) -> bool:
+        """Whether trying again may help one of them: not where only a person can."""
+        return not self._given_up.empty() or any(
+            not self._is_held(unfinished.record.domain) for unfinished in self._rest
+        )
+
+    def left(self) -> Sequence[tuple[DomainIdentity, str]]:
+        """The jobs that are not ended, and how far that is."""
+        domains = [unfinished.record.domain for unfinished in self._rest]
+        last = self._last
+        return [(domain, last[domain].detail) for domain in domains if domain in last]
+
+    def _is_held(self, domain: DomainIdentity) -> bool:
+        last = self._last.get(domain)
+        return last is not None and last.outcome is Recovered.HELD
+
     def _recover(self, jobs: Sequence[UnfinishedJob]) -> tuple[RecoveryReport, ...]:
         self._next_try = self._clock.monotonic() + RECOVERY_SECONDS
-        reports = []
         self._unended.update(unfinished.record.domain for unfinished in jobs)
-        for unfinished in jobs:
-            report = self._recover_one(unfinished)
-            domain = report.domain
-            rest = replace(unfinished, group=None) if report.is_whole else unfinished
-            if report.outcome is Recovered.BUSY:
+        self._rest = tuple(jobs)
+        reports = [self._recover_next(unfinished) for unfinished in jobs]
+        return tuple(report for report in reports if report is not None)
+
+    def _recover_next(self, unfinished: UnfinishedJob) -> RecoveryReport | None:
+        """Try to end a job; what became of it, if somebody has to know."""
+        report = self._recover_one(unfinished)
+        domain = report.domain
+        before = self._last.get(domain)
+        rest = replace(unfinished, group=None) if report.is_whole else unfinished
+        match report.outcome:
+            case Recovered.BUSY | Recovered.HELD:
+                self._put(domain, unfinished, rest, report)
                 # That may last for hours, and is told once.
-                if self._busy.get(domain) != report.detail:
-                    _tell(report)
-                self._busy[domain] = report.detail
-                self._rest.append(rest)
-                continue
-            _tell(report)
-            if report.outcome is Recovered.NOT_YET:
+                if before is not None and before.detail == report.detail:
+                    return None
+                _tell(report)
+                return report if report.outcome is Recovered.HELD else None
+            case Recovered.NOT_YET:
+                self._put(domain, unfinished, rest, report)
+                _tell(report)
                 self._tries[domain] += 1
-                self._rest.append(rest)
-            else:
+                return None
+            case _:
+                _tell(report)
+                if report.outcome in (Recovered.LEFT_ALONE, Recovered.STANDS_STILL):
+                    self._not_recovered.put(report)
                 del self._tries[domain]
                 if report.stuck is not None or report.may_suspend_late:
                     self.hold_off(domain)
+                self._put(domain, unfinished, None, None)
                 self._unended.discard(domain)
-                reports.append(report)
-        return tuple(reports)
+                return report
+
+    def _put(
+        self,
+        domain: DomainIdentity,
+        old: UnfinishedJob,
+        new: UnfinishedJob | None,
+        report: RecoveryReport | None,
+    ) -> None:
+        rest = [new if job is old else job for job in self._rest]
+        self._rest = tuple(job for job in rest if job is not None)
+        others = {other: last for other, last in self._last.items() if other != domain}
+        self._last = others if report is None else {**others, domain: report}
 
     def _recover_one(self, unfinished: UnfinishedJob) -> RecoveryReport:
         from pgofflined.exchanger import recover
@@ -240,7 +340,7 @@ def _tell(report: RecoveryReport) -> None:
                 event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
             else:
                 log.warning("%s; then it is tried again", message)
-        case Recovered.LEFT_ALONE | Recovered.STANDS_STILL:
+        case Recovered.LEFT_ALONE | Recovered.STANDS_STILL | Recovered.HELD:
             event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
         case _:
             assert_never(report.outcome)

@@ -7,15 +7,23 @@ import logging
 from collections.abc import Iterable
 from typing import Protocol, assert_never
 
-from pgofflined.core.book import Cause
+from pgofflined.core.book import Cause, Phase
+from pgofflined.core.conditions import uncorrected_error
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.history import History
+from pgofflined.core.incidents import Incidents
 from pgofflined.core.policy import CapReached, DryRun, Ignore, Policy, Retire, Watch, decide
-from pgofflined.core.reports import CorrectedPageError, HypervisorActed, OtherError, Sighting
-from pgofflined.journal_log import event
+from pgofflined.core.reports import (
+    CorrectedPageError,
+    HypervisorActed,
+    OtherError,
+    Sighting,
+    UncorrectedPageError,
+)
+from pgofflined.journal_log import Announced, Chatter, bank_fields, event
 from pgofflined.ports import Clock, Hypervisor
 from pgofflined.retiring import Retirer
 from pgofflined.store import StoredHit
@@ -43,29 +51,34 @@ class Intake:
         history: History,
         retirer: Retirer,
         store: HitStore,
+        incidents: Incidents,
+        chatter: Chatter | None = None,
     ) -> None:
+        self._chatter = chatter or Chatter(clock.monotonic)
+        self._announced = Announced()
         self.policy = policy
         self.history = history
         self._xen = xen
         self._clock = clock
         self._retirer = retirer
         self._store = store
-        # Pages that the policy keeps although they have had errors enough, each told once.
-        self._kept_back: set[Mfn] = set()
+        self._incidents = incidents
         retirer.room_again = self.decide_again
 
     async def take(self, sighting: Sighting) -> None:
         """Act on one report."""
         report = sighting.report
+        self._note_incident(sighting)
         match report:
             case CorrectedPageError():
                 self._corrected(report)
             case HypervisorActed():
                 await self._hypervisor_acted(report)
-            case OtherError(mfn=mfn):
-                event(log, logging.WARNING, Event.ERROR_SEEN, report.describe(), mfn=mfn)
-                if mfn is not None:
-                    self._retirer.take_poisoned(mfn, report.describe())
+            case UncorrectedPageError(mfn=mfn):
+                self._tell_uncorrected(report)
+                self._retirer.take_poisoned(mfn, report.describe())
+            case OtherError():
+                self._other(report)
             case _:
                 assert_never(report)
         # A flood of reports must not keep the loop from everything else.
@@ -94,7 +107,6 @@ class Intake:
     def policy_changed(self, policy: Policy) -> None:
         """Follow another policy: also what was counted under the old one is decided upon anew."""
         self.policy = policy
-        self._kept_back.clear()
         self.history.adapt(
             window=policy.retire.window,
             threshold=policy.retire.corrected_errors,
@@ -112,17 +124,26 @@ class Intake:
 
     def _corrected(self, report: CorrectedPageError) -> None:
         mfn = report.mfn
-        event(
-            log, logging.WARNING, Event.ERROR_SEEN, report.describe(), mfn=mfn, domid=report.domid
-        )
+        told = self._chatter.admits(Event.ERROR_SEEN)
+        if told:
+            event(
+                log,
+                logging.WARNING,
+                Event.ERROR_SEEN,
+                report.describe(),
+                mfn=mfn,
+                domid=report.domid,
+                fields=bank_fields(report.bank),
+            )
         # By a clock that nobody sets: what is counted lives no longer than this boot of the host.
         when = self._clock.monotonic()
+        # One hit for each record: the count in it is the bank's, the address the last error's.
         hits = self.history.record(mfn, when, 1)
         self._store.add_hits([StoredHit(mfn, when, 1)])
         if mfn not in self._retirer.ledger.book:
-            self._decide(mfn, hits)
+            self._decide(mfn, hits, tell_kept=told)
 
-    def _decide(self, mfn: Mfn, hits: int) -> None:
+    def _decide(self, mfn: Mfn, hits: int, *, tell_kept: bool = True) -> None:
         verdict = decide(
             mfn,
             hits,
@@ -132,27 +153,46 @@ class Intake:
             poisoned=self._retirer.errors.poisoned,
         )
         match verdict:
-            case Ignore(reason=reason) | Watch(reason=reason):
-                log.info("mfn %#x is kept: %s", mfn, reason)
+            case Ignore() | Watch():
+                if tell_kept:
+                    log.info("mfn %#x is kept: %s", mfn, verdict.reason)
             case DryRun(reason=reason):
-                what = f"mfn {mfn:#x} would be retired, were this no dry run: {reason}"
-                self._keep_back(mfn, logging.WARNING, Event.PAGE_WOULD_RETIRE, what)
-            case CapReached(reason=reason):
-                what = f"mfn {mfn:#x} is kept although it is failing: {reason}"
-                self._keep_back(mfn, logging.ERROR, Event.CAP_REACHED, what)
+                # A verdict is told whatever else is said, and once: a page may fail often.
+                if self._announced.is_news(mfn, (Event.PAGE_WOULD_RETIRE, self.policy.retire)):
+                    what = f"mfn {mfn:#x} would be retired, were this no dry run: {reason}"
+                    event(log, logging.WARNING, Event.PAGE_WOULD_RETIRE, what, mfn=mfn)
+            case CapReached(limit_frames=limit):
+                if self._announced.is_news(mfn, (Event.CAP_REACHED, limit)):
+                    what = f"mfn {mfn:#x} is kept although it is failing: {verdict.reason}"
+                    event(log, logging.ERROR, Event.CAP_REACHED, what, mfn=mfn)
             case Retire(reason=reason):
                 self._retirer.take(mfn, Cause.CORRECTED, reason)
             case _:
                 assert_never(verdict)
 
-    def _keep_back(self, mfn: Mfn, level: int, kind: Event, what: str) -> None:
-        """A verdict is told whatever else is said, and once: a page may fail a thousand times."""
-        if mfn in self._kept_back:
+    def _other(self, report: OtherError) -> None:
+        if report.is_uncorrected:
+            self._tell_uncorrected(report)
+        elif self._chatter.admits(Event.ERROR_SEEN):
+            fields = bank_fields(report.bank)
+            event(log, logging.WARNING, Event.ERROR_SEEN, report.describe(), fields=fields)
+
+    def _tell_uncorrected(self, report: UncorrectedPageError | OtherError) -> None:
+        """Log an uncorrected error, each one; of the same one again only so many."""
+        bank = report.bank
+        which = (bank.socket, bank.apicid, bank.bank, bank.status, bank.addr)
+        is_news = self._announced.is_news(which, Event.UNCORRECTED_ERROR)
+        if not is_news and not self._chatter.admits(Event.UNCORRECTED_ERROR):
             return
-        if len(self._kept_back) >= self.policy.retire.max_tracked_pages:
-            self._kept_back.clear()
-        self._kept_back.add(mfn)
-        event(log, level, kind, what, mfn=mfn)
+        event(
+            log,
+            logging.ERROR,
+            Event.UNCORRECTED_ERROR,
+            report.describe(),
+            mfn=report.mfn,
+            domid=bank.domid,
+            fields=bank_fields(bank),
+        )
 
     async def _hypervisor_acted(self, report: HypervisorActed) -> None:
         event(
@@ -162,11 +202,21 @@ class Intake:
             report.describe(),
             mfn=report.mfn,
             domid=report.domid,
+            fields=bank_fields(report.bank),
         )
         domain = None
         if report.domid is not None:
             domain = await asyncio.to_thread(self._find, report.domid)
         self._retirer.note_hypervisor_action(report.mfn, domain, report.describe())
+
+    def _note_incident(self, sighting: Sighting) -> None:
+        incident = uncorrected_error(sighting.report, sighting.when)
+        if incident is None:
+            return
+        entry = None if incident.mfn is None else self._retirer.ledger.book.get(incident.mfn)
+        # A scrubber goes on reporting a page that is out of use, which does no harm any more.
+        if entry is None or entry.phase is not Phase.OFFLINED:
+            self._incidents.note(incident)
 
     def _find(self, domid: Domid) -> DomainInfo | None:
         try:

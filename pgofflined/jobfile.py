@@ -9,27 +9,38 @@ import logging
 import os
 import sqlite3
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from pgofflined import __version__
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
-from pgofflined.core.frames import WORDS_PER_PAGE, Domid, Mfn
-from pgofflined.core.pages import PageKind
-from pgofflined.ports import Hold, JobRecord, UnfinishedJob
+from pgofflined.jobheader import (
+    ASIDE,
+    HEADER,
+    HELD,
+    MOVING,
+    PAUSING,
+    STAGE,
+    WAL,
+    beside,
+    move,
+    overwrite,
+    remove,
+)
+from pgofflined.ports import Hold, JobRecord
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from pgofflined.core.moves import Chosen, Group
 
 _log = logging.getLogger(__name__)
 
-_VERSION: Final = 3
+VERSION: Final = 3
+# The table ``job`` is never to change (``jobheader``).
 _SCHEMA: Final = """
 CREATE TABLE job (
     domid INTEGER NOT NULL, uuid TEXT NOT NULL, shared_info INTEGER NOT NULL,
@@ -42,24 +53,20 @@ CREATE TABLE moving (
     entries BLOB NOT NULL, props BLOB NOT NULL
 ) STRICT;
 CREATE TABLE page (mfn INTEGER PRIMARY KEY, contents BLOB NOT NULL) STRICT;
+CREATE TABLE writer (version TEXT NOT NULL) STRICT;
 """
 _PUT: Final = "INSERT OR REPLACE INTO moving VALUES (1, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _PUT_PAGE: Final = "INSERT OR REPLACE INTO page VALUES (?, ?)"
-ASIDE: Final = ".damaged"
-_STAGE: Final = "-stage"
-_WAL: Final = "-wal"
-# In the order of removal.  Without the first no process takes the others for a job, whereas a
-# record without its stage would be taken for another one.
-_ALL_SUFFIXES: Final = ("", _WAL, "-shm", "-journal", _STAGE)
-# A letter and the processor time in hex: so short that the kernel takes it whole or not at all.
-_PAUSING: Final = b"P"
-_HELD: Final = b"H"
-_MOVING: Final = b"M"
-_STAGE_BYTES: Final = 17
 
 
-class NeverBegun(Exception):
-    """The process died before the job's first record, hence before it did anything."""
+class LeftJob(Protocol):
+    """A job that was left, to be ended some time."""
+
+    domain: DomainIdentity
+
+    def end(self) -> None:
+        """End it: nobody needs its record any more."""
+        ...
 
 
 class StoredJob:
@@ -72,12 +79,12 @@ class StoredJob:
         domain: DomainIdentity,
         *,
         hold: Hold | None = None,
-        on_left: Callable[[StoredJob], None],
+        on_left: Callable[[LeftJob], None],
     ) -> None:
         self.domain = domain
         self._path = path
         self._connection = connection
-        self._stage_path = _beside(path, _STAGE)
+        self._stage_path = beside(path, STAGE)
         self._stage = os.open(self._stage_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         # Once, here or with the object.
         self._close_stage = weakref.finalize(self, os.close, self._stage)
@@ -112,15 +119,15 @@ class StoredJob:
     def hold(self, cpu_time: int | None) -> None:
         """Note that the guest stands still."""
         self._hold = Hold(cpu_time=cpu_time)
-        self._note(_HELD if cpu_time is not None else _PAUSING)
+        self._note(HELD if cpu_time is not None else PAUSING)
 
     def begin(self) -> None:
         """Note that the kept group counts."""
-        self._note(_MOVING)
+        self._note(MOVING)
 
     def settled(self) -> None:
         """Note that it does not; the contents go with the job, and nobody waits for that."""
-        self._note(_HELD if self._hold and self._hold.cpu_time is not None else _PAUSING)
+        self._note(HELD if self._hold and self._hold.cpu_time is not None else PAUSING)
 
     def _note(self, stage: bytes) -> None:
         cpu_time = (self._hold.cpu_time if self._hold else None) or 0
@@ -154,7 +161,7 @@ class StoredJob:
                 self._connection.execute("DELETE FROM moving")
             # With all of it in the file, nothing in the log is looked at any more.
             self._connection.execute("PRAGMA wal_checkpoint(FULL)")
-            _overwrite(_beside(self._path, _WAL))
+            overwrite(beside(self._path, WAL))
         except (PortError, OSError, sqlite3.Error) as error:
             _log.error("%s holds pages of a guest still: %s", self._path, error)
         self._kept = None
@@ -231,13 +238,14 @@ def create(path: Path, record: JobRecord) -> sqlite3.Connection:
     """Make the file of a new job.  Raises OSError, sqlite3.Error."""
     # SQLite would create it with the umask's mode.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    connection = _connect(path)
+    connection = connect(path)
     try:
         # One transaction, so that a daemon killed in here leaves nothing half made.
-        connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
         with connection:
+            connection.execute("INSERT INTO writer VALUES (?)", (__version__,))
             connection.execute(
-                "INSERT INTO job VALUES (?, ?, ?, ?, ?)",
+                f"INSERT INTO job ({HEADER}) VALUES (?, ?, ?, ?, ?)",  # noqa: S608 - a constant
                 (
                     record.domain.domid,
                     str(record.domain.uuid),
@@ -252,7 +260,8 @@ def create(path: Path, record: JobRecord) -> sqlite3.Connection:
     return connection
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def connect(path: Path) -> sqlite3.Connection:
+    """Open a job's file for this process alone.  Raises sqlite3.Error."""
     # One thread at a time, not always the same: a job that could not be ended is tried again.
     connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
     try:
@@ -269,133 +278,3 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
-
-
-def load(path: Path, *, on_left: Callable[[StoredJob], None]) -> UnfinishedJob:
-    """Read a record.  Raises sqlite3.Error, OSError, NeverBegun; else LookupError, ValueError,
-    TypeError, OverflowError where it makes no sense.
-    """
-    connection = _connect(path)
-    try:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            raise NeverBegun
-        if version != _VERSION:
-            raise ValueError(f"it is of version {version}, this is {_VERSION}")
-        job = connection.execute("SELECT * FROM job").fetchone()
-        if job is None:
-            raise NeverBegun
-        record = _record(job)
-        hold, is_moving = _stage_of(path)
-        return UnfinishedJob(
-            record=record,
-            hold=hold,
-            group=_group(connection) if is_moving else None,
-            job=StoredJob(path, connection, record.domain, hold=hold, on_left=on_left),
-        )
-    except BaseException:
-        connection.close()
-        raise
-
-
-def _stage_of(path: Path) -> tuple[Hold | None, bool]:
-    """Whether the guest stands still, and whether it is being changed."""
-    file = _beside(path, _STAGE)
-    raw = file.read_bytes() if file.exists() else b""
-    if not raw:
-        return None, False
-    stage, digits = raw[:1], raw[1:]
-    if len(raw) != _STAGE_BYTES or stage not in (_PAUSING, _HELD, _MOVING):
-        raise ValueError(f"{file} says {raw[:_STAGE_BYTES]!r}")
-    cpu_time = int(digits, 16)
-    return Hold(cpu_time=None if stage == _PAUSING else cpu_time), stage == _MOVING
-
-
-def _record(row: Sequence[object]) -> JobRecord:
-    domid, uuid, shared_info, cpu_time, began = row
-    return JobRecord(
-        domain=DomainIdentity(Domid(int(str(domid))), UUID(str(uuid))),
-        shared_info=Mfn(int(str(shared_info))),
-        cpu_time=int(str(cpu_time)),
-        began=float(str(began)),
-    )
-
-
-def _group(connection: sqlite3.Connection) -> Group:
-    import numpy as np
-
-    from pgofflined.core.moves import Group, References
-
-    row = connection.execute("SELECT * FROM moving").fetchone()
-    if row is None:
-        raise ValueError("it was begun without what is changed")
-    _, kind, pinned, *blobs = row
-    (mfns, pfns, frames, indexes, pages, levels, tables, rows, values, props) = (
-        _array(blob) for blob in blobs
-    )
-    count, entries = len(mfns), len(pages)
-    contents = [_contents(connection, mfn) for mfn in mfns.tolist()]
-    if (
-        {len(pfns), len(frames), len(indexes)} != {count}
-        or {len(levels), len(tables), len(rows), len(values)} != {entries}
-        or {len(words) for words in contents} != {WORDS_PER_PAGE}
-        or (entries and (int(pages.max()) >= count or int(levels.max()) > PageKind.L4.value))
-    ):
-        raise ValueError("its arrays do not belong together")
-    return Group(
-        kind=PageKind[str(kind)],
-        pinned=bool(pinned),
-        mfns=mfns,
-        pfns=pfns,
-        slot_frames=frames,
-        slot_indexes=indexes,
-        references=References(
-            pages=pages.astype(np.intp),
-            levels=levels.astype(np.uint8),
-            tables=tables,
-            indexes=rows,
-            values=values,
-        ),
-        contents=np.stack(contents),
-        props=props,
-    )
-
-
-def _contents(connection: sqlite3.Connection, mfn: int) -> NDArray[np.uint64]:
-    row = connection.execute("SELECT contents FROM page WHERE mfn = ?", (mfn,)).fetchone()
-    if row is None:
-        raise ValueError(f"the contents of mfn {mfn:#x} are missing")
-    return _array(row[0])
-
-
-def _array(blob: object) -> NDArray[np.uint64]:
-    import numpy as np
-
-    if not isinstance(blob, bytes):
-        raise ValueError("an array is no blob")
-    return np.frombuffer(blob, dtype=np.uint64).copy()
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(path.name + suffix)
-
-
-def _overwrite(file: Path) -> None:
-    with file.open("r+b", buffering=0) as opened:
-        opened.write(bytes(file.stat().st_size))
-
-
-def remove(path: Path) -> None:
-    """Overwrite and remove a job's files.  Raises OSError."""
-    for suffix in _ALL_SUFFIXES:
-        file = _beside(path, suffix)
-        if file.exists():
-            _overwrite(file)
-            file.unlink()
-
-
-def move(path: Path, aside: Path) -> None:
-    """Give a job's files another name.  Raises OSError."""
-    for suffix in _ALL_SUFFIXES:
-        if (file := _beside(path, suffix)).exists():
-            file.rename(_beside(aside, suffix))

@@ -160,12 +160,18 @@ class ExchangePool:
         self, threads: ThreadPoolExecutor, running: _Running, mfns: tuple[Mfn, ...]
     ) -> None:
         loop = asyncio.get_running_loop()
+        thread = loop.run_in_executor(threads, self._run_exchange, running.domain, mfns)
         try:
-            report = await loop.run_in_executor(threads, self._run_exchange, running.domain, mfns)
+            await asyncio.wait([thread])
+        except asyncio.CancelledError:
+            # The thread goes on, and what it says of its guest must not be lost with us.
+            await asyncio.wait([thread])
+            raise
         finally:
             del self._running[running.domain]
             self._wake.set()
-        self._finished(running.job, report)
+            if thread.done():
+                self._finished(running.job, thread.result())
 
     def _begin_next(self) -> tuple[_Running, tuple[Mfn, ...]] | None:
         """Take the next job whose domain has none running, if a worker is free for it."""

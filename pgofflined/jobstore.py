@@ -41,16 +41,15 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
 
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
-from pgofflined.jobfile import ASIDE, NeverBegun, StoredJob, create, load, move, remove
+from pgofflined.jobfile import LeftJob, StoredJob, create
+from pgofflined.jobheader import ASIDE, SUFFIX, move, path_of, remove
+from pgofflined.jobread import InUse, NeverBegun, load
 from pgofflined.ports import JobRecord, OpenJob, UnfinishedJob
 
 _log = logging.getLogger(__name__)
-
-_SUFFIX: Final = ".job"
 
 
 class JobStore:
@@ -66,7 +65,7 @@ class JobStore:
         self._directory = directory
         self._refusal = refusal
         self._lock = threading.Lock()
-        self._left: dict[DomainIdentity, StoredJob] = {}
+        self._left: dict[DomainIdentity, LeftJob] = {}
 
     def open(self, record: JobRecord) -> OpenJob:
         """Begin a job, in place of one of the same domain that this process has ended.
@@ -76,7 +75,7 @@ class JobStore:
         refusal = self._refusal()
         if refusal is not None:
             raise PortError(refusal)
-        path = self._directory / f"d{record.domain.domid}-{record.domain.uuid}{_SUFFIX}"
+        path = path_of(self._directory, record.domain)
         with self._lock:
             earlier = self._left.pop(record.domain, None)
             if earlier is not None:
@@ -91,7 +90,7 @@ class JobStore:
                     f"{self._directory} ({error}); without that it is not begun"
                 ) from error
 
-    def _keep(self, job: StoredJob) -> None:
+    def _keep(self, job: LeftJob) -> None:
         with self._lock:
             self._left[job.domain] = job
 
@@ -103,38 +102,36 @@ class JobStore:
                 job.end()
 
     def unfinished(self) -> Sequence[UnfinishedJob]:
-        """The jobs that earlier processes left; those that cannot be read are told and kept."""
-        for orphan in self._directory.glob(f"*{_SUFFIX}-*"):
+        """The jobs that earlier processes left, also those of which only the header can be read.
+
+        Those of which it cannot even be read whose they are, are told and put aside.
+        """
+        for orphan in self._directory.glob(f"*{SUFFIX}-*"):
             owner = orphan.with_name(orphan.name.rpartition("-")[0])
             if not owner.exists():
                 remove(owner)
-        paths = sorted(self._directory.glob(f"*{_SUFFIX}"))
+        paths = sorted(self._directory.glob(f"*{SUFFIX}"))
         return [found for path in paths if (found := self._load(path)) is not None]
 
     def _load(self, path: Path) -> UnfinishedJob | None:
         try:
-            return load(path, on_left=self._keep)
+            found = load(path, on_left=self._keep)
         except NeverBegun:
             remove(path)
             return None
-        except (
-            sqlite3.Error,
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            ArithmeticError,
-        ) as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
-                _log.error("%s is in use by another process and left to it", path)
-                return None
+        except InUse:
+            _log.error("%s is in use by another process and left to it", path)
+            return None
+        except (ValueError, OSError) as error:
             aside = path.with_suffix(ASIDE)
             _log.critical(
-                "the record of an exchange in %s cannot be read (%s) and was moved to %s: look "
-                "whether that domain stands still (`xl list`), and restart it if it does",
+                "the record of an exchange in %s cannot be read (%s), not even of which domain it "
+                "is, and was moved to %s: look whether a domain stands still (`xl list`) that "
+                "nobody works on, and restart it if one does",
                 path,
                 error,
                 aside,
             )
             move(path, aside)
             return None
+        return found

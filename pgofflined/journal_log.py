@@ -1,6 +1,10 @@
 """Log entries with fields: to the journal where there is one, else as lines on stderr.
 
 Nothing here writes to standard output, which belongs to what the command line prints.
+
+A failing module can bring reports by the thousand.  Lines that only tell of them pass a ``Chatter``
+before anybody builds them; what was decided about a page passes an ``Announced`` and is said once
+for each page and state, so that it needs no rate and nothing of it is ever dropped.
 """
 
 from __future__ import annotations
@@ -8,27 +12,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
 from typing import Final
 
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.telemetry import BankEntry
 from pgofflined.core.text import printable
+
+_log = logging.getLogger(__name__)
 
 _IDENTIFIER: Final = "pgofflined"
 _FIELDS: Final = "pgofflined_fields"
 _MESSAGE_ID: Final = "MESSAGE_ID"
-
-# Kinds that a failing module can bring by the thousand: (entries, seconds) that are let through.
-# journald's own limit would stop everything the service says, the verdicts too.
-_LIMITS: Final[Mapping[Event, tuple[int, float]]] = {
-    Event.ERROR_SEEN: (20, 60.0),
-    Event.RECORD_UNDECODABLE: (20, 60.0),
-    Event.RECORDS_LOST: (20, 60.0),
-    Event.PAGE_WOULD_RETIRE: (20, 60.0),
-    Event.CAP_REACHED: (20, 60.0),
-    Event.QUEUE_FULL: (20, 60.0),
-}
 
 # syslog(3) priorities, as the journal and the <N> prefix of sd-daemon(3) have them.
 _PRIORITIES: Final = (
@@ -52,20 +49,105 @@ def event(
     mfn: Mfn | None = None,
     domid: Domid | None = None,
     job: str | None = None,
+    fields: Mapping[str, str] | None = None,
 ) -> None:
     """Log one event, with its MESSAGE_ID and the fields that are given.
 
     The message is a whole sentence: who reads it need not know the fields.
     """
-    fields = {_MESSAGE_ID: kind.message_id}
+    sent = {**(fields or {}), _MESSAGE_ID: kind.message_id}
     if mfn is not None:
-        fields["MFN"] = f"{mfn:#x}"
+        sent["MFN"] = f"{mfn:#x}"
     if domid is not None:
-        fields["DOMID"] = str(domid)
+        sent["DOMID"] = str(domid)
     if job is not None:
-        fields["JOB"] = job
+        sent["JOB"] = job
     # The message goes in as an argument: a per cent sign in a domain's name is no format.
-    logger.log(level, "%s", message, extra={_FIELDS: fields}, stacklevel=2)
+    logger.log(level, "%s", message, extra={_FIELDS: sent}, stacklevel=2)
+
+
+def bank_fields(bank: BankEntry | None) -> dict[str, str]:
+    """The fields of a machine-check entry: all that was read of the bank.
+
+    Reading consumed the only copy, so the journal is to have it.  What the record does not say is
+    left out: SOCKET and APICID where it has no processor, MCG_CAP where nobody told it.
+    """
+    if bank is None:
+        return {}
+    fields = {
+        "BANK": str(bank.bank),
+        "STATUS": f"{bank.status:#018x}",
+        "ADDR": f"{bank.addr:#x}",
+        "MISC": f"{bank.misc:#x}",
+        "MCG_STATUS": f"{bank.gstatus:#x}",
+        "MC_FLAGS": f"{bank.flags:#x}",
+    }
+    if bank.socket is not None:
+        fields["SOCKET"] = str(bank.socket)
+    if bank.apicid is not None:
+        fields["APICID"] = str(bank.apicid)
+    if bank.mcg_cap is not None:
+        fields["MCG_CAP"] = f"{bank.mcg_cap:#x}"
+    return fields
+
+
+class Chatter:
+    """Lets only so many entries of a kind through, and says later how many were left out.
+
+    Ask before the entry is built: ``if chatter.admits(kind): event(...)``.  ``now`` is a clock that
+    never jumps, in seconds.  What was left out is told with the kind's next entry, and by
+    ``close``.
+    """
+
+    def __init__(self, now: Callable[[], float], *, most: int = 20, seconds: float = 60.0) -> None:
+        self._now = now
+        self._most = most
+        self._seconds = seconds
+        # By kind: when its window began, and how many entries were asked for since.
+        self._windows: dict[Event, tuple[float, int]] = {}
+
+    def admits(self, kind: Event) -> bool:
+        """Whether an entry of this kind is to be written now."""
+        now = self._now()
+        began, count = self._windows.get(kind, (now, 0))
+        if now >= began + self._seconds:
+            self._tell(kind, count)
+            began, count = now, 0
+        self._windows[kind] = (began, count + 1)
+        return count < self._most
+
+    def close(self) -> None:
+        """Tell what was left out until now, of every kind."""
+        for kind, (_, count) in self._windows.items():
+            self._tell(kind, count)
+        self._windows.clear()
+
+    def _tell(self, kind: Event, count: int) -> None:
+        if count > self._most:
+            event(_log, logging.WARNING, kind, f"{count - self._most} such entries were left out")
+
+
+class Announced:
+    """What was said of which subject, so that it is said once until it changes.
+
+    The subjects spoken of last are remembered, ``most`` of them; of one that was forgotten the same
+    may be said again.
+    """
+
+    def __init__(self, *, most: int = 10_000) -> None:
+        self._most = most
+        self._said: OrderedDict[Hashable, Hashable] = OrderedDict()
+
+    def is_news(self, subject: Hashable, state: Hashable) -> bool:
+        """Whether this was not said of the subject last; it counts as said from now on."""
+        if subject in self._said and self._said[subject] == state:
+            self._said.move_to_end(subject)
+            return False
+        self._said[subject] = state
+        self._said.move_to_end(subject)
+        if len(self._said) > self._most:
+            self._said.popitem(last=False)
+        return True
 
 
 def setup_logging(level: int) -> None:
@@ -78,7 +160,6 @@ def setup_logging(level: int) -> None:
         root.removeHandler(handler)
         handler.close()
     handler = _handler(under_journal=_stderr_is_the_journal())
-    handler.addFilter(RateLimit(_LIMITS))
     root.addHandler(handler)
     root.setLevel(max(level, logging.WARNING))
     logging.getLogger(_IDENTIFIER).setLevel(level)
@@ -170,29 +251,3 @@ class LineHandler(logging.Handler):
             print(start + first + behind, *more, sep="\n", file=sys.stderr, flush=True)
         except OSError:
             self.handleError(record)
-
-
-class RateLimit(logging.Filter):
-    """Lets only so many entries of some kinds through; the next one says how many it kept back."""
-
-    def __init__(self, limits: Mapping[Event, tuple[int, float]]) -> None:
-        super().__init__()
-        self._limits = {kind.message_id: limit for kind, limit in limits.items()}
-        self._seen: dict[str, tuple[float, int]] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the entry is to be written."""
-        kind = _fields_of(record).get(_MESSAGE_ID, "")
-        limit = self._limits.get(kind)
-        if limit is None:
-            return True
-        most, seconds = limit
-        began, count = self._seen.get(kind, (record.created, 0))
-        # A clock that was set back must not silence a kind until it has caught up.
-        if not began <= record.created < began + seconds:
-            if count > most:
-                record.msg = f"{record.getMessage()} ({count - most} such entries were left out)"
-                record.args = None
-            began, count = record.created, 0
-        self._seen[kind] = (began, count + 1)
-        return count < most

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol
 
@@ -36,6 +36,7 @@ class Ledger:
     """Moves pages from phase to phase.
 
     When a page is due is known by the monotonic clock, whatever becomes of the host's date.
+    ``changed`` is given each entry as it is now.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Ledger:
         max_forgettable: int = 10_000,
     ) -> None:
         self.book = Book(entries, max_forgettable=max_forgettable)
+        self.changed: Callable[[PageEntry], None] = lambda _entry: None
         self._store = store
         self._clock = clock
         # Waits in a row for the same reason that were no tries; they begin anew with the daemon.
@@ -228,6 +230,7 @@ class Ledger:
         for mfn in self.book.surplus():
             self.book.remove(mfn)
             self._store.remove_page(mfn)
+        self.changed(entry)
 
 
 def tell(

@@ -17,23 +17,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from pgofflined.aftercare import Aftercare
+from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.frames import Mfn
 from pgofflined.core.policy import ExchangePolicy
-from pgofflined.core.recovery import RecoveryReport
 from pgofflined.exchanging import Exchanging
+from pgofflined.guestcare import GuestCare
 from pgofflined.ports import Clock, Hypervisor, Journal
 
 log = logging.getLogger(__name__)
 
-_INTERVAL: Final = 5.0
 _STOPS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
+# Between two tries to get the lock.
+_AGAIN: Final = 0.1
+
+
 @contextmanager
-def only_daemon(path: Path) -> Iterator[bool]:
+def only_daemon(path: Path, *, wait: float = 0.0) -> Iterator[bool]:
     """Be the one daemon of this host, as long as the process lives; False where another is.
 
+    For ``wait`` seconds it is tried again: what recovers guests after a stop has the lock, too.
     Where no lock can be had it is told, and this is taken for the only one: no record that another
     process has open is touched all the same.
     """
@@ -43,9 +47,7 @@ def only_daemon(path: Path) -> Iterator[bool]:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        is_only = False
+        is_only = _lock(descriptor, wait)
     except OSError as error:
         log.error("%s cannot be locked (%s): see that no other pgofflined runs", path, error)
     try:
@@ -53,6 +55,20 @@ def only_daemon(path: Path) -> Iterator[bool]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _lock(descriptor: int, wait: float) -> bool:
+    """Raises OSError where there is no locking at all."""
+    until = time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(_AGAIN)
+        else:
+            return True
 
 
 class Leftovers:
@@ -68,44 +84,51 @@ class Leftovers:
         journal: Journal,
         clock: Clock,
         poisoned: Callable[[], frozenset[Mfn]],
+        times: CareTimes = CareTimes(),  # noqa: B008 - it does not change
     ) -> None:
-        self._exchanging = Exchanging(
+        self._clock = clock
+        exchanging = Exchanging(
             xen=xen, journal=journal, clock=clock, policy=ExchangePolicy, poisoned=poisoned
         )
-        self._aftercare = Aftercare(
-            xen, clock, interval=_INTERVAL, ended=self._exchanging.done_with
+        self._care = GuestCare(
+            exchanging, Aftercare(xen, clock, times=times, ended=exchanging.done_with)
         )
-        self._reports: list[RecoveryReport] = []
 
     def recover(self) -> None:
         """Try each once.  A signal to stop waits until that is done."""
         with _undisturbed():
-            self._reports += self._exchanging.recover()
+            self._care.recover()
 
-    def hand_over(self, exchanging: Exchanging, aftercare: Aftercare) -> None:
+    def hand_over(self, care: GuestCare) -> None:
         """Let the service go on with what is not ended, and with guests to be looked after."""
-        exchanging.take_over(self._exchanging)
-        aftercare.note_recovered(self._reports)
-        self._exchanging, self._aftercare, self._reports = exchanging, aftercare, []
+        care.take_over(self._care)
+        self._care = care
 
-    def see_out(self, sleep: Callable[[float], None] = time.sleep) -> None:
+    @property
+    def is_owed(self) -> bool:
+        """Whether a guest may still stand still because of us, and time may help it."""
+        return self._care.holds_up_a_stop
+
+    def see_out(self, sleep: Callable[[float], None] = time.sleep) -> bool:
         """There will be no service: go on until every guest that is left runs.
 
-        After ``hand_over`` too, for a service that has ended without being told to.  How long it
-        takes is systemd's to limit (TimeoutStartSec, later its watchdog); what is not ended then
-        keeps its record for the next process.
+        After ``hand_over`` too, for a service that has ended without being told to.  Not longer
+        than ``times.stop``: then what is left is told, keeps its record for the next process, and
+        the answer is False.
         """
-        self._aftercare.note_recovered(self._reports)
-        if self._waits():
+        until = self._clock.monotonic() + self._care.times.stop
+        if self.is_owed:
             log.error("guests that exchanges have left are looked after first, then this ends")
-        while self._waits():
-            sleep(_INTERVAL)
+        while self.is_owed and self._clock.monotonic() < until:
+            sleep(self._care.times.interval)
             with _undisturbed():
-                self._aftercare.note_recovered(self._exchanging.recover_rest())
-                self._aftercare.look()
+                self._care.look()
+        self.tell_left()
+        return not self.is_owed
 
-    def _waits(self) -> bool:
-        return self._exchanging.has_rest or bool(self._aftercare)
+    def tell_left(self) -> None:
+        """Tell of every guest that this process leaves as it is."""
+        self._care.tell_left()
 
 
 @contextmanager

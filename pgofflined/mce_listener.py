@@ -13,14 +13,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from pgofflined.core.classify import classify
+from pgofflined.core.classify import classify, errors_overwritten
 from pgofflined.core.errors import PortError, SourceUnavailable
 from pgofflined.core.events import Event
 from pgofflined.core.machine import Machine
 from pgofflined.core.policy import Backoff
 from pgofflined.core.reports import Sighting, report_class
 from pgofflined.core.telemetry import Flaw, Telemetry, decode
-from pgofflined.journal_log import event
+from pgofflined.journal_log import Chatter, event
 from pgofflined.ports import Clock, TelemetryBatch, TelemetrySource
 
 _log = logging.getLogger(__name__)
@@ -40,13 +40,15 @@ class IntakeCounters:
 
     ``reports`` is by (class, source), the classes those of ``core.reports.REPORT_CLASSES``;
     ``lost`` is by source and counts what the source knows it lost, ``incomplete`` the records
-    for which Xen had no room; ``undecodable`` is by flaw.  ``last_record`` is when the latest
-    record was read, by the wall clock.
+    for which Xen had no room; ``undecodable`` is by flaw.  ``overwritten`` counts the errors that
+    the hardware overwrote before they were read, as far as it tells: there may have been more.
+    ``last_record`` is when the latest record was read, by the wall clock.
     """
 
     reports: Counter[tuple[str, str]] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
     incomplete: int = 0
+    overwritten: int = 0
     undecodable: Counter[Flaw] = field(default_factory=Counter)
     last_record: float | None = None
 
@@ -55,6 +57,7 @@ class IntakeCounters:
         return {
             **self.lost,
             "incomplete": self.incomplete,
+            "hardware": self.overwritten,
             "undecodable": self.undecodable.total(),
         }
 
@@ -74,7 +77,9 @@ class MceListener:
         clock: Clock,
         deliver: Callable[[Sighting], Awaitable[None]],
         counters: IntakeCounters,
+        chatter: Chatter | None = None,
     ) -> None:
+        self._chatter = chatter or Chatter(clock.monotonic)
         self._source = source
         self._machine = machine
         self._clock = clock
@@ -118,25 +123,31 @@ class MceListener:
         if batch.records:
             self._counters.last_record = when
         for untrusted_record in batch.records:
-            await self._take(decode(batch.format, untrusted_record), when)
+            await self._take(decode(batch.format, untrusted_record, batch.mcg_cap), when)
         return _holds_anything(batch)
 
     async def _take(self, telemetry: Telemetry, when: float) -> None:
         for flaw in telemetry.flaws:
             self._counters.undecodable[flaw.flaw] += 1
-            event(_log, logging.WARNING, Event.RECORD_UNDECODABLE, flaw.describe())
+            if self._chatter.admits(Event.RECORD_UNDECODABLE):
+                event(_log, logging.WARNING, Event.RECORD_UNDECODABLE, flaw.describe())
         if telemetry.incomplete:
             self._counters.incomplete += 1
-            message = "Xen had no room for all of a machine check; a part of it is lost"
-            event(_log, logging.WARNING, Event.RECORDS_LOST, message)
+            if self._chatter.admits(Event.RECORDS_LOST):
+                message = "Xen had no room for all of a machine check; a part of it is lost"
+                event(_log, logging.WARNING, Event.RECORDS_LOST, message)
+        for entry in telemetry.banks:
+            self._counters.overwritten += errors_overwritten(entry, self._machine)
         for report in classify(telemetry, self._machine):
             self._counters.reports[report_class(report), self._source.name] += 1
             await self._deliver(Sighting(when=when, source=self._source.name, report=report))
 
     def _note_lost(self, lost: int) -> None:
         self._counters.lost[self._source.name] += lost
-        message = f"the {self._source.name} source has lost {lost} machine-check records or more"
-        event(_log, logging.WARNING, Event.RECORDS_LOST, message)
+        if self._chatter.admits(Event.RECORDS_LOST):
+            name = self._source.name
+            message = f"the {name} source has lost {lost} machine-check records or more"
+            event(_log, logging.WARNING, Event.RECORDS_LOST, message)
 
 
 def _holds_anything(batch: TelemetryBatch) -> bool:

@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pgofflined.aftercare import Aftercare
+from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.consequences import SOON, Consequences
 from pgofflined.core.book import Cause, Phase
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import PortError
+from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.outcomes import (
     ExchangeReport,
@@ -25,9 +26,12 @@ from pgofflined.core.outcomes import (
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
 from pgofflined.core.relocation_outcomes import (
     NotRelocated,
+    Relocated,
     RelocationOutcome,
 )
 from pgofflined.exchanging import Exchanging
+from pgofflined.guestcare import GuestCare
+from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger
 from pgofflined.ports import Clock, Hypervisor, Journal, nothing
 from pgofflined.takers import Exchanges, Relocations
@@ -58,7 +62,9 @@ class Retirer:
     """Everything that happens to pages that are to go.
 
     All methods but ``recover`` and ``poison_of`` belong to the loop's thread; ``exchanging`` is for
-    the workers.
+    the workers.  ``restored`` holds what came on this host of guests that we have moved: they have
+    followed a request to suspend, and announce nothing in their new domain.  ``ended`` says of
+    guests how they ended after our request.
     """
 
     def __init__(
@@ -70,13 +76,16 @@ class Retirer:
         policy: Policy,
         ledger: Ledger,
         errors: UncorrectedErrors,
-        late_look: float = 5.0,
+        times: CareTimes = CareTimes(),  # noqa: B008 - it does not change
         slowly: float = _SLOWLY,
         soon: Backoff = SOON,
+        chatter: Chatter | None = None,
     ) -> None:
         self.ledger = ledger
         self.policy = policy
         self.errors = errors
+        self.restored: frozenset[DomainIdentity] = frozenset()
+        self.ended: dict[DomainIdentity, str] = {}
         self.host_frames = xen.total_frames()
         self.exchanging = Exchanging(
             xen=xen,
@@ -85,9 +94,19 @@ class Retirer:
             policy=lambda: self.policy.exchange,
             poisoned=lambda: self.errors.poisoned,
             denial=self._exchange_denial,
+            was_restored=lambda domain: domain in self.restored,
         )
-        self.aftercare = Aftercare(xen, clock, interval=late_look, ended=self.exchanging.done_with)
-        self.consequences = Consequences(ledger, errors, lambda: self.policy, soon)
+        self.aftercare = Aftercare(
+            xen,
+            clock,
+            times=times,
+            ended=self.exchanging.done_with,
+            keep=self.exchanging.keep_asked,
+        )
+        self.care = GuestCare(self.exchanging, self.aftercare)
+        self.consequences = Consequences(
+            ledger, errors, lambda: self.policy, chatter or Chatter(clock.monotonic), soon
+        )
         self._xen = xen
         self._clock = clock
         self._wake = asyncio.Event()
@@ -173,8 +192,8 @@ class Retirer:
             while not self._stopping:
                 self._wake.clear()
                 self._tell_room()
-                if self._has_guests_to_look_after():
-                    await self._in_thread(self._look_after)
+                if self.care:
+                    await self._in_thread(self.care.look)
                 if not await self._look_at_pages():
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(self._seconds_to_sleep()):
@@ -233,13 +252,10 @@ class Retirer:
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
-    def _has_guests_to_look_after(self) -> bool:
-        return bool(self.aftercare) or self.exchanging.has_rest
-
     def _seconds_to_sleep(self) -> float | None:
         waits = [self.ledger.seconds_to_next()]
-        if self._has_guests_to_look_after():
-            waits.append(self.aftercare.interval)
+        if self.care:
+            waits.append(self.care.times.interval)
         if next(self.ledger.book.in_phase(Phase.LEFT), None) is not None:
             waits.append(max(0.0, self._next_slow_look - self._clock.monotonic()))
         return min((seconds for seconds in waits if seconds is not None), default=None)
@@ -250,38 +266,43 @@ class Retirer:
         return 0.0 if began is None else self._clock.monotonic() - began
 
     def stop(self) -> None:
-        """Begin nothing new; ``run`` returns."""
+        """Begin nothing new; ``run`` returns.  What guests are owed then is ``care``'s."""
         self._stopping = True
         self._wake.set()
 
     def recover(self) -> None:
         """End what an earlier process left of exchanges; makes hypercalls, for a thread."""
-        self.aftercare.note_recovered(self.exchanging.recover())
-
-    def _look_after(self) -> None:
-        if self.exchanging.has_rest:
-            self.aftercare.note_recovered(self.exchanging.recover_rest())
-        self.aftercare.look()
+        self.care.recover()
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""
         self.aftercare.note(
-            job, report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late
+            job,
+            report.domain,
+            stuck=report.stuck,
+            may_suspend_late=report.may_suspend_late,
+            standing=report.standing,
         )
+        if report.ended is not None:
+            self.ended[report.domain] = report.ended
+            domid = report.domain.domid
+            event(log, logging.CRITICAL, Event.GUEST_ENDED, report.ended, domid=domid, job=job)
         self.consequences.exchange_finished(job, report)
         self._wake.set()
 
     def relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         """Enter what became of the pages of one migration job."""
         if isinstance(outcome, NotRelocated) and outcome.stuck is not None:
-            self.aftercare.stuck[domain] = outcome.stuck
+            self.aftercare.leave_to_operator(domain, outcome.stuck)
+        if isinstance(outcome, Relocated) and outcome.new_domid is not None:
+            self.restored |= {DomainIdentity(outcome.new_domid, domain.uuid)}
         self.consequences.relocation_finished(domain, outcome)
         self._wake.set()
 
     def save_failed(self, domain: DomainIdentity) -> None:
         """Look after a guest that was asked to suspend itself for a save, which has failed."""
         self.exchanging.hold_off(domain)
-        self.aftercare.note("save", domain, stuck=None, may_suspend_late=True)
+        self.aftercare.note("save", domain, stuck=None, may_suspend_late=True, is_kept=False)
         self._wake.set()
 
     def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:

@@ -26,6 +26,7 @@ from pgofflined.core.saves import (
     SaveFacts,
     SaveNote,
     Stand,
+    UnfinishedSave,
     left_over,
     seen_to_run,
     stand_of,
@@ -273,8 +274,8 @@ class Saves:
                     return "libvirt"
         return None
 
-    def left_over(self, look: Callable[[], Iterable[DomainInfo]]) -> tuple[str, ...]:
-        """What a person is to do about each note; ``look`` gives all domains.  Raises PortError."""
+    def left_over(self, look: Callable[[], Iterable[DomainInfo]]) -> tuple[UnfinishedSave, ...]:
+        """The save of each note; ``look`` gives all domains.  Raises PortError."""
         try:
             paths = sorted(self._notes.glob(f"*{_SUFFIX}"))
             if not paths:
@@ -287,15 +288,18 @@ class Saves:
         except OSError as error:
             raise PortError(f"notes of saves in {self._notes} cannot be read: {error}") from error
 
-    def _describe(self, path: Path, domains: tuple[DomainInfo, ...], *, busy: str | None) -> str:
+    def _describe(
+        self, path: Path, domains: tuple[DomainInfo, ...], *, busy: str | None
+    ) -> UnfinishedSave:
         try:
             with path.open("rb") as file:
                 note = msgspec.json.decode(file.read(_MAX_NOTE), type=SaveNote)
         except (OSError, msgspec.MsgspecError) as error:
-            return (
+            text = (
                 f"{path}, the note of a save, cannot be read ({error}): look with `xl list` "
                 "whether its guest runs, and for its file in relocation.save_directory"
             )
+            return UnfinishedSave(text=text)
         if busy == str(note.domain.uuid):
             return under_way(note)
         stand = stand_of(note.domain.uuid, domains)
@@ -310,7 +314,7 @@ class Saves:
             has_file=see(Path(note.file)) is not None,
             same_boot=note.boot == self._boot,
         )
-        return left_over(left, stand)
+        return UnfinishedSave(text=left_over(left, stand), domain=note.domain)
 
     def _seen_to_run(self, note: SaveNote) -> SaveNote:
         later = seen_to_run(note)

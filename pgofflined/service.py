@@ -12,20 +12,29 @@ from pathlib import Path
 from typing import NoReturn
 
 from pgofflined import __version__
+from pgofflined.aftercare import CareTimes
+from pgofflined.attention import Attention, Circumstances, policy_digest
 from pgofflined.control import ControlServer
-from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.conditions import Condition, ConditionCode
+from pgofflined.core.domains import (
+    DomainIdentity,
+    identities_from_text,
+    identities_to_text,
+)
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
-from pgofflined.core.frames import Mfn
+from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.history import History
+from pgofflined.core.incidents import Acknowledged
 from pgofflined.core.machine import Machine
 from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.policy import Policy, effective
-from pgofflined.core.relocation_outcomes import MigrationOutcome, RelocationOutcome
-from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot, SourceStatus
+from pgofflined.core.relocation_outcomes import RelocationOutcome
+from pgofflined.core.status import FrameAnswer, OfflineAnswer, ReloadStatus, Snapshot, SourceStatus
+from pgofflined.guestcare import see_out
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
-from pgofflined.journal_log import event
+from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger
 from pgofflined.mce_listener import (
     IntakeCounters,
@@ -36,22 +45,20 @@ from pgofflined.mce_listener import (
 )
 from pgofflined.metrics import Metrics, MetricsServer
 from pgofflined.notify import Notifier
+from pgofflined.operations import Operations
 from pgofflined.ports import Clock, DomainEnds, Hypervisor, Journal, TelemetrySource
 from pgofflined.relocation import Links, RelocationService, Relocator
-from pgofflined.report import attention, policy_digest
+from pgofflined.relocation.counting import CountedRelocator
 from pgofflined.retiring import Retirer
 from pgofflined.savewatch import SaveWatch
 from pgofflined.saving import Saves
 from pgofflined.store import Store
-from pgofflined.triage import find_pv_owner
 from pgofflined.uncorrected import UncorrectedErrors
 
 log = logging.getLogger(__name__)
 
 # How much longer than the guest's own limits an exchange may take before it counts as stuck.
 _STUCK_MARGIN = 180.0
-# Seconds between two looks at saves that are not ended.
-_SAVES_AGAIN = 15.0
 
 
 Serve = Callable[[], Coroutine[object, object, NoReturn]]
@@ -63,7 +70,8 @@ class World:
 
     ``ends`` opens word of domains that end; without it pages are asked about slowly only.
     ``source_opened`` and ``source_broken`` are told of every source, so that its descriptor can
-    be kept over a restart.
+    be kept over a restart.  ``exchanges_off`` says why no exchange can be begun now; None where
+    one can.
     """
 
     xen: Hypervisor
@@ -78,44 +86,31 @@ class World:
     notifier: Notifier
     saves: Saves = field(default_factory=Saves)
     ends: Callable[[], DomainEnds] | None = None
+    times: CareTimes = field(default_factory=CareTimes)
     source_opened: Callable[[TelemetrySource], None] = lambda _source: None
     source_broken: Callable[[TelemetrySource], None] = lambda _source: None
-
-
-class _Counted:
-    """A relocator whose migrations are counted."""
-
-    def __init__(self, inner: Relocator, metrics: Metrics) -> None:
-        self._inner = inner
-        self._metrics = metrics
-
-    async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
-    ) -> MigrationOutcome:
-        """Migrate, and count what came of it."""
-        outcome = await self._inner.migrate(domain, name, target, time_limit)
-        self._metrics.observe_migration(outcome)
-        return outcome
-
-    async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
-        """Save and restore, and count what came of it."""
-        outcome = await self._inner.save_and_restore(domain, directory)
-        self._metrics.observe_migration(outcome)
-        return outcome
+    exchanges_off: Callable[[], str | None] = lambda: None
 
 
 class Service:
-    """The running daemon.  Made on the event loop that it runs on."""
+    """The running daemon.  Made on the event loop that it runs on.
 
-    def __init__(self, world: World, policy: Policy) -> None:
+    ``warnings`` are of the configuration that ``policy`` is of.
+    """
+
+    def __init__(self, world: World, policy: Policy, warnings: tuple[str, ...] = ()) -> None:
         self._world = world
         self.policy = policy
         self._started = world.clock.now()
         self.metrics_port = 0
         self.ready = asyncio.Event()
+        self._reload = ReloadStatus(
+            successful=True, when=self._started, last_success=self._started, warnings=warnings
+        )
         self._source = SourceStatus(name=None, note="no source has been tried yet")
         self._xen_version = world.xen.version()
         self.counters = IntakeCounters()
+        self._chatter = Chatter(world.clock.monotonic)
         self.retirer = Retirer(
             xen=world.xen,
             journal=world.journal,
@@ -123,8 +118,14 @@ class Service:
             policy=policy,
             ledger=Ledger(world.store, world.clock, world.store.load_pages()),
             errors=UncorrectedErrors(world.store),
+            chatter=self._chatter,
+            times=world.times,
         )
         self.retirer.consequences.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
+        restored = identities_from_text(world.store.get_meta(_RESTORED) or "")
+        self.retirer.restored |= frozenset(restored)
+        self._attention = Attention(world.store, world.clock)
+        self.incidents = self._attention.incidents
         self.intake = Intake(
             xen=world.xen,
             clock=world.clock,
@@ -132,7 +133,18 @@ class Service:
             history=self._load_history(),
             retirer=self.retirer,
             store=world.store,
+            chatter=self._chatter,
+            incidents=self.incidents,
         )
+        self._operations = Operations(
+            xen=world.xen,
+            clock=world.clock,
+            intake=self.intake,
+            ledger=self.retirer.ledger,
+            incidents=self.incidents,
+            is_poisoned=lambda mfn: mfn in self.retirer.errors.poisoned,
+        )
+        self.retirer.ledger.changed = self._operations.page_changed
         self.pool = ExchangePool(
             self.retirer.exchanging.run,
             self._exchange_finished,
@@ -145,22 +157,27 @@ class Service:
         self.relocation = RelocationService(
             policy=policy.relocation,
             xen=world.xen,
-            relocator=_Counted(world.relocator, self.metrics),
+            relocator=CountedRelocator(world.relocator, self.metrics.observe_migration),
             links=world.links,
             clock=world.clock,
             zone=world.zone,
             saves=world.saves,
             finished=self._relocation_finished,
             poison=self.retirer.poison_of,
+            is_poisoned=lambda mfn: mfn in self.retirer.errors.poisoned,
             denial=self.retirer.denial,
+            objection=self.retirer.exchanging.objection,
             saved_in_vain=self.retirer.save_failed,
         )
         self._saves = SaveWatch(world.clock, lambda: self.policy.relocation.time_limit)
-        self._look_for_saves = asyncio.Event()
         self._connect(policy)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serve until ``stop`` is set, then end what is under way and come back."""
+        """Serve until ``stop`` is set, then end what is under way and come back.
+
+        Not before every guest runs that may stand still because of us, as far as
+        ``World.times.stop`` allows.
+        """
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
@@ -172,7 +189,14 @@ class Service:
             relocations = tasks.create_task(self.relocation.run(), name="relocations")
             rest = [
                 tasks.create_task(self._feed_watchdog(), name="watchdog"),
-                tasks.create_task(self._watch_saves(), name="saves"),
+                tasks.create_task(
+                    self._saves.run(
+                        self._world.saves,
+                        self._world.xen.domains,
+                        Path(self.policy.relocation.save_directory),
+                    ),
+                    name="saves",
+                ),
                 tasks.create_task(self._watch_ends(), name="ends"),
                 *(tasks.create_task(serve(), name="server") for serve in servers),
             ]
@@ -186,12 +210,20 @@ class Service:
             relocations.cancel()
             self.retirer.stop()
             self.pool.stop()
-            await asyncio.wait([*work, relocations])
+            await see_out(self.retirer.care, [*work, relocations])
             for task in rest:
                 task.cancel()
+            self._chatter.close()
 
-    def apply(self, policy: Policy) -> None:
+    def reject(self, problems: tuple[str, ...]) -> None:
+        """Note that a configuration was rejected: the policy that was in force stays so."""
+        now = self._world.clock.now()
+        self._reload = replace(self._reload, successful=False, when=now, problems=problems)
+
+    def apply(self, policy: Policy, warnings: tuple[str, ...] = ()) -> None:
         """Put a new policy in force; what needs a restart keeps its old value and is named."""
+        now = self._world.clock.now()
+        self._reload = ReloadStatus(successful=True, when=now, last_success=now, warnings=warnings)
         old = self.policy
         fixed = [
             name
@@ -240,17 +272,9 @@ class Service:
             policy=tuple(effective(self.policy, host_frames=self.retirer.host_frames)),
             policy_digest=policy_digest(self.policy),
             pages=tuple(map(self.retirer.ledger.shown, book)),
+            reload=self._reload,
         )
-        return replace(
-            snapshot,
-            attention=attention(
-                snapshot,
-                stuck=self.retirer.aftercare.stuck,
-                version=self._xen_version,
-                trouble=self._world.store.trouble,
-                saves=(*self.relocation.overdue(), *self._saves.lines),
-            ),
-        )
+        return replace(snapshot, attention=self._conditions(snapshot))
 
     def max_mfn(self) -> Mfn:
         """Highest frame of the host."""
@@ -258,20 +282,22 @@ class Service:
 
     async def query(self, mfn: Mfn) -> FrameAnswer:
         """Xen's state of a frame, its owner as far as that can be told, and our entry."""
-        state, owner, note = await asyncio.to_thread(self._ask, mfn)
-        return FrameAnswer(
-            mfn=mfn,
-            state=state,
-            owner=owner,
-            hits_in_window=self.intake.history.hits(mfn, self._world.clock.monotonic()),
-            entry=self.retirer.ledger.book.get(mfn),
-            note=note,
-        )
+        return await self._operations.query(mfn)
 
-    async def offline(self, mfn: Mfn) -> OfflineAnswer:
-        """Take a frame in hand as an operator wishes, through the same policy as any other."""
-        accepted, detail = self.intake.request(mfn)
-        return OfflineAnswer(mfn=mfn, accepted=accepted, detail=detail)
+    async def offline(self, mfn: Mfn, *, is_awaited: bool = True) -> OfflineAnswer:
+        """Retire a frame by the policy's rules; ``is_awaited``: after a first look at it."""
+        return await self._operations.offline(mfn, is_awaited=is_awaited)
+
+    async def wait(self, mfn: Mfn, seconds: float) -> OfflineAnswer:
+        """What has become of a frame in hand, at its end or after so many seconds."""
+        return await self._operations.wait(mfn, seconds)
+
+    def acknowledge(
+        self, code: ConditionCode | None, mfn: Mfn | None, domid: Domid | None, *, uid: int
+    ) -> Acknowledged:
+        """A person knows of the conditions of this code, page and guest; None stands for any."""
+        self.snapshot()  # what is true now can be acknowledged, and nothing else
+        return self._operations.acknowledge(code, mfn, domid, uid=uid)
 
     # Inner workings.
 
@@ -279,19 +305,6 @@ class Service:
         wanted = policy.relocation.target or policy.relocation.save_restore
         relocates = policy.relocation.enabled and bool(wanted)
         self.retirer.connect(self.pool, self.relocation if relocates else None)
-
-    async def _watch_saves(self) -> NoReturn:
-        """Tell of saves that are not ended, for as long as there are any."""
-        directory = Path(self.policy.relocation.save_directory)
-        for line in await asyncio.to_thread(self._world.saves.without_note, directory):
-            log.warning("%s", line)
-        while True:
-            self._look_for_saves.clear()
-            saves = await asyncio.to_thread(self._unfinished_saves)
-            self._saves.see(saves)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_SAVES_AGAIN if saves else None):
-                    await self._look_for_saves.wait()
 
     async def _watch_ends(self) -> None:
         """Have pages looked at whose owner may have ended, for as long as we are told of that."""
@@ -319,14 +332,24 @@ class Service:
                 readable.clear()
                 ends.drain()
                 self.retirer.domain_ended()
+                self.relocation.look_again()
         finally:
             loop.remove_reader(ends.fileno())
 
-    def _unfinished_saves(self) -> tuple[str, ...]:
-        try:
-            return self._world.saves.left_over(self._world.xen.domains)
-        except PortError as error:
-            return (str(error),)
+    def _conditions(self, snapshot: Snapshot) -> tuple[Condition, ...]:
+        about = Circumstances(
+            now=self._world.clock.now(),
+            vendor=self._world.machine.vendor,
+            policy=self.policy,
+            version=self._xen_version,
+            stuck=self.retirer.care.stuck,
+            overdue=self.relocation.overdue(),
+            saves=self._saves.conditions,
+            trouble=self._world.store.trouble,
+            exchanges_off=self._world.exchanges_off(),
+        )
+        self._attention.note_recovered(self.retirer.exchanging.take_not_recovered())
+        return self._attention.conditions(snapshot, about)
 
     def _load_history(self) -> History:
         retire = self.policy.retire
@@ -370,6 +393,7 @@ class Service:
             clock=self._world.clock,
             deliver=self.intake.take,
             counters=self.counters,
+            chatter=self._chatter,
         )
         try:
             await listener.run()
@@ -386,30 +410,20 @@ class Service:
 
     def _exchange_finished(self, job: str, report: ExchangeReport) -> None:
         self.metrics.observe_exchange(report)
+        self._attention.note_exchange(report)
         self.retirer.exchange_finished(job, report)
         self._keep_counters()
 
     def _relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         self.metrics.observe_relocation(outcome)
         self.retirer.relocation_finished(domain, outcome)
-        self._look_for_saves.set()
+        self._world.store.set_meta(_RESTORED, identities_to_text(self.retirer.restored))
+        self._saves.look_again()
         self._keep_counters()
 
     def _keep_counters(self) -> None:
         self._world.store.set_meta(_IDLE_SCRUB, str(self.retirer.consequences.idle_scrub))
         self._world.notifier.status(self.status_line())
-
-    def _ask(self, mfn: Mfn) -> tuple[str, str, str]:
-        try:
-            state = self._world.xen.query(mfn).name or "UNKNOWN"
-            owner = find_pv_owner(mfn, self._world.xen)
-            if owner is not None:
-                return state, f"d{owner.domid} ({owner.kind.value}) {owner.name}".strip(), ""
-            if self._world.xen.m2p(mfn) is None:
-                return state, "free, or Xen's own", ""
-        except PortError as error:
-            return "unknown", "unknown", str(error)
-        return state, "an HVM or PVH guest", "Xen names it only when the page is marked"
 
     async def _feed_watchdog(self) -> None:
         interval = self._world.notifier.watchdog_interval
@@ -443,3 +457,4 @@ class Service:
 
 
 _IDLE_SCRUB = "idle_scrub"
+_RESTORED = "restored"

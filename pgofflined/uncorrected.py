@@ -14,7 +14,7 @@ import msgspec
 
 from pgofflined.core.book import Book
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
-from pgofflined.core.errors import PortError, XenError
+from pgofflined.core.errors import XenError
 from pgofflined.core.frames import Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.ports import Hypervisor
@@ -98,7 +98,7 @@ def poison_of(
     """The page of a domain that must not be read, in a sentence; None where it owns none.
 
     ``owners`` names those of whom Xen has said so when it marked the page: a marked page is given
-    to nobody else.  Makes hypercalls, for a thread.
+    to nobody else.  Makes hypercalls, for a thread.  Raises PortError where Xen cannot be asked.
     """
     for mfn in sorted(poisoned):
         whose = _whose(mfn, domain, xen, owners.get(mfn))
@@ -112,20 +112,24 @@ def _whose(
 ) -> str | None:
     domid = domain.domid
     try:
-        if xen.query(mfn) & OfflineState.OFFLINED:
-            return None
-        if known is not None:
-            return f"is d{domid}'s" if known == domain.identity else None
+        state = xen.query(mfn)
+    except XenError as error:
+        if error.errno != EINVAL:
+            raise
+        return None  # no memory of this host
+    if state & OfflineState.OFFLINED:
+        return None
+    if known is None:
         owner = find_pv_owner(mfn, xen)
-        if owner is not None:
-            return f"is d{domid}'s" if owner.identity == domain.identity else None
-        if domain.kind is GuestKind.PV or xen.m2p(mfn) is None:
-            return None
-    except PortError as error:
-        if isinstance(error, XenError) and error.errno == EINVAL:
-            return None  # no memory of this host
-        return f"may be d{domid}'s: {error}"
-    return f"may be d{domid}'s, as that of any HVM or PVH guest"
+        known = None if owner is None else owner.identity
+    if known is not None:
+        return f"is d{domid}'s" if known == domain.identity else None
+    # No domain has a free page; one that is nowhere in a guest's memory would not be read.
+    if domain.kind is GuestKind.PV or xen.m2p(mfn) is None:
+        return None
+    return (
+        f"may be d{domid}'s, as any HVM or PVH guest's: Xen names the owner only when it is marked"
+    )
 
 
 def known_owners(book: Book, poisoned: frozenset[Mfn]) -> dict[Mfn, DomainIdentity]:

@@ -1,50 +1,40 @@
 """The command line.
 
 Exit status: 0 done, 1 failed or refused, 64 wrong usage, 69 the daemon does not run (or cannot
-start), 77 only root may, 78 the configuration has mistakes.
+start), 75 not at its end yet or too busy, 77 only root may, 78 the configuration has mistakes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import subprocess
+import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
 from pgofflined import __version__
-from pgofflined.cli import view
+from pgofflined.cli import asking
 from pgofflined.config import DEFAULT_PATH, ConfigError, load
-from pgofflined.control import client
-from pgofflined.control.protocol import (
-    MAX_PAGES,
-    JobsReply,
-    JobsRequest,
-    OfflineReply,
-    OfflineRequest,
-    QueryReply,
-    QueryRequest,
-    Reply,
-    Request,
-    StatusReply,
-    StatusRequest,
-)
+from pgofflined.control.protocol import MAX_PAGES
+from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn, parse_mfn
 from pgofflined.core.pages import MFN_BITS
-from pgofflined.core.policy import ControlPolicy, effective
+from pgofflined.core.policy import effective
+from pgofflined.core.units import parse_duration
 
 _MAX_MFN: Final = Mfn((1 << MFN_BITS) - 1)
-
-# It is started after RestartSec (5 s), and ends what is left of exchanges before anything else.
-_NEXT_DAEMON_SECONDS: Final = 60
+_MAX_DOMID: Final = 0x7FF0  # DOMID_FIRST_RESERVED, xen/include/public/xen.h
 
 _EXIT_STATUS: Final = """\
 exit status: 0 done; 1 failed or refused; 64 wrong usage; 69 the daemon does not run, or cannot
-start; 77 only root may; 78 the configuration has mistakes
+start; 75 too busy, try again later; 77 only root may; 78 the configuration has mistakes
+"""
+_OFFLINE_STATUS: Final = """\
+exit status: 0 the page is out of use, or without --wait: it was taken; 1 it is not retired, or
+stays in use; 75 with --wait: it is still under way; and as for the other commands
 """
 
 
@@ -70,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever reads us, head perhaps, has had enough.  Python would complain at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,39 +83,82 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument(
         "--pages", type=_page_count, default=50, metavar="N", help="list so many pages at most (50)"
     )
-    status.set_defaults(perform=_status)
+    status.set_defaults(perform=asking.status)
 
     query = commands.add_parser("query", help="what is known of one page")
     query.add_argument("mfn", type=_mfn, metavar="MFN", help="0x1a2b3, or 107187")
     _add_client_options(query)
-    query.set_defaults(perform=_query)
+    query.set_defaults(perform=asking.query)
 
-    offline = commands.add_parser("offline", help="retire one page, by the same rules as any")
-    offline.add_argument("mfn", type=_mfn, metavar="MFN", help="0x1a2b3, or 107187")
-    _add_client_options(offline)
-    offline.set_defaults(perform=_offline)
+    _add_offline(commands)
+    _add_acknowledge(commands)
 
     jobs = commands.add_parser("jobs", help="the exchanges and migrations that run or wait")
     _add_client_options(jobs)
-    jobs.set_defaults(perform=_jobs)
+    jobs.set_defaults(perform=asking.jobs)
 
     check = commands.add_parser("check-config", help="check a configuration file and explain it")
     check.add_argument("file", type=Path, nargs="?", default=DEFAULT_PATH, metavar="FILE")
+    check.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    check.add_argument("--strict", action="store_true", help="exit status 1 if there is a warning")
     check.set_defaults(perform=_check_config)
 
     release = commands.add_parser(
         "release-monitors", help="let xl's monitors go on that a killed daemon has left stopped"
     )
-    release.add_argument(
+    release.set_defaults(perform=_release_monitors)
+
+    recover = commands.add_parser(
+        "recover", help="end what a daemon that does not run any more has left of exchanges"
+    )
+    recover.add_argument(
         "--after-stop",
         action="store_true",
-        help="as systemd runs it: in a minute, where the service may be restarted before",
+        help="as systemd runs it: once, and again in a minute, where a restart may come first",
     )
-    release.set_defaults(perform=_release_monitors)
+    recover.set_defaults(perform=_recover)
 
     # Its options are its own business, --help included.
     commands.add_parser("demo", help="see it at work on a simulated host", add_help=False)
     return parser
+
+
+def _add_offline(commands: argparse._SubParsersAction[_Parser]) -> None:
+    offline = commands.add_parser(
+        "offline",
+        help="retire one page, by the same rules as any",
+        epilog=_OFFLINE_STATUS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    offline.add_argument("mfn", type=_mfn, metavar="MFN", help="0x1a2b3, or 107187")
+    offline.add_argument(
+        "--wait", action="store_true", help="until it is out of use, or stays where it is"
+    )
+    offline.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=3600.0,
+        metavar="TIME",
+        help="wait no longer than this (1h); 90s, 10m, 2h",
+    )
+    _add_client_options(offline)
+    offline.set_defaults(perform=asking.offline)
+
+
+def _add_acknowledge(commands: argparse._SubParsersAction[_Parser]) -> None:
+    acknowledge = commands.add_parser(
+        "acknowledge", help="say that you know of what `status` lists; it counts no more then"
+    )
+    acknowledge.add_argument(
+        "code",
+        type=_code,
+        metavar="CODE",
+        help="as `status` names it, or `all`; see docs/runbook.md",
+    )
+    acknowledge.add_argument("--mfn", type=_mfn, metavar="MFN", help="of this page only")
+    acknowledge.add_argument("--domid", type=_domid, metavar="N", help="of this guest only")
+    _add_client_options(acknowledge)
+    acknowledge.set_defaults(perform=asking.acknowledge)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +188,30 @@ def _page_count(untrusted_text: str) -> int:
     raise argparse.ArgumentTypeError(f"give a number from 0 to {MAX_PAGES}")
 
 
+def _seconds(untrusted_text: str) -> float:
+    try:
+        return parse_duration(untrusted_text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _code(untrusted_text: str) -> ConditionCode | None:
+    """None stands for any."""
+    if untrusted_text == "all":
+        return None
+    try:
+        return ConditionCode(untrusted_text)
+    except ValueError:
+        codes = ", ".join(code.value for code in ConditionCode if code.can_be_acknowledged)
+        raise argparse.ArgumentTypeError(f"no such code; give `all` or one of {codes}") from None
+
+
+def _domid(untrusted_text: str) -> int:
+    if untrusted_text.isascii() and untrusted_text.isdigit() and int(untrusted_text) < _MAX_DOMID:
+        return int(untrusted_text)
+    raise argparse.ArgumentTypeError(f"give a number from 0 to {_MAX_DOMID - 1}")
+
+
 def _run(options: argparse.Namespace) -> int:
     from pgofflined.daemon import run
 
@@ -167,107 +226,31 @@ def _demo(arguments: Sequence[str]) -> int:
 
 def _check_config(options: argparse.Namespace) -> int:
     try:
-        policy = load(options.file)
+        found = load(options.file)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return os.EX_CONFIG
-    print(f"{options.file} is good; it means:", *effective(policy), sep="\n")
-    return 0
+    for line in found.warnings:
+        print(f"warning: {line}", file=sys.stderr)
+    if not options.quiet:
+        print(f"{options.file} can be used; it means:", *effective(found.policy), sep="\n")
+    return 1 if found.warnings and options.strict else 0
+
+
+def _recover(options: argparse.Namespace) -> int:
+    from pgofflined.afterstop import main as recover_main
+
+    return recover_main(after_stop=options.after_stop)
 
 
 def _release_monitors(options: argparse.Namespace) -> int:
-    from pgofflined.xen.hypervisor import release_monitors, stops_monitors
+    from pgofflined.xen.hypervisor import release_monitors
 
+    del options
     try:
-        later = options.after_stop and _may_be_restarted(os.environ)
-        if later and (not stops_monitors() or _release_later()):
-            return 0
         released = release_monitors()
     except PortError as error:
-        return _fail(error, os.EX_UNAVAILABLE)
+        return asking.fail(error, os.EX_UNAVAILABLE)
     if released:
         print(f"xl's monitors go on: processes {', '.join(map(str, released))}")
     return 0
-
-
-def _may_be_restarted(environ: Mapping[str, str]) -> bool:
-    """Whether systemd may start the service that has ended again (systemd.exec(5), SERVICE_RESULT).
-
-    It does not say whether it does: a stop that took too long is a failure as well, and so is one
-    too many.
-    """
-    final = (str(os.EX_USAGE), str(os.EX_CONFIG))  # RestartPreventExitStatus
-    return (
-        environ.get("SERVICE_RESULT", "success") != "success"
-        and environ.get("EXIT_STATUS") not in final
-    )
-
-
-def _release_later() -> bool:
-    """Have it done when the next daemon, if there is one, has let its guests go; False if not."""
-    command = (
-        *("systemd-run", "--quiet", "--collect", f"--on-active={_NEXT_DAEMON_SECONDS}"),
-        *(sys.executable, "-I", "-m", "pgofflined", "release-monitors"),
-    )
-    try:
-        return subprocess.run(command, check=False).returncode == 0
-    except OSError as error:
-        print(f"pgofflined: systemd-run cannot be run: {error}", file=sys.stderr)
-        return False
-
-
-def _status(options: argparse.Namespace) -> int:
-    return _ask(options, StatusRequest(pages=options.pages))
-
-
-def _query(options: argparse.Namespace) -> int:
-    return _ask(options, QueryRequest(mfn=options.mfn))
-
-
-def _offline(options: argparse.Namespace) -> int:
-    return _ask(options, OfflineRequest(mfn=options.mfn))
-
-
-def _jobs(options: argparse.Namespace) -> int:
-    return _ask(options, JobsRequest())
-
-
-def _ask(options: argparse.Namespace, request: Request) -> int:
-    try:
-        reply = client.ask(options.socket or _configured_socket(options.config), request)
-    except client.NotRunning as error:
-        return _fail(error, os.EX_UNAVAILABLE)
-    except client.NotAllowed as error:
-        return _fail(error, os.EX_NOPERM)
-    except client.RequestFailed as error:
-        return _fail(error, 1)
-    print(view.as_json(reply) if options.json else "\n".join(_lines(reply)))
-    return 1 if isinstance(reply, OfflineReply) and not reply.accepted else 0
-
-
-def _lines(reply: Reply) -> list[str]:
-    now = time.time()
-    match reply:
-        case StatusReply():
-            return view.status(reply, now)
-        case JobsReply():
-            return view.jobs(reply, now)
-        case QueryReply():
-            return view.query(reply, now)
-        case OfflineReply():
-            return view.offline(reply)
-        case _:
-            raise AssertionError(f"the client gave {reply}")
-
-
-def _configured_socket(config: Path) -> Path:
-    """Where the daemon listens; the default where its configuration cannot be read."""
-    try:
-        return Path(load(config).control.socket)
-    except ConfigError:
-        return Path(ControlPolicy().socket)
-
-
-def _fail(error: Exception, status: int) -> int:
-    print(f"pgofflined: {error}", file=sys.stderr)
-    return status

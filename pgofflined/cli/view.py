@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 import msgspec
 
 from pgofflined.control.protocol import (
+    AcknowledgeReply,
+    Condition,
     Job,
     JobsReply,
     OfflineReply,
@@ -17,7 +19,10 @@ from pgofflined.control.protocol import (
     StatusReply,
     encode,
 )
+from pgofflined.core.book import Cause
+from pgofflined.core.conditions import Severity
 from pgofflined.core.frames import PAGE_SIZE
+from pgofflined.core.status import Fate
 from pgofflined.core.text import printable
 
 _MINUTE: Final = 60
@@ -35,11 +40,8 @@ def status(reply: StatusReply, now: float) -> list[str]:
     up = _duration(now - reply.started)
     lines = [f"pgofflined {reply.version} on Xen {reply.xen_version}, up {up}", ""]
     if reply.dry_run:
-        lines += ["DRY RUN: verdicts are told, nothing is done", ""]
-    if reply.attention:
-        lines += ["ATTENTION", *(f"  ! {printable(line)}" for line in reply.attention), ""]
-    else:
-        lines += ["All is well: nothing needs you.", ""]
+        lines += ["DRY RUN: decisions are logged only", ""]
+    lines += [*_attention(reply, now), ""]
     lines += _facts(_summary(reply, now))
     if reply.jobs:
         lines += ["", "JOBS", *_job_table(reply.jobs, reply.jobs_omitted, now)]
@@ -67,22 +69,82 @@ def query(reply: QueryReply, now: float) -> list[str]:
         facts.append(("note", printable(reply.note)))
     page = reply.page
     if page is None:
-        facts.append(("in hand", "no"))
+        facts.append(("status", "the daemon has not been asked to retire it"))
     else:
-        facts.append(("in hand", f"{page.state}, for {_duration(now - page.since)}"))
-        facts.append(("because", page.cause))
+        facts.append(("status", f"{page.state}, for {_duration(now - page.since)}"))
+        facts.append(("cause", _CAUSES.get(page.cause, page.cause)))
         facts.append(("detail", _why(page, now)))
     return _facts(facts)
 
 
+_CAUSES: Final = {
+    Cause.CORRECTED.value: "corrected errors",
+    Cause.UNCORRECTED.value: "an uncorrected error",
+    Cause.OPERATOR.value: "an operator's request",
+}
+
+
 def offline(reply: OfflineReply) -> list[str]:
-    """Whether a frame was taken in hand."""
-    if reply.accepted:
-        return [
-            f"mfn {reply.mfn:#x} is taken in hand: {printable(reply.detail)}",
-            f"see what becomes of it: pgofflined query {reply.mfn:#x}",
-        ]
-    return [f"mfn {reply.mfn:#x} is not retired: {printable(reply.detail)}"]
+    """What has become of a frame."""
+    mfn, why = f"{reply.mfn:#x}", printable(reply.detail)
+    match reply.fate:
+        case Fate.OUT_OF_USE:
+            return [f"mfn {mfn} is out of use: {why}"]
+        case Fate.REFUSED:
+            return [f"mfn {mfn} is not retired: {why}"]
+        case Fate.UNRESOLVED:
+            return [f"mfn {mfn} stays in use: {why}"]
+        case Fate.UNDER_WAY:
+            return [
+                f"mfn {mfn} is under way: {why}",
+                f"see what becomes of it: pgofflined query {mfn}",
+            ]
+        case _:
+            return [f"mfn {mfn}: {why}"]
+
+
+def acknowledge(reply: AcknowledgeReply, now: float) -> list[str]:
+    """What is acknowledged now, and what cannot be."""
+    if not reply.acknowledged and not reply.kept:
+        return ["Nothing of this kind waits to be acknowledged; see: pgofflined status"]
+    lines = []
+    if reply.acknowledged:
+        lines += ["Acknowledged:", *_condition_lines(reply.acknowledged, now)]
+    if reply.kept:
+        lines += ["Ends only with its cause:", *_condition_lines(reply.kept, now)]
+    return lines
+
+
+def _attention(reply: StatusReply, now: float) -> list[str]:
+    """What needs a person first; "All is well" only where there is nothing at all to say."""
+    open_ones = [one for one in reply.attention if not one.acknowledged]
+    known = [one for one in reply.attention if one.acknowledged]
+    urgent = [one for one in open_ones if one.severity != Severity.INFO]
+    notes = [one for one in open_ones if one.severity == Severity.INFO]
+    lines = []
+    if urgent:
+        lines += ["ATTENTION", *_condition_lines(urgent, now, marker="!")]
+    if notes and urgent:
+        lines += ["FOR INFORMATION", *_condition_lines(notes, now)]
+    elif notes:
+        heading = "Nothing needs you now; for information:"
+        lines += [heading, *_condition_lines(notes, now)]
+    elif not urgent:
+        lines.append("All is well: nothing needs you.")
+    if known:
+        lines += ["ACKNOWLEDGED", *_condition_lines(known, now)]
+    if reply.attention_omitted:
+        lines.append(f"  and {reply.attention_omitted} more conditions")
+    return lines
+
+
+def _condition_lines(
+    conditions: Iterable[Condition], now: float, *, marker: str = "-"
+) -> Iterator[str]:
+    for one in conditions:
+        age = _duration(now - one.since)
+        severity = "" if one.severity == Severity.INFO else f"{one.severity} "
+        yield f"  {marker} {severity}{one.code} ({age}): {printable(one.text)}"
 
 
 def _summary(reply: StatusReply, now: float) -> list[tuple[str, str]]:
@@ -101,7 +163,7 @@ def _summary(reply: StatusReply, now: float) -> list[tuple[str, str]]:
     lost = sum(reply.lost.values())
     facts = [
         ("source", f"{name}{note}, {record}"),
-        ("retired", f"{reply.retired_frames} of {reply.cap_frames} pages that may be ({share})"),
+        ("retired", f"{reply.retired_frames} pages (limit {reply.cap_frames}), {share}"),
         ("pages", (", ".join(states) or "none") + under_way),
         ("errors", ", ".join(errors) or "none"),
         ("watched", f"{reply.tracked_pages} pages have had errors"),

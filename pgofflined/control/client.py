@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from pgofflined import __version__
 from pgofflined.control.protocol import MAX_REPLY, ErrorReply, Reply, Request, decode_reply, encode
 
 _TIMEOUT: Final = 60.0
@@ -30,10 +31,20 @@ class RequestFailed(Exception):
     """The daemon could not do what was asked."""
 
 
+class Busy(RequestFailed):
+    """The daemon has enough requests of the kind; the same may be done later."""
+
+
+_OTHER_VERSION: Final = (
+    f"; this command is of pgofflined {__version__}: after an upgrade restart the daemon "
+    "(systemctl restart pgofflined)"
+)
+
+
 def ask(path: Path, request: Request, *, timeout: float = _TIMEOUT) -> Reply:
     """Send one request and wait for its reply, which is never an ErrorReply.
 
-    Raises NotRunning, NotAllowed and RequestFailed.
+    Raises NotRunning, NotAllowed, Busy and RequestFailed.
     """
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
@@ -53,10 +64,23 @@ def ask(path: Path, request: Request, *, timeout: float = _TIMEOUT) -> Reply:
     try:
         reply = decode_reply(line)
     except ValueError as error:
-        raise RequestFailed(str(error)) from None
+        raise RequestFailed(f"{error}{_OTHER_VERSION}") from None
     if isinstance(reply, ErrorReply):
-        raise (NotAllowed if reply.code == "not_allowed" else RequestFailed)(reply.message)
+        raise _error(reply)
     return reply
+
+
+def _error(reply: ErrorReply) -> NotAllowed | RequestFailed:
+    match reply.code:
+        case "not_allowed":
+            return NotAllowed(reply.message)
+        case "busy":
+            return Busy(reply.message)
+        case "bad_request":
+            # What this command sends, a daemon of its own version understands.
+            return RequestFailed(f"{reply.message}{_OTHER_VERSION}")
+        case _:
+            return RequestFailed(reply.message)
 
 
 def _converse(connection: socket.socket, request: bytes) -> bytes:

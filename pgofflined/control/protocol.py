@@ -1,71 +1,126 @@
 """Requests and replies on the control socket: one JSON object a line, each way.
 
 Requests are read strictly: an unknown field is an error.  Replies may grow fields, so a client
-ignores what it does not know.  Times are seconds since the epoch; frames are numbers here and
-hexadecimal text in requests, as people write them.
+ignores what it does not know.  Each request names the version of the protocol that its sender
+speaks; who leaves it out means the daemon's.  Times are seconds since the epoch; frames are numbers
+in replies and hexadecimal text in requests, as people write them.
 """
 
 from __future__ import annotations
 
-import heapq
+from contextlib import suppress
 from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
-from pgofflined.core.book import PageEntry, Phase
-from pgofflined.core.status import FrameAnswer, JobStatus, OfflineAnswer, Snapshot
+from pgofflined import __version__
+from pgofflined.core.conditions import ConditionCode
 
+# To be raised with every change that a client or daemon of the version before would misread.
+PROTOCOL: Final = 1
 MAX_REQUEST: Final = 4096
 MAX_PAGES: Final = 500
 MAX_JOBS: Final = 500
 MAX_ATTENTION: Final = 100
-# Texts are cut, so that no reply is larger than MAX_REPLY: JSON may need 6 bytes for a character.
+# A client that waits longer asks again: one that is gone must not be waited for.
+MAX_WAIT: Final = 60.0
 MAX_REPLY: Final = 8 << 20
-_MAX_TEXT: Final = 400
-# What somebody has to do, with the names of the files that it is about.
-MAX_ADVICE: Final = 1600
 
 _MfnText = Annotated[str, Meta(min_length=1, max_length=32)]
 _PageLimit = Annotated[int, Meta(ge=0, le=MAX_PAGES)]
+_WaitSeconds = Annotated[float, Meta(ge=0.0, le=MAX_WAIT)]
+_DomidNumber = Annotated[int, Meta(ge=0, lt=1 << 16)]
 
 
-class StatusRequest(
-    msgspec.Struct, tag_field="request", tag="status", forbid_unknown_fields=True, frozen=True
+class _Request(
+    msgspec.Struct, tag_field="request", forbid_unknown_fields=True, frozen=True, kw_only=True
 ):
+    """What all requests have."""
+
+    protocol: int = PROTOCOL
+
+
+class StatusRequest(_Request, tag="status", frozen=True, kw_only=True):
     """The daemon at this moment, with at most ``pages`` pages, those that need somebody first."""
 
     pages: _PageLimit = 100
 
 
-class QueryRequest(
-    msgspec.Struct, tag_field="request", tag="query", forbid_unknown_fields=True, frozen=True
-):
+class QueryRequest(_Request, tag="query", frozen=True, kw_only=True):
     """One frame."""
 
     mfn: _MfnText
 
 
-class OfflineRequest(
-    msgspec.Struct, tag_field="request", tag="offline", forbid_unknown_fields=True, frozen=True
-):
-    """Retire one frame, by the policy's rules."""
+class OfflineRequest(_Request, tag="offline", frozen=True, kw_only=True):
+    """Retire one frame, by the policy's rules.
+
+    Answered when the first look at it is over; at once if not ``wait``, or if many wait already.
+    """
 
     mfn: _MfnText
+    wait: bool = True
 
 
-class JobsRequest(
-    msgspec.Struct, tag_field="request", tag="jobs", forbid_unknown_fields=True, frozen=True
-):
+class WaitRequest(_Request, tag="wait", frozen=True, kw_only=True):
+    """What has become of a frame in hand; answered at its end, or after so many seconds."""
+
+    mfn: _MfnText
+    seconds: _WaitSeconds = 0.0
+
+
+class JobsRequest(_Request, tag="jobs", frozen=True, kw_only=True):
     """The jobs that run or wait."""
 
 
-Request = StatusRequest | QueryRequest | OfflineRequest | JobsRequest
+class AcknowledgeRequest(_Request, tag="acknowledge", frozen=True, kw_only=True):
+    """A person knows of the conditions of this code (null: any), page and guest."""
+
+    code: ConditionCode | None
+    mfn: _MfnText | None = None
+    domid: _DomidNumber | None = None
+
+
+Request = (
+    StatusRequest | QueryRequest | OfflineRequest | WaitRequest | JobsRequest | AcknowledgeRequest
+)
 
 ALLOWED_REQUESTS: Final = (
     '{"request": "status", "pages": 0 to 500}, {"request": "query", "mfn": "0x1a2b3"}, '
-    '{"request": "offline", "mfn": "0x1a2b3"}, {"request": "jobs"}'
+    '{"request": "offline", "mfn": "0x1a2b3", "wait": true}, {"request": "wait", '
+    '"mfn": "0x1a2b3", "seconds": 0 to 60}, {"request": "jobs"}, {"request": "acknowledge", '
+    '"code": CODE or null, "mfn": "0x1a2b3", "domid": 7}'
 )
+
+
+class _Version(msgspec.Struct, frozen=True):
+    """The part of a request that every version understands."""
+
+    protocol: int = PROTOCOL
+
+
+class OtherVersion(Exception):
+    """A request is of another version of the protocol."""
+
+    def __init__(self, theirs: int) -> None:
+        super().__init__(
+            f"this daemon is pgofflined {__version__} and speaks version {PROTOCOL} of the "
+            f"protocol, the command speaks version {theirs}; after an upgrade restart the daemon: "
+            "systemctl restart pgofflined"
+        )
+
+
+class Condition(msgspec.Struct, frozen=True, kw_only=True):
+    """What needs a person, or what a person should know.  ``code`` is of docs/runbook.md."""
+
+    code: str
+    severity: str
+    mfn: int | None
+    domid: int | None
+    since: float
+    text: str
+    acknowledged: bool
 
 
 class Page(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,7 +188,8 @@ class StatusReply(msgspec.Struct, tag_field="reply", tag="status", frozen=True, 
     started: float
     xen_version: str
     dry_run: bool
-    attention: list[str]
+    attention: list[Condition]
+    attention_omitted: int
     source: Source
     errors: list[ErrorCount]
     lost: dict[str, int]
@@ -169,30 +225,41 @@ class QueryReply(msgspec.Struct, tag_field="reply", tag="query", frozen=True, kw
     hits_in_window: int
     page: Page | None
     note: str
+    uncorrected: bool
 
 
 class OfflineReply(msgspec.Struct, tag_field="reply", tag="offline", frozen=True, kw_only=True):
-    """Whether a frame was taken in hand, and why (not)."""
+    """What has become of a frame: a value of ``core.status.Fate``, and why."""
 
     mfn: int
-    accepted: bool
+    fate: str
     detail: str
+
+
+class AcknowledgeReply(
+    msgspec.Struct, tag_field="reply", tag="acknowledge", frozen=True, kw_only=True
+):
+    """What is acknowledged now, and what was meant but cannot be."""
+
+    acknowledged: list[Condition]
+    kept: list[Condition]
 
 
 class ErrorReply(msgspec.Struct, tag_field="reply", tag="error", frozen=True, kw_only=True):
     """What was wrong.
 
-    ``code`` is ``bad_request``, ``not_allowed``, ``busy``, ``timeout``, ``failed`` (Xen could
-    not be asked) or ``internal``.
+    ``code`` is ``bad_request`` (it was not understood), ``bad_value``, ``other_version``,
+    ``not_allowed``, ``busy``, ``timeout``, ``failed`` (Xen could not be asked) or ``internal``.
     """
 
     code: str
     message: str
 
 
-Reply = StatusReply | JobsReply | QueryReply | OfflineReply | ErrorReply
+Reply = StatusReply | JobsReply | QueryReply | OfflineReply | AcknowledgeReply | ErrorReply
 
 _encoder: Final = msgspec.json.Encoder()
+_version_decoder: Final[msgspec.json.Decoder[_Version]] = msgspec.json.Decoder(_Version)
 _request_decoder: Final[msgspec.json.Decoder[Request]] = msgspec.json.Decoder(Request)
 _reply_decoder: Final[msgspec.json.Decoder[Reply]] = msgspec.json.Decoder(Reply)
 
@@ -203,7 +270,11 @@ def encode(message: Request | Reply) -> bytes:
 
 
 def decode_request(untrusted_line: bytes) -> Request:
-    """Read a request.  Raises ValueError that says what is allowed."""
+    """Read a request.  Raises OtherVersion, and ValueError that says what is allowed."""
+    with suppress(msgspec.MsgspecError, UnicodeDecodeError):
+        theirs = _version_decoder.decode(untrusted_line).protocol
+        if theirs != PROTOCOL:
+            raise OtherVersion(theirs)
     try:
         return _request_decoder.decode(untrusted_line)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -216,115 +287,3 @@ def decode_reply(line: bytes) -> Reply:
         return _reply_decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ValueError(f"the daemon's reply was not understood: {error}") from None
-
-
-def status_reply(snapshot: Snapshot, *, pages: int) -> StatusReply:
-    """The snapshot with at most so many pages."""
-    shown = heapq.nsmallest(pages, snapshot.pages, key=_urgency)
-    jobs = jobs_reply(snapshot)
-    source, workers = snapshot.source, snapshot.workers
-    return StatusReply(
-        version=snapshot.version,
-        started=snapshot.started,
-        xen_version=snapshot.xen_version,
-        dry_run=snapshot.dry_run,
-        attention=[_clean(line, MAX_ADVICE) for line in snapshot.attention[:MAX_ATTENTION]],
-        source=Source(name=source.name, note=_clean(source.note), last_record=source.last_record),
-        errors=[
-            ErrorCount(error_class=error_class, source=name, count=count)
-            for (error_class, name), count in sorted(snapshot.reports.items())
-        ],
-        lost=dict(snapshot.lost),
-        pages_by_state=dict(snapshot.pages_by_phase),
-        retired_frames=snapshot.retired_frames,
-        cap_frames=snapshot.cap_frames,
-        tracked_pages=snapshot.tracked_pages,
-        evicted_pages=snapshot.evicted_pages,
-        idle_scrub=snapshot.idle_scrub,
-        oldest_unfinished=snapshot.oldest_unfinished,
-        workers=Workers(
-            workers=workers.workers,
-            busy=workers.busy,
-            queued_pages=workers.queued_pages,
-            queue_limit=workers.queue_limit,
-            longest_busy_seconds=workers.longest_busy_seconds,
-        ),
-        jobs=jobs.jobs,
-        jobs_omitted=jobs.jobs_omitted,
-        policy=[_clean(line) for line in snapshot.policy],
-        policy_digest=snapshot.policy_digest,
-        pages=[_page(entry) for entry in shown],
-        pages_omitted=len(snapshot.pages) - len(shown),
-    )
-
-
-def jobs_reply(snapshot: Snapshot) -> JobsReply:
-    """The snapshot's jobs."""
-    shown = snapshot.jobs[:MAX_JOBS]
-    return JobsReply(
-        jobs=[_job(job) for job in shown], jobs_omitted=len(snapshot.jobs) - len(shown)
-    )
-
-
-def query_reply(answer: FrameAnswer) -> QueryReply:
-    """The answer to a query."""
-    return QueryReply(
-        mfn=answer.mfn,
-        state=answer.state,
-        owner=_clean(answer.owner),
-        hits_in_window=answer.hits_in_window,
-        page=None if answer.entry is None else _page(answer.entry),
-        note=_clean(answer.note),
-    )
-
-
-def offline_reply(answer: OfflineAnswer) -> OfflineReply:
-    """The answer to a request to retire a frame."""
-    return OfflineReply(mfn=answer.mfn, accepted=answer.accepted, detail=_clean(answer.detail))
-
-
-# What somebody has to look at, then what is under way, then what is done; the latest first.
-_ORDER: Final = {Phase.LEFT: 0, Phase.OFFLINED: 2}
-
-
-def _urgency(entry: PageEntry) -> tuple[int, float, int]:
-    return _ORDER.get(entry.phase, 1), -entry.since, entry.mfn
-
-
-def _page(entry: PageEntry) -> Page:
-    domain = entry.domain
-    return Page(
-        mfn=entry.mfn,
-        cause=entry.cause.value,
-        state=entry.phase.value,
-        since=entry.since,
-        marked=entry.marked,
-        domid=None if domain is None else domain.domid,
-        domain_uuid=None if domain is None else str(domain.uuid),
-        domain_name=_clean(entry.domain_name),
-        reason=_clean(entry.reason),
-        detail=_clean(entry.detail),
-        attempts=entry.attempts,
-        next_try=entry.next_try,
-    )
-
-
-def _job(job: JobStatus) -> Job:
-    return Job(
-        job=job.job,
-        kind=job.kind,
-        domid=job.domid,
-        domain_name=_clean(job.domain_name),
-        pages=job.pages,
-        state=job.state,
-        since=job.since,
-        attempts=job.attempts,
-        next_try=job.next_try,
-        detail=_clean(job.detail),
-    )
-
-
-def _clean(text: str, most: int = _MAX_TEXT) -> str:
-    """Short enough for a reply, and without the lone surrogates of a name that was no UTF-8."""
-    cut = text if len(text) <= most else text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return cut.encode("utf-8", "backslashreplace").decode()

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.frames import Domid
 
+# tools/xl/xl_cmdtable.c has it since dc8e1b33a5; before, xl resumes no suspended guest.
+RESUME_SINCE = "(Xen 4.20 or later; else destroy it and start the guest anew)"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunsOn:
@@ -102,18 +105,19 @@ def _suspended(
         copy = f" as {_names(twins)}" if twins else ""
         return Stuck(
             what=f"d{domid} is suspended and may run at {target}{copy}: look there, then either "
-            f"`xl destroy {domid}` here, or destroy the copy there and `xl resume {domid}` here"
+            f"`xl destroy {domid}` here, or destroy the copy there and `xl resume {domid}` here "
+            f"{RESUME_SINCE}"
         )
     if twins:
         return Stuck(
             what=f"d{domid} is suspended, and its copy {_names(twins)} is not to be started: "
-            f"`xl destroy {twins[0].domid}`, then `xl resume {domid}`"
+            f"`xl destroy {twins[0].domid}`, then `xl resume {domid}` {RESUME_SINCE}"
         )
     if domain.kind is GuestKind.HVM:
         # libxl stops the device model together with the guest; only libxl can start it again.
         return Stuck(
             what=f"d{domid} is left suspended together with its device model; "
-            f"`xl resume {domid}` lets them run"
+            f"`xl resume {domid}` {RESUME_SINCE} lets them run"
         )
     return Resume()
 

@@ -7,6 +7,9 @@ compound error codes), AMD's APM volume 2, chapter "Machine Check Architecture",
 Two rules keep innocent pages safe.  Xen writes the *guest's* address into a bank whose error it
 handled, so the address of such an error is never read as a machine address.  And a page with an
 uncorrected error must not be read, so no such error is ever reported as a corrected one.
+
+What a bank held when Xen started is no error that Xen handled, though it may look like one: it is
+from before this boot, and its address is a machine address still.
 """
 
 from __future__ import annotations
@@ -15,7 +18,12 @@ from typing import Final, assert_never
 
 from pgofflined.core.frames import DOMID_FIRST_RESERVED, PAGE_SHIFT, PAGE_SIZE, Maddr, Mfn
 from pgofflined.core.frames import mfn_of as frame_of
-from pgofflined.core.machine import CpuVendor, Machine, counts_corrected_errors
+from pgofflined.core.machine import (
+    CpuVendor,
+    Machine,
+    counts_corrected_errors,
+    recovers_from_errors,
+)
 from pgofflined.core.offline import OfflineFlag
 from pgofflined.core.reports import (
     CorrectedPageError,
@@ -24,15 +32,22 @@ from pgofflined.core.reports import (
     HypervisorResult,
     OtherError,
     OtherKind,
+    UncorrectedPageError,
 )
-from pgofflined.core.telemetry import BankEntry, RecoveryEntry, Telemetry
+from pgofflined.core.telemetry import (
+    MC_FLAG_MCE,
+    MC_FLAG_POLLED,
+    STATUS_ADDRV,
+    STATUS_UC,
+    STATUS_VAL,
+    BankEntry,
+    RecoveryEntry,
+    Telemetry,
+)
 
 # MCi_STATUS.
-_VAL: Final = 1 << 63
 _OVER: Final = 1 << 62
-_UC: Final = 1 << 61
 _MISCV: Final = 1 << 59
-_ADDRV: Final = 1 << 58
 _PCC: Final = 1 << 57
 _S: Final = 1 << 56  # Intel
 _AMD_DEFERRED: Final = 1 << 44
@@ -54,19 +69,27 @@ _HANDLED_BY_XEN: Final = frozenset((*_SCRUB_CODES, 0x17A, 0x134, 0x150))
 # error could not be corrected, although UC is clear.
 _MSCOD_UNCORRECTED_SCRUB: Final = 0x0010
 
-# Compound codes 000F 0000 1MMM CCCC (memory controller) and 000F 0010 1MMM CCCC (extended
-# memory).
+# Compound codes 000F 0000 1MMM CCCC (memory controller) and 000F 0010 1MMM CCCC ("extended memory":
+# memory that serves as a cache of other memory).
 _CONTROLLER_MASK: Final = 0xEF80
-_CONTROLLER_FORMS: Final = (0x0080, 0x0280)
+_CONTROLLER_FORM: Final = 0x0080
+_AS_CACHE_FORM: Final = 0x0280
 _MMM_SHIFT: Final = 4
 _MMM_MASK: Final = 0x7
 _MMM_ADDRESS_COMMAND: Final = 3
 _MMM_OF_THE_PAGE: Final = (0, 1, 2, 4)  # generic, read, write, scrub
 
-# AMD before SMCA: the northbridge's bank, and its extended code (bits 20:16) of a DRAM error.
+# AMD before SMCA: the northbridge's bank, and its extended code (bits 20:16; of family 0Fh bits
+# 19:16) of a DRAM error.  On family 0Fh that is the code of chipkill ECC, and plain ECC has another
+# (BKDG of family 0Fh, "NB MCA Error Status").
 _NORTHBRIDGE_BANK: Final = 4
 _XEC_MASK: Final = 0x1F
 _XEC_DRAM: Final = 0x8
+_XEC_MASK_K8: Final = 0xF
+_XEC_PLAIN_ECC_K8: Final = 0x0
+# A bus error (000F 1PPT RRRR IILL) whose II says that it was about memory.
+_BUS_MASK: Final = 0xE80C
+_BUS_MEMORY: Final = 0x0800
 
 
 def classify(telemetry: Telemetry, machine: Machine) -> tuple[ErrorReport, ...]:
@@ -93,7 +116,7 @@ def classify_bank(entry: BankEntry, machine: Machine) -> ErrorReport:
 
     EN is not looked at: polled corrected errors have it clear as often as not.
     """
-    if not entry.status & _VAL:
+    if not entry.status & STATUS_VAL:
         return _other(OtherKind.NO_ERROR, entry)
     if entry.vendor not in (None, machine.vendor):
         return _other(OtherKind.UNKNOWN_VENDOR, entry)
@@ -108,65 +131,140 @@ def classify_bank(entry: BankEntry, machine: Machine) -> ErrorReport:
             assert_never(machine.vendor)
 
 
+def errors_overwritten(entry: BankEntry, machine: Machine) -> int:
+    """At least so many errors were overwritten in a bank before it was read.
+
+    Where a corrected one was read, and the bank counts these, that is all it has counted but one.
+    """
+    if not (entry.status & STATUS_VAL and entry.status & _OVER):
+        return 0
+    return 1 if entry.status & STATUS_UC else max(1, _counted(entry, machine) - 1)
+
+
+def _counted(entry: BankEntry, machine: Machine) -> int:
+    """The corrected errors that a bank has counted, at least 1."""
+    if machine.vendor is not CpuVendor.INTEL or not counts_corrected_errors(entry.mcg_cap):
+        return 1
+    return max(1, entry.status >> _COUNT_SHIFT & _COUNT_MASK)
+
+
 def _classify_intel(entry: BankEntry, machine: Machine) -> ErrorReport:
     status = entry.status
-    code = status & _MCACOD_MASK
-    if status & _PCC:
-        return _other(OtherKind.FATAL, entry)
-    if status & _UC and status & _S:
-        if code in _HANDLED_BY_XEN:
-            return _signalled(entry)
-        return _other(OtherKind.UNCORRECTED_SIGNALLED, entry)
+    recovers = recovers_from_errors(entry.mcg_cap)
     located = _locate_intel(entry, machine)
-    if status & _UC or _is_uncorrected_scrub(status):
-        mfn = None if isinstance(located, OtherKind) else located
-        return _other(OtherKind.UNCORRECTED_NOT_SIGNALLED, entry, mfn)
-    if code & _CONTROLLER_MASK not in _CONTROLLER_FORMS:
-        return _other(OtherKind.NOT_MEMORY, entry)
-    operation = code >> _MMM_SHIFT & _MMM_MASK
-    if operation == _MMM_ADDRESS_COMMAND:
-        return _other(OtherKind.COMMAND_OR_ADDRESS_PARITY, entry)
-    if operation not in _MMM_OF_THE_PAGE:
-        return _other(OtherKind.NOT_MEMORY, entry)
+    # Xen (intel_check_mce_type) goes down with any uncorrected error of a processor that cannot
+    # recover from errors.
+    if status & _PCC or (status & STATUS_UC and not recovers):
+        return _fatal(entry, located)
+    if status & STATUS_UC and status & _S:
+        if _is_leftover(entry):
+            return _uncorrected(OtherKind.UNCORRECTED_BEFORE_BOOT, entry, located)
+        if status & _MCACOD_MASK in _HANDLED_BY_XEN:
+            return _signalled(entry)
+        return _uncorrected(OtherKind.UNCORRECTED_SIGNALLED, entry, located)
+    if status & STATUS_UC or (recovers and _is_uncorrected_scrub(status)):
+        return _uncorrected(OtherKind.UNCORRECTED_NOT_SIGNALLED, entry, located)
+    fault = _not_of_a_page(status & _MCACOD_MASK)
+    if fault is not None:
+        return _other(fault, entry)
     if isinstance(located, OtherKind):
         return _other(located, entry)
-    mcg_cap = machine.mcg_cap if machine.mcg_cap is not None else entry.mcg_cap
-    counted = status >> _COUNT_SHIFT & _COUNT_MASK if counts_corrected_errors(mcg_cap) else 1
-    granularity = 1 << (entry.misc & _MISC_LSB_MASK)
-    return _corrected(entry, located, weight=max(1, counted), granularity=granularity)
+    granularity = 1 << (entry.misc & _MISC_LSB_MASK) if recovers else PAGE_SIZE
+    return _corrected(entry, located, count=_counted(entry, machine), granularity=granularity)
+
+
+def _not_of_a_page(code: int) -> OtherKind | None:
+    """Why an error code of Intel's speaks of no fault of a page; None where it does."""
+    form = code & _CONTROLLER_MASK
+    if form == _AS_CACHE_FORM:
+        return OtherKind.MEMORY_AS_CACHE
+    if form != _CONTROLLER_FORM:
+        return OtherKind.NOT_MEMORY
+    operation = code >> _MMM_SHIFT & _MMM_MASK
+    if operation == _MMM_ADDRESS_COMMAND:
+        return OtherKind.COMMAND_OR_ADDRESS_PARITY
+    return None if operation in _MMM_OF_THE_PAGE else OtherKind.NOT_MEMORY
 
 
 def _classify_amd(entry: BankEntry, machine: Machine) -> ErrorReport:
     status = entry.status
+    located = _locate_amd(entry, machine)
     if status & _PCC:
         return _other(OtherKind.FATAL, entry)
-    if status & _UC:
-        return _other(OtherKind.UNCORRECTED_SIGNALLED, entry)
+    if status & STATUS_UC:
+        return _uncorrected(OtherKind.UNCORRECTED_SIGNALLED, entry, located)
     if status & _AMD_DEFERRED:
-        return _other(OtherKind.UNCORRECTED_NOT_SIGNALLED, entry)
-    if not machine.has_legacy_northbridge:
-        # Which bank is a memory controller's only MCA_IPID says, and Xen does not give it.
-        dram = _is_amd_dram_code(status & _MCACOD_MASK)
-        return _other(OtherKind.NORMALIZED_ADDRESS if dram else OtherKind.NOT_MEMORY, entry)
-    if entry.bank != _NORTHBRIDGE_BANK or status >> _MSCOD_SHIFT & _XEC_MASK != _XEC_DRAM:
-        return _other(OtherKind.NOT_MEMORY, entry)
-    if not status & _ADDRV:
-        return _other(OtherKind.NO_USABLE_ADDRESS, entry)
-    located = _in_range(entry.addr, machine)
+        return _uncorrected(OtherKind.UNCORRECTED_NOT_SIGNALLED, entry, located)
     if isinstance(located, OtherKind):
         return _other(located, entry)
-    return _corrected(entry, located, weight=1, granularity=PAGE_SIZE)
+    return _corrected(entry, located, count=1, granularity=PAGE_SIZE)
+
+
+def _is_leftover(entry: BankEntry) -> bool:
+    """Whether Xen has found this in the bank when it started.
+
+    For errors that are signalled only: after the start Xen's machine-check handler takes those.
+    AMD's banks Xen clears at its start without a look at them.
+    """
+    return bool(entry.flags & MC_FLAG_POLLED) and not entry.flags & MC_FLAG_MCE
+
+
+def _fatal(entry: BankEntry, located: Mfn | OtherKind) -> ErrorReport:
+    """An error that the processor could not recover from.
+
+    One from before this boot has its page only where it was memory's.
+    """
+    if not _is_leftover(entry):
+        return _other(OtherKind.FATAL, entry)
+    code = entry.status & _MCACOD_MASK
+    if code in _HANDLED_BY_XEN or _not_of_a_page(code) is None:
+        return _uncorrected(OtherKind.FATAL_BEFORE_BOOT, entry, located)
+    return _other(OtherKind.FATAL_BEFORE_BOOT, entry)
+
+
+def _uncorrected(
+    kind: OtherKind, entry: BankEntry, located: Mfn | OtherKind
+) -> UncorrectedPageError | OtherError:
+    if isinstance(located, OtherKind):
+        return OtherError(kind=kind, bank=entry, no_page=located)
+    return UncorrectedPageError(mfn=located, kind=kind, domid=entry.domid, bank=entry)
 
 
 def _locate_intel(entry: BankEntry, machine: Machine) -> Mfn | OtherKind:
     """The frame at a bank's address, or why it names none."""
-    if not (entry.status & _ADDRV and entry.status & _MISCV):
+    if not entry.status & STATUS_ADDRV:
         return OtherKind.NO_USABLE_ADDRESS
-    if entry.misc >> _MISC_MODE_SHIFT & _MISC_MODE_MASK != _MISC_MODE_PHYSICAL:
-        return OtherKind.NO_USABLE_ADDRESS
-    if entry.misc & _MISC_LSB_MASK > PAGE_SHIFT:
-        return OtherKind.GRANULARITY_TOO_COARSE
+    if recovers_from_errors(entry.mcg_cap):
+        mode = entry.misc >> _MISC_MODE_SHIFT & _MISC_MODE_MASK
+        if not entry.status & _MISCV or mode != _MISC_MODE_PHYSICAL:
+            return OtherKind.NO_USABLE_ADDRESS
+        if entry.misc & _MISC_LSB_MASK > PAGE_SHIFT:
+            return OtherKind.GRANULARITY_TOO_COARSE
     return _in_range(entry.addr, machine)
+
+
+def _locate_amd(entry: BankEntry, machine: Machine) -> Mfn | OtherKind:
+    """The frame of a DRAM error, or why it is none or names none."""
+    if not machine.has_legacy_northbridge:
+        # Which bank is a memory controller's only MCA_IPID says, and Xen does not give it.
+        dram = _is_amd_dram_code(entry.status & _MCACOD_MASK)
+        return OtherKind.NORMALIZED_ADDRESS if dram else OtherKind.NOT_MEMORY
+    if not _is_northbridge_dram(entry, machine):
+        return OtherKind.NOT_MEMORY
+    if not entry.status & STATUS_ADDRV:
+        return OtherKind.NO_USABLE_ADDRESS
+    return _in_range(entry.addr, machine)
+
+
+def _is_northbridge_dram(entry: BankEntry, machine: Machine) -> bool:
+    if entry.bank != _NORTHBRIDGE_BANK:
+        return False
+    extended = entry.status >> _MSCOD_SHIFT
+    if not machine.is_k8:
+        return extended & _XEC_MASK == _XEC_DRAM
+    if extended & _XEC_MASK_K8 == _XEC_PLAIN_ECC_K8:
+        return entry.status & _MCACOD_MASK & _BUS_MASK == _BUS_MEMORY
+    return extended & _XEC_MASK_K8 == _XEC_DRAM
 
 
 def _in_range(addr: int, machine: Machine) -> Mfn | OtherKind:
@@ -191,40 +289,42 @@ def _is_amd_dram_code(code: int) -> bool:
     memory (000F 1PPT RRRR 00LL), or, as injected ones have it, Intel's controller form.
     """
     hierarchy = code & 0xEF03 == 0x0103
-    bus = code & 0xE80C == 0x0800
-    return hierarchy or bus or code & _CONTROLLER_MASK in _CONTROLLER_FORMS
+    bus = code & _BUS_MASK == _BUS_MEMORY
+    return hierarchy or bus or code & _CONTROLLER_MASK in (_CONTROLLER_FORM, _AS_CACHE_FORM)
 
 
-def _corrected(entry: BankEntry, mfn: Mfn, *, weight: int, granularity: int) -> CorrectedPageError:
+def _corrected(entry: BankEntry, mfn: Mfn, *, count: int, granularity: int) -> CorrectedPageError:
     return CorrectedPageError(
         mfn=mfn,
-        weight=weight,
+        count=count,
         overflow=bool(entry.status & _OVER),
         granularity=granularity,
         domid=entry.domid,
-        apicid=entry.apicid,
-        bank=entry.bank,
-        status=entry.status,
-        misc=entry.misc,
+        bank=entry,
     )
 
 
-def _other(kind: OtherKind, entry: BankEntry, mfn: Mfn | None = None) -> OtherError:
-    return OtherError(kind=kind, bank=entry.bank, status=entry.status, mfn=mfn)
+def _other(kind: OtherKind, entry: BankEntry) -> OtherError:
+    return OtherError(kind=kind, bank=entry)
 
 
 def _signalled(entry: BankEntry) -> HypervisorActed:
+    """An error of a kind that Xen handles, without a word of Xen's on it.
+
+    /dev/mcelog passes on neither Xen's recovery entries nor its flags, so one from before this
+    boot cannot be told from one that Xen has just handled.
+    """
+    doubt = "" if entry.flags else ", nor whether it is from before this boot"
     return HypervisorActed(
         mfn=None,
         domid=entry.domid,
         broken=False,
         result=HypervisorResult.UNKNOWN,
         reason=(
-            "the record does not say which frame it was; its address may be a guest's and is "
-            "not used"
+            f"the record does not say which frame it was{doubt}; its address may be a guest's and "
+            "is not used"
         ),
-        bank=entry.bank,
-        status=entry.status,
+        bank=entry,
     )
 
 
@@ -241,8 +341,7 @@ def _acted(recovery: RecoveryEntry, bank: BankEntry | None, machine: Machine) ->
         broken=in_host and bool(flags & OfflineFlag.BROKEN),
         result=result,
         reason=reason if in_host else f"it names mfn {recovery.mfn:#x}, which the host has not",
-        bank=recovery.bank,
-        status=0 if bank is None else bank.status,
+        bank=bank,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from uuid import UUID
@@ -45,6 +47,21 @@ class DomainIdentity:
 
     domid: Domid
     uuid: UUID
+
+
+def identities_to_text(domains: Iterable[DomainIdentity]) -> str:
+    """Domains as they are stored."""
+    return " ".join(sorted(f"{domain.domid}:{domain.uuid}" for domain in domains))
+
+
+def identities_from_text(text: str) -> set[DomainIdentity]:
+    """The domains of such a text.  What cannot be read is left out."""
+    found = set()
+    for part in text.split():
+        domid, _, uuid = part.partition(":")
+        with suppress(ValueError):
+            found.add(DomainIdentity(Domid(int(domid)), UUID(uuid)))
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

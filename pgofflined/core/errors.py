@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from errno import errorcode
 
+from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.frames import Domid, Mfn
 
 
@@ -51,6 +52,19 @@ class DomainGone(PortError):
     def __init__(self, domid: Domid) -> None:
         self.domid = domid
         super().__init__(f"d{domid} is gone")
+
+
+class GuestEnded(DomainGone):
+    """The domain shut down or vanished after it had been asked to suspend itself.
+
+    ``reason`` is that of its shutdown, None where it is gone altogether.
+    """
+
+    def __init__(self, domid: Domid, reason: ShutdownReason | None) -> None:
+        super().__init__(domid)
+        self.reason = reason
+        what = "is gone" if reason is None else f"has shut down ({reason.name.lower()})"
+        self.args = (f"d{domid} {what} after it was asked to suspend itself",)
 
 
 class GuestDidNotSuspend(PortError):

@@ -17,9 +17,10 @@ from pgofflined.core.policy import Policy
 _LOOK_AGAIN: Final = frozenset(
     {RefusalReason.DOMAIN_GONE, RefusalReason.NOT_PENDING, RefusalReason.NOT_THE_DOMAINS}
 )
-# A save would fail as the exchange did, read what must not be read, or disturb somebody.  After
-# BLACKOUT_LIMIT it would keep the guest for far longer than the exchange might have; after NOT_KEPT
-# it is the host that has to be put right: the ramfs of the exchanges' records is not there.
+# A save would fail as the exchange did, ask a guest that may crash when asked, read what must not
+# be read, or disturb somebody.  After BLACKOUT_LIMIT it would keep the guest for far longer than
+# the exchange might have; after NOT_KEPT it is the host that has to be put right: the ramfs of the
+# exchanges' records is not there.
 _SAVE_IN_VAIN: Final = frozenset(
     {
         RefusalReason.BROKEN,
@@ -27,6 +28,8 @@ _SAVE_IN_VAIN: Final = frozenset(
         RefusalReason.HAS_DEVICES,
         RefusalReason.DOMAIN_BUSY,
         RefusalReason.NO_SUSPEND,
+        RefusalReason.NO_SUSPEND_SUPPORT,
+        RefusalReason.SUSPEND_UNANNOUNCED,
         RefusalReason.NO_FREE_MEMORY,
         RefusalReason.NOT_KEPT,
         RefusalReason.BLACKOUT_LIMIT,

@@ -9,8 +9,13 @@ from typing import Final
 
 from pgofflined.core.frames import PAGE_SHIFT, Mfn
 
-# IA32_MCG_CAP, Intel SDM volume 3, "IA32_MCG_CAP MSR": corrected-error interrupt and count.
+# IA32_MCG_CAP, Intel SDM volume 3, "IA32_MCG_CAP MSR": corrected-error interrupt and count, and
+# software error recovery, which also defines what MCi_MISC says of an address.
 _MCG_CMCI_P: Final = 1 << 10
+_MCG_SER_P: Final = 1 << 24
+
+# AMD's first 64-bit processors, whose northbridge codes its errors in its own way.
+_K8_FAMILY: Final = 0xF
 
 # First AMD family whose banks are scalable (SMCA) and whose memory controllers report
 # normalised addresses; Hygon's families start behind it.
@@ -38,14 +43,13 @@ class Machine:
     """The processors, their address width and the host's last frame.
 
     ``physical_bits`` is MAXPHYADDR as the kernel reports it, without key-id bits of memory
-    encryption.  ``mcg_cap`` is IA32_MCG_CAP where somebody could read it.
+    encryption.
     """
 
     vendor: CpuVendor
     family: int
     physical_bits: int
     max_mfn: Mfn
-    mcg_cap: int | None = None
 
     def __post_init__(self) -> None:
         if not PAGE_SHIFT < self.physical_bits <= 52:
@@ -59,7 +63,12 @@ class Machine:
     @property
     def has_legacy_northbridge(self) -> bool:
         """Whether AMD's bank 4 is the northbridge, with the DRAM errors and plain addresses."""
-        return self.vendor is CpuVendor.AMD and 0xF <= self.family < _FIRST_SMCA_FAMILY
+        return self.vendor is CpuVendor.AMD and _K8_FAMILY <= self.family < _FIRST_SMCA_FAMILY
+
+    @property
+    def is_k8(self) -> bool:
+        """Whether these are AMD's processors of family 0Fh."""
+        return self.vendor is CpuVendor.AMD and self.family == _K8_FAMILY
 
 
 def counts_corrected_errors(mcg_cap: int | None) -> bool:
@@ -71,7 +80,16 @@ def counts_corrected_errors(mcg_cap: int | None) -> bool:
     return mcg_cap is None or bool(mcg_cap & _MCG_CMCI_P)
 
 
-def read_cpuinfo(untrusted_text: str, *, max_mfn: Mfn, mcg_cap: int | None = None) -> Machine:
+def recovers_from_errors(mcg_cap: int | None) -> bool:
+    """Whether an Intel processor has software error recovery; assumed where MCG_CAP is not known.
+
+    Without it (Nehalem, Westmere) bits 56 and 55 of MCi_STATUS and the low bits of MCi_MISC are
+    model-specific: no error is "signalled", and a valid address is a physical one.
+    """
+    return mcg_cap is None or bool(mcg_cap & _MCG_SER_P)
+
+
+def read_cpuinfo(untrusted_text: str, *, max_mfn: Mfn) -> Machine:
     """What /proc/cpuinfo says of the first processor.
 
     Raises ValueError, naming the line, where one that is needed is missing or odd.
@@ -84,7 +102,6 @@ def read_cpuinfo(untrusted_text: str, *, max_mfn: Mfn, mcg_cap: int | None = Non
         family=int(family),
         physical_bits=int(bits),
         max_mfn=max_mfn,
-        mcg_cap=mcg_cap,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import assert_never
 
@@ -36,6 +36,8 @@ class RefusalReason(StrEnum):
     DOMAIN_BUSY = "domain_busy"
     DOMAIN_GONE = "domain_gone"
     NO_SUSPEND = "no_suspend"
+    NO_SUSPEND_SUPPORT = "no_suspend_support"
+    SUSPEND_UNANNOUNCED = "suspend_unannounced"
     XEN_REFUSED = "xen_refused"
     INTERNAL = "internal"
 
@@ -53,6 +55,8 @@ _MAY_PASS = frozenset(
         RefusalReason.NO_FREE_MEMORY,
         RefusalReason.DOMAIN_BUSY,
         RefusalReason.NO_SUSPEND,
+        # A guest that is still starting has yet to announce it, and the policy may change.
+        RefusalReason.SUSPEND_UNANNOUNCED,
         RefusalReason.P2M_DISAGREES,
         RefusalReason.GUEST_LAYOUT,
         RefusalReason.ROOT_IN_USE,
@@ -129,12 +133,27 @@ class Blackout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What of a guest's standing still is ours, where it could not be resumed.
+
+    ``paused``: our pause may not have been taken back.  ``cpu_time`` is the processor time in ns
+    that the guest had used when it was held: with more it has run since, and whoever has stopped it
+    again was not we.  None where it is not known.
+    """
+
+    paused: bool = False
+    cpu_time: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeReport:
     """One job: all pages of one domain in one suspend.
 
     ``blackout`` is None where the guest was never suspended.  ``stuck`` says what keeps the
-    guest from running if our own clean-up failed; an operator has to act then.
-    ``may_suspend_late`` says that the guest has read our request and may still follow it.
+    guest from running if our own clean-up failed; an operator has to act then, and ``standing``
+    says what may be taken back.  ``may_suspend_late`` says that the guest has read our request and
+    may still follow it.  ``ended`` says that the guest crashed, shut down or vanished after our
+    request to suspend, before we let it run again or just as it did, and what to do.
     """
 
     domain: DomainIdentity
@@ -142,3 +161,5 @@ class ExchangeReport:
     blackout: Blackout | None
     stuck: str | None = None
     may_suspend_late: bool = False
+    ended: str | None = None
+    standing: Standing = field(default_factory=Standing)

@@ -14,7 +14,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from pgofflined.core.frames import PAGE_SIZE, Mfn
-from pgofflined.core.patterns import is_for_uuids, names, names_uuid
+from pgofflined.core.patterns import any_names, is_for_uuids, names, names_uuid
 from pgofflined.core.schedule import MaintenanceWindow
 from pgofflined.core.units import MemoryLimit, ShareOfMemory
 
@@ -89,7 +89,11 @@ class Marking(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangePolicy:
-    """How pages of PV domains are exchanged."""
+    """How pages of PV domains are exchanged.
+
+    ``ask_unannounced`` names domains that are asked to suspend themselves without having announced
+    that they can, for exchanges, saves and migrations.
+    """
 
     enabled: bool = True
     workers: int = 2
@@ -97,6 +101,7 @@ class ExchangePolicy:
     max_pages_per_suspend: int = field(default=64, metadata=_PAGES)
     acknowledge_timeout: float = field(default=10.0, metadata=_SECONDS)
     suspend_timeout: float = field(default=60.0, metadata=_SECONDS)
+    ask_unannounced: tuple[str, ...] = ()
     max_blackout: float = field(default=1.0, metadata=_SECONDS)
     mark: Marking = Marking.BEFORE
     scrub_wait: float = field(default=10.0, metadata=_SECONDS)
@@ -335,9 +340,8 @@ def domain_allowed(policy: DomainPolicy, name: str, uuid: UUID) -> Allowed | Den
         return Denied(reason=f"domains.deny has names, and that of {shown} is not known")
     if policy.default is DomainDefault.ALLOW:
         return Allowed()
-    for pattern in policy.allow:
-        if names(pattern, name) or (is_for_uuids(pattern) and names_uuid(pattern, uuid)):
-            return Allowed()
+    if any_names(policy.allow, name, uuid):
+        return Allowed()
     return Denied(reason=f'domains.default is "deny" and domains.allow does not name {shown}')
 
 

@@ -13,6 +13,7 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import RelocationPolicy
 from pgofflined.core.relocation_outcomes import RelocationReason
 from pgofflined.core.saves import SaveFacts
+from pgofflined.core.suspending import Objection
 from pgofflined.core.xenversion import XenVersion
 
 # Bytes of a save besides the memory: page types, vCPUs' state, the configuration.
@@ -28,7 +29,9 @@ class Hindrance(StrEnum):
     LINK_DOWN = "link_down"
     NO_FREE_MEMORY = "no_free_memory"
     DOMAIN_BUSY = "domain_busy"
+    UNCORRECTED = "uncorrected"
     NO_DISK_SPACE = "no_disk_space"
+    SUSPEND_UNANNOUNCED = "suspend_unannounced"
     CANNOT_ASK_XEN = "cannot_ask_xen"
 
     @property
@@ -65,11 +68,13 @@ class MigrationFacts:
 
     ``domain`` is None when it is gone.  ``twins`` are other domains with its uuid: the receiving
     half of a migration that is under way, or what a failed one left.  ``somebody`` is a process
-    that saves or migrates it.  ``poison`` is a frame of the host that has had an uncorrected error
-    and may still be somebody's.  ``saved_guest`` says what is with a guest that may be in a file,
-    and needs its memory again.  ``denial`` says why the policy has the domain left alone,
-    ``has_devices`` whether devices of the host are assigned to it.  ``way`` is None for a migration
-    to this host.  ``save`` is there for a PV domain that is to be saved and restored instead.
+    that saves or migrates it.  ``poison`` names a page that has had an uncorrected error and that
+    the domain owns or may own, and ``poisoned`` holds those of the job itself.  ``saved_guest``
+    says what is with a guest that may be in a file, and needs its memory again.  ``denial`` says
+    why the policy has the domain left alone, ``has_devices`` whether devices of the host are
+    assigned to it, ``objection`` why it must not be asked to suspend itself.  ``way`` is None for a
+    migration to this host.  ``save`` is there for a PV domain that is to be saved and restored
+    instead.
     """
 
     domain: DomainInfo | None
@@ -79,10 +84,12 @@ class MigrationFacts:
     free_frames: int
     way: Way | None
     somebody: str | None = None
-    poison: Mfn | None = None
+    poison: str | None = None
+    poisoned: frozenset[Mfn] = frozenset()
     saved_guest: str | None = None
     denial: str | None = None
     has_devices: bool = False
+    objection: Objection | None = None
     save: SaveFacts | None = None
 
 
@@ -124,15 +131,14 @@ def judge(job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy) 
     return Go()
 
 
-def _look_at_policy(
-    job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
-) -> Never | None:
+def forbidden(job: DomainIdentity, policy: RelocationPolicy, *, by_saving: bool) -> Never | None:
+    """Why the policy wants no such job at all, whatever the facts; None where it does."""
     if not policy.enabled:
         return Never(
             reason=RelocationReason.DISABLED,
             detail="migrating guests is switched off (relocation.enabled = false)",
         )
-    if facts.save is not None:
+    if by_saving:
         if not policy.save_restore:
             return Never(
                 reason=RelocationReason.DISABLED,
@@ -145,6 +151,15 @@ def _look_at_policy(
             detail="relocation.target names no host to migrate to; its pages stay pending until "
             f"d{job.domid} restarts or is migrated by hand",
         )
+    return None
+
+
+def _look_at_policy(
+    job: DomainIdentity, facts: MigrationFacts, policy: RelocationPolicy
+) -> Never | None:
+    verdict = forbidden(job, policy, by_saving=facts.save is not None)
+    if verdict is not None:
+        return verdict
     if not facts.version.offlines_free_frames_safely:
         return Never(
             reason=RelocationReason.XEN_FREE_LISTS,
@@ -207,15 +222,15 @@ def _look_at_domain(
             detail=f"devices of the host are assigned to d{job.domid}, which know its memory by "
             f"number; its pages go when d{job.domid} ends, restart that guest",
         )
-    if facts.poison is not None:
-        # Xen marks it as broken only where it has acted itself, and does not say whose the page of
-        # an HVM or PVH guest is.
-        return Never(
-            reason=RelocationReason.UNCORRECTED,
-            detail=f"mfn {facts.poison:#x} of this host has had an uncorrected error and may be "
-            f"d{job.domid}'s, which would be read whole; its page goes when d{job.domid} ends, "
-            "restart that guest",
-        )
+    poisoned = _look_at_poison(job, facts)
+    if poisoned is not None:
+        return poisoned
+    if facts.objection is not None:
+        # A save and a migration ask the guest as an exchange does.
+        detail = facts.objection.detail
+        if facts.objection.may_pass:
+            return NotNow(hindrance=Hindrance.SUSPEND_UNANNOUNCED, detail=detail)
+        return Never(reason=RelocationReason.NO_SUSPEND_SUPPORT, detail=detail)
     if facts.somebody is not None:
         # Perhaps a migration that an earlier process of ours has begun.
         return _busy(f"d{job.domid} is left alone until {facts.somebody} has ended")
@@ -226,11 +241,33 @@ def _look_at_domain(
             "failed one has left a copy, which `xl destroy` removes if it is paused"
         )
     if domain.shutdown is ShutdownReason.SUSPEND:
-        return _busy(f"d{job.domid} is suspended by somebody else; `xl resume` lets it run")
+        return _busy(
+            f"d{job.domid} is suspended by somebody else; `xl resume` (Xen 4.20 or later) lets it "
+            "run"
+        )
     if domain.shutdown is not None:
         return _busy(f"d{job.domid} is shut down ({domain.shutdown.name.lower()})")
     if domain.paused:
         return _busy(f"d{job.domid} is paused by somebody else; `xl unpause` lets it run")
+    return None
+
+
+def _look_at_poison(job: DomainIdentity, facts: MigrationFacts) -> Never | NotNow | None:
+    """Xen shows as broken only what it has acted upon itself; the rest is for us to know."""
+    own = [m for m in sorted(facts.poisoned) if OfflineState.OFFLINED not in facts.states[m]]
+    domid = job.domid
+    if own:
+        return Never(
+            reason=RelocationReason.UNCORRECTED,
+            detail=f"{_frames(own)} of d{domid} has had an uncorrected error, and d{domid} would "
+            f"be read whole; its page goes when d{domid} ends, restart that guest",
+        )
+    if facts.poison is not None:
+        return NotNow(
+            hindrance=Hindrance.UNCORRECTED,
+            detail=f"{facts.poison}, and d{domid} would be read whole; it waits until that page is "
+            f"out of use, or until d{domid} ends: restart that guest",
+        )
     return None
 
 

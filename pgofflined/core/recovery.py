@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pgofflined.core.domains import DomainIdentity
-from pgofflined.core.outcomes import PageResult
+from pgofflined.core.outcomes import PageResult, Standing
 
 
 class Recovered(StrEnum):
@@ -22,6 +22,11 @@ class Recovered(StrEnum):
     """Somebody saves or migrates the guest: nothing was done; to be tried again."""
     STANDS_STILL = "stands_still"
     """The guest stands still, and for whom cannot be told: nothing was done."""
+    HELD = "held"
+    """It may be in the middle of a change that cannot be read: it must not run, and is a person's.
+
+    It is looked at again, for he may have ended it.
+    """
     LEFT_ALONE = "left_alone"
     """Somebody else has let the guest go meanwhile, or changed it: nothing can be put right."""
     GONE = "gone"
@@ -32,8 +37,9 @@ class Recovered(StrEnum):
 class RecoveryReport:
     """``results`` are those of the pages that the job may have been changing when it was cut off.
 
-    ``is_whole`` says whether the guest's memory is whole now.  ``stuck`` and ``may_suspend_late``
-    are as in ``ExchangeReport``.
+    ``is_whole`` says whether the guest's memory is whole now.  ``stuck``, ``may_suspend_late`` and
+    ``standing`` are as in ``ExchangeReport``.  ``asked`` is when the guest was asked to suspend, in
+    seconds of ``Clock.monotonic``; None where that is not known.
     """
 
     domain: DomainIdentity
@@ -42,4 +48,6 @@ class RecoveryReport:
     results: tuple[PageResult, ...] = ()
     stuck: str | None = None
     may_suspend_late: bool = False
+    standing: Standing = field(default_factory=Standing)
+    asked: float | None = None
     is_whole: bool = False

@@ -21,6 +21,7 @@ class RelocationReason(StrEnum):
     NOT_HVM = "not_hvm"
     NOT_SAVABLE = "not_savable"
     HAS_DEVICES = "has_devices"
+    NO_SUSPEND_SUPPORT = "no_suspend_support"
     BROKEN = "broken"
     UNCORRECTED = "uncorrected"
     NOT_PENDING = "not_pending"
@@ -74,15 +75,18 @@ class Migrated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotMigrated:
-    """The migration failed before the target may have started the guest.
+    """The migration failed, and the guest is not at the target as far as the toolstack says.
 
     The toolstack has tried to let the guest run on; whether it does is for the caller to see.
+    ``may_run_there``: it did so when the target might have started the guest already; where the
+    guest is then seen to stand still, the same holds as for ``InDoubt``.
     ``was_asked``: a save that failed has asked it to suspend itself, or may have, so that it may
     do so late.
     """
 
     detail: str
     timed_out: bool = False
+    may_run_there: bool = False
     was_asked: bool = False
 
 

@@ -194,12 +194,26 @@ def seen_to_run(note: SaveNote) -> SaveNote:
     return replace(note, phase=SavePhase.RESTORED)
 
 
-def under_way(note: SaveNote) -> str:
-    """What is told of a save that an earlier daemon began and that goes on."""
-    return (
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnfinishedSave:
+    """A save whose note is there, and in a sentence what a person is to do about it.
+
+    ``domain`` is what the guest was, None where the note cannot be read.  ``is_under_way``: a
+    process is at work on it, so nothing is to be done.
+    """
+
+    text: str
+    domain: DomainIdentity | None = None
+    is_under_way: bool = False
+
+
+def under_way(note: SaveNote) -> UnfinishedSave:
+    """A save that an earlier daemon began and that goes on."""
+    text = (
         f"the guest that was d{note.domain.domid} (uuid {note.domain.uuid}) is being saved and "
         "restored, as an earlier daemon began it; do nothing about it"
     )
+    return UnfinishedSave(text=text, domain=note.domain, is_under_way=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +269,11 @@ def _when_still(left: LeftOver, stand: Stand) -> str:
         )
     if note.phase is SavePhase.SAVED and stand is Stand.PAUSED and left.has_file:
         return _either(note)
-    lets_it_run = "`xl unpause`" if stand is Stand.PAUSED else "`xl resume`, then `xl unpause`,"
+    lets_it_run = (
+        "`xl unpause`"
+        if stand is Stand.PAUSED
+        else "`xl resume` (Xen 4.20 or later), then `xl unpause`,"
+    )
     return f"{lets_it_run} lets it run; do not restore {note.file} as well"
 
 
@@ -305,8 +323,8 @@ def when_unclear(note: SaveNote, path: str) -> str:
     if note.phase is SavePhase.SAVING:
         domid = note.domain.domid
         still = (
-            f"; if it is suspended, `xl resume {domid}`, and if it is paused, `xl unpause {domid}` "
-            f"lets it run"
+            f"; if it is suspended, `xl resume {domid}` (Xen 4.20 or later), and if it is paused, "
+            f"`xl unpause {domid}` lets it run"
         )
     elif note.phase is SavePhase.SAVED:
         still = f"; if it is still there and paused, {_either(note)}"

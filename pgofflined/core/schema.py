@@ -37,10 +37,18 @@ Reader = Callable[[object], object]
 
 
 class Invalid(Exception):
-    """A value that is not allowed, with what is."""
+    """A value that is not allowed, with what is.
 
-    def __init__(self, allowed: str) -> None:
+    ``items`` has the element of a list that is not, where that can be told; ``twice`` says that it
+    is there more than once.
+    """
+
+    def __init__(
+        self, allowed: str, *, items: tuple[object, ...] = (), twice: bool = False
+    ) -> None:
         self.allowed = allowed
+        self.items = items
+        self.twice = twice
         super().__init__(allowed)
 
 
@@ -103,10 +111,16 @@ def _list(read: Callable[[object], T], allowed: str, *, least: int = 0) -> Reade
     def read_all(untrusted_value: object) -> tuple[T, ...]:
         expected = Annotated[list[Any], msgspec.Meta(min_length=least, max_length=1000)]
         items = cast("list[object]", _strict(untrusted_value, expected, allowed))
-        values = tuple(read(item) for item in items)
-        if len(set(values)) != len(values):
-            raise Invalid(allowed)
-        return values
+        values: list[T] = []
+        for item in items:
+            try:
+                value = read(item)
+            except Invalid as invalid:
+                raise Invalid(invalid.allowed, items=(item,)) from None
+            if value in values:
+                raise Invalid(allowed, items=(item,), twice=True)
+            values.append(value)
+        return tuple(values)
 
     return read_all
 
@@ -239,6 +253,7 @@ SECTIONS: Final[Mapping[str, Mapping[str, Reader]]] = {
         # Together less than TimeoutStopSec= of the unit.
         "acknowledge_timeout": _duration("100ms", "2m"),
         "suspend_timeout": _duration("100ms", "2m"),
+        "ask_unannounced": _list(_pattern, _PATTERNS_ALLOWED),
         # For no longer than 60 s does libxl wait for a guest that somebody else holds; then it
         # takes what it finds suspended for its own.
         "max_blackout": _duration("10ms", "20s"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from pgofflined.core.book import PageEntry
+from pgofflined.core.conditions import Condition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,12 +47,27 @@ class JobStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReloadStatus:
+    """How the configuration was read last, at the start or by a reload; times are of the epoch.
+
+    After a failure the policy of ``last_success`` is in force, and ``problems`` say why the file
+    was rejected: a restart of the daemon would fail.  ``warnings`` are of the policy in force.
+    """
+
+    successful: bool
+    when: float
+    last_success: float
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The daemon at one moment.
 
     ``idle_scrub`` counts pages that were retired in the way that leaves one idle CPU per NUMA
     node looking for them (docs/xen-bugs).  ``reports`` counts error reports by class and source,
-    ``lost`` lost or undecodable records by place.
+    ``lost`` lost or undecodable records by place.  ``attention`` has the most urgent first.
     """
 
     version: str
@@ -69,15 +86,19 @@ class Snapshot:
     oldest_unfinished: float | None
     workers: WorkerStatus
     jobs: tuple[JobStatus, ...] = ()
-    attention: tuple[str, ...] = ()
+    attention: tuple[Condition, ...] = ()
     policy: tuple[str, ...] = ()
     policy_digest: str = ""
     pages: tuple[PageEntry, ...] = field(default=())
+    reload: ReloadStatus = ReloadStatus(successful=True, when=0.0, last_success=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrameAnswer:
-    """Answer to a query for one frame: Xen's state, the owner as far as known, our entry."""
+    """Answer to a query for one frame: Xen's state, the owner as far as known, our entry.
+
+    ``uncorrected`` says whether the page has had an uncorrected error, as far as we or Xen know.
+    """
 
     mfn: int
     state: str
@@ -85,12 +106,27 @@ class FrameAnswer:
     hits_in_window: int
     entry: PageEntry | None
     note: str = ""
+    uncorrected: bool = False
+
+
+class Fate(StrEnum):
+    """What has become of a page that was to be retired.
+
+    ``REFUSED``: nothing was begun.  ``UNRESOLVED``: it stays in use, and why is known.
+    ``UNDER_WAY``: not at its end yet.  ``UNKNOWN``: nobody here has it in hand.
+    """
+
+    OUT_OF_USE = "out_of_use"
+    REFUSED = "refused"
+    UNRESOLVED = "unresolved"
+    UNDER_WAY = "under_way"
+    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OfflineAnswer:
-    """Answer to a request to retire one frame: whether it was taken in hand, and why (not)."""
+    """Answer to a request to retire one frame, or to wait for what becomes of it, and why."""
 
     mfn: int
-    accepted: bool
+    fate: Fate
     detail: str

@@ -66,7 +66,8 @@ def page_outcome(result: PageResult) -> str:
 
 def exchange_outcome(report: ExchangeReport) -> JobOutcome:
     """How an exchange job ended as a whole."""
-    if report.stuck is not None or any(isinstance(page, Damaged) for page in report.results):
+    hurt = report.stuck is not None or report.ended is not None
+    if hurt or any(isinstance(page, Damaged) for page in report.results):
         return JobOutcome.FAILED
     exchanged = sum(isinstance(page, Exchanged) for page in report.results)
     if exchanged == 0:

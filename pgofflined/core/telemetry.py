@@ -44,15 +44,32 @@ _ACTION_PAGE_OFFLINE: Final = 1 << 0  # MC_ACTION_PAGE_OFFLINE
 # bank at 65, then socketid, apicid and mcgcap from 72 to the end of the older layout.
 _XEN_MCE: Final = struct.Struct("<QQQQ24xB8xB6xIIQ")
 
-# X86_VENDOR_* of Xen since 4.14 (xen/arch/x86/include/asm/x86-vendors.h): Intel, AMD, Centaur,
-# Shanghai, Hygon.  Other values say nothing.
-_XEN_VENDORS: Final = {
+# cpuvendor, as Xen hands it to Linux.  Since a94c5fd829 (4.19.5, 4.20.3, 4.21.1, 4.22.0) these
+# are Linux' numbers (Intel, AMD, Centaur, Hygon, Zhaoxin); before they were Xen's own X86_VENDOR_*
+# (xen/arch/x86/include/asm/x86-vendors.h: Intel, AMD, Centaur, Shanghai, Hygon).  No number means
+# one vendor here and another there.  The rest says nothing, 0xff included.
+_VENDORS: Final = {
+    0: CpuVendor.INTEL,
     1: CpuVendor.INTEL,
     2: CpuVendor.AMD,
     4: CpuVendor.OTHER,
+    5: CpuVendor.OTHER,
     8: CpuVendor.OTHER,
+    9: CpuVendor.AMD,
+    10: CpuVendor.OTHER,
     16: CpuVendor.AMD,
 }
+
+# MCi_STATUS: the bank holds something; it was not corrected; MCi_ADDR holds something.
+STATUS_VAL: Final = 1 << 63
+STATUS_UC: Final = 1 << 61
+STATUS_ADDRV: Final = 1 << 58
+
+# mc_flags of a mcinfo_global: how Xen came by the record.  The poll and the look at the banks when
+# Xen starts give MC_FLAG_POLLED, the machine-check handler MC_FLAG_MCE (mce.c).
+MC_FLAG_POLLED: Final = 1 << 3
+MC_FLAG_CMCI: Final = 1 << 5
+MC_FLAG_MCE: Final = 1 << 6
 
 
 class Flaw(StrEnum):
@@ -86,7 +103,8 @@ class BankEntry:
 
     ``apicid`` is the CPU's (the only number of it that both formats hold), None where the
     record does not say.  ``domid`` is the owner of the page at ``addr`` where Xen noted one.
-    ``flags`` are MC_FLAG_* of Xen.  ``mcg_cap`` is IA32_MCG_CAP where the record holds it.
+    ``flags`` are MC_FLAG_* of Xen, 0 where the record has none.  ``mcg_cap`` is IA32_MCG_CAP
+    where the record or its source tells it.
     """
 
     bank: int
@@ -125,8 +143,8 @@ class Telemetry:
     incomplete: bool = False
 
 
-def decode_mc_info(untrusted_blob: bytes) -> Telemetry:
-    """Decode one struct mc_info."""
+def decode_mc_info(untrusted_blob: bytes, mcg_cap: int | None = None) -> Telemetry:
+    """Decode one struct mc_info, which does not hold IA32_MCG_CAP."""
     if flaw := _wrong_size(untrusted_blob, (MC_INFO_SIZE,), "mc_info"):
         return Telemetry(flaws=(flaw,))
     count, flags = _INFO_HEADER.unpack_from(untrusted_blob)
@@ -146,7 +164,7 @@ def decode_mc_info(untrusted_blob: bytes) -> Telemetry:
                 case Undecodable() as flaw:
                     flaws.append(flaw)
     return Telemetry(
-        banks=_banks(untrusted_blob, entries),
+        banks=_banks(untrusted_blob, entries, mcg_cap),
         recoveries=tuple(recoveries),
         flaws=tuple(flaws),
         incomplete=bool(flags & _FLAG_INCOMPLETE),
@@ -168,22 +186,26 @@ def decode_xen_mce(untrusted_record: bytes) -> Telemetry:
         gstatus=gstatus,
         apicid=apicid,
         socket=socket,
-        vendor=_XEN_VENDORS.get(vendor),
+        vendor=_VENDORS.get(vendor),
         # Linux leaves it 0 where Xen did not tell it.
         mcg_cap=mcg_cap or None,
     )
     return Telemetry(banks=(entry,))
 
 
-_DECODERS: Final = {"mc_info": decode_mc_info, "xen_mce": decode_xen_mce}
+def decode(untrusted_format: str, untrusted_record: bytes, mcg_cap: int | None = None) -> Telemetry:
+    """Decode one record of a format that ``ports.RecordFormat`` names.
 
-
-def decode(untrusted_format: str, untrusted_record: bytes) -> Telemetry:
-    """Decode one record of a format that ``ports.RecordFormat`` names."""
-    if decoder := _DECODERS.get(untrusted_format):
-        return decoder(untrusted_record)
-    detail = f"records of format {untrusted_format!r} are not known"
-    return Telemetry(flaws=(Undecodable(flaw=Flaw.UNKNOWN_FORMAT, detail=detail),))
+    ``mcg_cap`` is IA32_MCG_CAP of the processors, for records that do not hold it.
+    """
+    match untrusted_format:
+        case "mc_info":
+            return decode_mc_info(untrusted_record, mcg_cap)
+        case "xen_mce":
+            return decode_xen_mce(untrusted_record)
+        case _:
+            detail = f"records of format {untrusted_format!r} are not known"
+            return Telemetry(flaws=(Undecodable(flaw=Flaw.UNKNOWN_FORMAT, detail=detail),))
 
 
 def _wrong_size(blob: bytes, allowed: tuple[int, ...], name: str) -> Undecodable | None:
@@ -235,7 +257,9 @@ def _entries(blob: bytes, count: int) -> tuple[list[tuple[int, int]], list[Undec
     return found, flaws
 
 
-def _banks(blob: bytes, entries: list[tuple[int, int]]) -> tuple[BankEntry, ...]:
+def _banks(
+    blob: bytes, entries: list[tuple[int, int]], mcg_cap: int | None
+) -> tuple[BankEntry, ...]:
     gstatus = flags = 0
     apicid: int | None = None
     socket: int | None = None
@@ -261,6 +285,7 @@ def _banks(blob: bytes, entries: list[tuple[int, int]]) -> tuple[BankEntry, ...]
                 # are no domains either.
                 domid=Domid(domid) if domid < DOMID_FIRST_RESERVED else None,
                 flags=flags,
+                mcg_cap=mcg_cap,
             )
         )
     return tuple(banks)

@@ -11,35 +11,41 @@ from contextlib import contextmanager
 from pgofflined.core.errors import (
     DomainGone,
     GuestDidNotSuspend,
+    GuestEnded,
     PortError,
     SuspendNotAsked,
     SuspendShared,
 )
 from pgofflined.core.frames import Domid
 from pgofflined.exchanger.moving import NotKept
-from pgofflined.letgo import let_go, resume_only, told, unpause_only
+from pgofflined.letgo import Kept, let_go, resume_only, told, unpause_only
 from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
 
 # libxl withdraws a request that was not followed for 60 s, and goes on where the guest is
 # suspended, for whomever (libxl_dom_suspend.c, domain_suspend_common_pvcontrol_suspending).
 _LONG = 45.0
+# A vCPU's processor time grows as long as it is on a pCPU, which the last one of a guest that has
+# just shut down is for some microseconds more.
+_LOOKS = 6
 
 
 class Holding:
     """When the guest was asked, held and let go, and whether it could be.
 
-    ``owes_nothing`` is true as long as the guest cannot stand still because of us.  ``cpu_time`` is
-    what it had used when it was held, in ns.
+    ``owes_nothing`` is true as long as the guest cannot stand still because of us.  ``was_asked``:
+    the guest may have read our request, and nobody else has asked it as well.  ``cpu_time`` is what
+    it had used when it was held, in ns.
     """
 
     def __init__(
         self, xen: Hypervisor, domid: Domid, *, clock: Clock, limits: SuspendLimits
     ) -> None:
         self.owes_nothing = True
+        self.was_asked = False
         self.asked = 0.0
         self.held = 0.0
         self.released = 0.0
-        self.stuck: str | None = None
+        self.stuck: Kept | None = None
         self.may_suspend_late = False
         self.cpu_time: int | None = None
         self._xen = xen
@@ -59,11 +65,14 @@ class Holding:
         try:
             self._xen.suspend(domid, self._limits)
         except GuestDidNotSuspend as error:
-            self.may_suspend_late = error.stage == "suspend"
+            self.may_suspend_late = self.was_asked = error.stage == "suspend"
             self.owes_nothing = not self.may_suspend_late
             raise
         except SuspendShared:
             self.may_suspend_late = True
+            raise
+        except GuestEnded:
+            self.owes_nothing = self.was_asked = True
             raise
         except (DomainGone, SuspendNotAsked):
             # One that somebody else has suspended is his to resume.
@@ -72,15 +81,17 @@ class Holding:
         except Exception:
             # We cannot tell how far the request got.  Unless nobody has read it, the guest may
             # stand still for us now, or a little later.
-            self.may_suspend_late = not self._was_unread()
+            self.may_suspend_late = self.was_asked = not self._was_unread()
             if self.may_suspend_late:
                 self._resume_unless_used()
             self.owes_nothing = not self.may_suspend_late
             raise
         self.held = self._clock.monotonic()
+        self.was_asked = True
+        self.cpu_time = self._used()
         try:
             with kept():
-                job.hold(None)
+                job.hold(self.cpu_time)
         except NotKept:
             self._release()
             self.stuck = resume_only(self._xen, domid, self._release)
@@ -97,6 +108,8 @@ class Holding:
         finally:
             self._release()
             if self._is_somebodys_by_now():
+                # Should it end, it is because he has saved or migrated it.
+                self.was_asked = False
                 if paused and is_whole():
                     self.stuck = unpause_only(self._xen, domid)
                 self.may_suspend_late = True
@@ -104,6 +117,21 @@ class Holding:
                 self.stuck = let_go(self._xen, domid, paused=paused, before=self._release)
                 self.owes_nothing = self.stuck is None
             told(self._xen, domid)
+
+    def _used(self) -> int | None:
+        """The guest's processor time, when two looks agree; by it we know later that it has run.
+
+        Before our pause, which is not made unless this is noted: whoever finds the guest paused in
+        the end must know whether it has stood still since.
+        """
+        with contextlib.suppress(PortError):
+            last = self._xen.condition(self._domid).cpu_time
+            for _ in range(_LOOKS):
+                used = self._xen.condition(self._domid).cpu_time
+                if used == last:
+                    return used
+                last = used
+        return None
 
     def _is_somebodys_by_now(self) -> bool:
         """Whether somebody has taken the suspend for his, which takes him a minute of waiting."""

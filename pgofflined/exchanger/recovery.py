@@ -6,18 +6,24 @@ the guest is let go.  Doing this a second time, or for a group that was settled 
 nothing; so what fails is done again as a whole.
 
 A guest that has run since is not touched: nobody may change page tables under it.
+
+Only what is ours is undone.  Our pause is the one on a guest that has not run since we held it; any
+other is somebody else's.  Our suspend is one that our request, read, may have led to, and that
+nobody saves or migrates the guest by.
 """
 
 from __future__ import annotations
+
+import math
 
 from pgofflined.core.domains import DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Mfn
 from pgofflined.core.moves import Group
-from pgofflined.core.outcomes import Damaged, PageResult
+from pgofflined.core.outcomes import Damaged, PageResult, Standing
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanger.transfer import Transfer
-from pgofflined.letgo import let_go, resume_only, told
+from pgofflined.letgo import Kept, by_hand, let_go, resume_only, told
 from pgofflined.ports import Hypervisor, JobRecord, UnfinishedJob
 
 # A guest that follows a request does so within the two time limits of the policy, 120 s each at
@@ -36,8 +42,9 @@ def recover(
     """End one job, and close its record when nothing is left to do.
 
     ``Recovered.NOT_YET`` asks to be called again: the guest is held until then.  With ``last_try``
-    it is let go in any case, and the record put aside for a person.  ``Recovered.BUSY`` asks for it
-    however often that has been.  ``now`` is in seconds of ``Clock.monotonic``.
+    it is let go in any case, and the record put aside for a person.  ``Recovered.BUSY`` and
+    ``Recovered.HELD`` ask for it however often that has been.  ``now`` is in seconds of
+    ``Clock.monotonic``.
     """
     recovery = _Recovery(unfinished, xen, now, never_read)
     try:
@@ -53,7 +60,7 @@ def recover(
         unfinished.job.set_aside()
     elif report.stuck is not None or report.may_suspend_late:
         unfinished.job.leave()
-    elif report.outcome not in (Recovered.NOT_YET, Recovered.BUSY):
+    elif report.outcome not in (Recovered.NOT_YET, Recovered.BUSY, Recovered.HELD):
         unfinished.job.close()
     return report
 
@@ -77,7 +84,8 @@ class _Recovery:
         self._now = now
         self._never_read = never_read
         self._results: tuple[PageResult, ...] = ()
-        self._is_whole = self._group is None
+        self._unreadable = unfinished.unreadable
+        self._is_whole = self._group is None and self._unreadable is None
 
     def end(self) -> RecoveryReport:
         """Raises DomainGone, PortError."""
@@ -88,6 +96,8 @@ class _Recovery:
         if info.shutdown not in (None, ShutdownReason.SUSPEND):
             detail = f"d{domid} is shut down ({info.shutdown.name.lower()})"
             return self.report(Recovered.GONE, detail)
+        if self._unreadable is not None:
+            return self._end_unreadable(info, self._unreadable)
         if self._group is not None:
             # First of all, whoever is at it: nobody can use the guest as it is.
             try:
@@ -108,6 +118,19 @@ class _Recovery:
                 )
             return self.report(Recovered.BUSY, detail)
         return self._end_request(info) if self._hold is None else self._end_hold(info)
+
+    def _end_unreadable(self, info: DomainInfo, why: str) -> RecoveryReport:
+        """It may be in the middle of a change that nobody here can undo or finish."""
+        domid = self._domid
+        if self._is_as_left(info):
+            detail = (
+                f"d{domid} stands still, perhaps in the middle of a change: {why}. It is held: "
+                f"parts of its memory may be missing, so run no `xl unpause` or `xl resume`. Have "
+                f"that record read, or `xl destroy {domid}` and start the guest anew"
+            )
+            return self.report(Recovered.HELD, detail)
+        detail = f"d{domid} has run since, perhaps with a page missing: {why}; restart it"
+        return self.report(Recovered.LEFT_ALONE, detail)
 
     def _end_request(self, info: DomainInfo) -> RecoveryReport:
         """The guest was asked, and no more: take that back, or let it go if it has followed.
@@ -131,14 +154,19 @@ class _Recovery:
             return self._told_of(resume_only(self._xen, domid))
         detail = (
             f"d{domid} is suspended, and we had asked it to, but so long ago that it may be for "
-            f"somebody else: if nobody saves or migrates it, `xl resume {domid}` (Xen 4.20 or "
-            "later) lets it run"
+            f"somebody else: if nobody saves or migrates it, {by_hand(domid, paused=False)}"
         )
         return self.report(Recovered.STANDS_STILL, detail)
 
     def _end_hold(self, info: DomainInfo) -> RecoveryReport:
         """It had suspended itself for us, and its memory is whole."""
         if self._is_as_left(info):
+            if self._is_perhaps_paused_by_another(info):
+                detail = (
+                    f"d{self._domid} is paused, and whether by us cannot be told: if nobody else "
+                    f"has paused it, {by_hand(self._domid)}"
+                )
+                return self.report(Recovered.STANDS_STILL, detail)
             return self._told_of(let_go(self._xen, self._domid))
         state = "runs" if info.shutdown is None else "is suspended again, for somebody else"
         return self.report(
@@ -146,7 +174,12 @@ class _Recovery:
             f"d{self._domid} has run since it stood still for us, and {state}",
         )
 
-    def _told_of(self, stuck: str | None) -> RecoveryReport:
+    def _is_perhaps_paused_by_another(self, info: DomainInfo) -> bool:
+        """Whether it may have run since, and been paused: it is suspended for us no more."""
+        is_known = self._hold is not None and self._hold.cpu_time is not None
+        return not is_known and info.shutdown is not ShutdownReason.SUSPEND
+
+    def _told_of(self, stuck: Kept | None) -> RecoveryReport:
         """The end of a guest that was let go, unless something keeps it."""
         told(self._xen, self._domid)
         detail = f"d{self._domid} still stood still; its memory is whole, and it was let go"
@@ -214,12 +247,12 @@ class _Recovery:
             # By now he takes the suspend for his.
             detail = f"{report.detail}; it is held until {somebody} has ended"
             return self.report(Recovered.BUSY, detail)
-        stuck: str | None = None
+        stuck: Kept | None = None
         if self._hold is None:
             # It was not paused by us.
             if self._now - self._record.began <= _OURS_SECONDS:
                 stuck = resume_only(self._xen, domid)
-        elif self._is_as_left(info):
+        elif self._is_as_left(info) and not self._is_perhaps_paused_by_another(info):
             stuck = let_go(self._xen, domid)
         told(self._xen, domid)
         # Not before: if we are killed in between, another process tries once more.
@@ -240,18 +273,24 @@ class _Recovery:
         outcome: Recovered,
         detail: str,
         *,
-        stuck: str | None = None,
+        stuck: Kept | None = None,
         may_suspend_late: bool = False,
     ) -> RecoveryReport:
         """What became of this try."""
+        began = self._record.began
         return RecoveryReport(
             domain=self._record.domain,
             outcome=outcome,
             detail=detail,
             results=self._results,
             is_whole=self._is_whole,
-            stuck=stuck,
+            stuck=None if stuck is None else stuck.text,
             may_suspend_late=may_suspend_late,
+            standing=Standing(
+                paused=stuck is not None and stuck.paused,
+                cpu_time=None if self._hold is None else self._hold.cpu_time,
+            ),
+            asked=began if math.isfinite(began) else None,
         )
 
 
@@ -259,6 +298,6 @@ def _is_same(info: DomainInfo, record: JobRecord) -> bool:
     return (
         info.identity == record.domain
         and not info.dying
-        and info.shared_info == record.shared_info
+        and record.shared_info in (None, info.shared_info)
         and info.cpu_time >= record.cpu_time
     )

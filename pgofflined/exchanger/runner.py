@@ -24,8 +24,10 @@ from pgofflined.core.outcomes import (
     PageResult,
     Refusal,
     RefusalReason,
+    Standing,
     page_of,
 )
+from pgofflined.core.suspending import MayNotBeAsked, how_it_ended, unless_announced
 from pgofflined.exchanger.holding import UNCOLLECTED, Holding, kept
 from pgofflined.exchanger.moving import Mover, NotKept
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
@@ -68,10 +70,10 @@ class ExchangeJob:
     The pages are marked offline-pending already, unless ``marked`` is False: they become free then,
     and may be marked later.  Those in ``never_read`` are known to hold an uncorrected error and
     are refused, whatever Xen knows of them.  ``denial`` says why the policy does not let a domain
-    be suspended; it is asked first, and once more right before the request.  ``unended`` is told
-    of a job whose guest could be neither put right nor let go: ``recover`` is to go on with it.
-    Synchronous on purpose: doing and undoing happen in one thread, so no cancellation can make them
-    overlap.
+    be suspended; it is asked first, and once more right before the request.  ``objection`` says why
+    it must not be asked to suspend itself.  ``unended`` is told of a job whose guest could be
+    neither put right nor let go: ``recover`` is to go on with it.  Synchronous on purpose: doing
+    and undoing happen in one thread, so no cancellation can make them overlap.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class ExchangeJob:
         never_read: frozenset[Mfn],
         denial: Callable[[DomainInfo], str | None],
         marked: bool,
+        objection: MayNotBeAsked,
         unended: Callable[[UnfinishedJob], None],
     ) -> None:
         self._domain = domain
@@ -95,6 +98,8 @@ class ExchangeJob:
         self._never_read = never_read
         self._denial = denial
         self._marked = marked
+        self._objection = objection
+        self._ended: str | None = None
         self._unended = unended
         self._held = Holding(xen, domain.domid, clock=clock, limits=limits)
 
@@ -179,7 +184,12 @@ class ExchangeJob:
         if self._xen.has_devices(domid):
             detail = f"d{domid} has devices of the host, which write to frames by their number"
             return RefusalReason.HAS_DEVICES, detail
-        return None
+        unfit = self._objection(info, self._xen.suspend_support(domid))
+        if unfit is None:
+            return None
+        if unfit.may_pass:
+            return RefusalReason.SUSPEND_UNANNOUNCED, unfit.detail
+        return RefusalReason.NO_SUSPEND_SUPPORT, unfit.detail
 
     def _survey(self, info: DomainInfo, mfns: Sequence[Mfn]) -> Surveyed:
         for _ in range(_SURVEY_TRIES - 1):
@@ -235,6 +245,7 @@ class ExchangeJob:
         finally:
             mover.close()
             self._end(record, job, mover)
+            self._look_for_an_end()
         return self._verified(self._refuse_rest(planned, mover.results(), *why))
 
     def _end(self, record: JobRecord, job: OpenJob, mover: Mover) -> None:
@@ -251,6 +262,25 @@ class ExchangeJob:
             held.stuck, held.may_suspend_late = None, False
             hold = Hold(cpu_time=held.cpu_time)
             self._unended(UnfinishedJob(record=record, hold=hold, group=mover.unsettled, job=job))
+
+    def _look_for_an_end(self) -> None:
+        """Whether the guest ended after our request, at the latest as it began to run again."""
+        if not self._held.was_asked:
+            return
+        domid = self._domain.domid
+        try:
+            info = self._xen.condition(domid)
+        except DomainGone:
+            self._ended = how_it_ended(domid, None)
+        except PortError as error:
+            log.warning("whether d%d still runs cannot be seen: %s", domid, error)
+        else:
+            if info.identity != self._domain:
+                self._ended = how_it_ended(domid, None)
+            elif info.shutdown not in (None, ShutdownReason.SUSPEND):
+                self._ended = how_it_ended(domid, info.shutdown)
+            elif info.dying:
+                self._ended = how_it_ended(domid, None)
 
     def _leave_to_others(self) -> None:
         """Asked last, for all before takes long, but not when the guest stands still."""
@@ -270,9 +300,10 @@ class ExchangeJob:
             raise DomainGone(self._domain.domid)
         if info.shutdown is not ShutdownReason.SUSPEND:
             raise _InUseByOthers(f"d{self._domain.domid} was resumed by someone else")
-        self._held.cpu_time = info.cpu_time
-        with kept():
-            job.hold(info.cpu_time)
+        if self._held.cpu_time != info.cpu_time:
+            self._held.cpu_time = info.cpu_time
+            with kept():
+                job.hold(info.cpu_time)
         mover.move(before, surveyed.plan, held=self._held.held, survey_seconds=surveyed.seconds)
 
     # When it runs again.
@@ -314,8 +345,12 @@ class ExchangeJob:
             domain=self._domain,
             results=tuple(results),
             blackout=blackout,
-            stuck=held.stuck,
+            stuck=None if held.stuck is None else held.stuck.text,
             may_suspend_late=held.may_suspend_late,
+            ended=self._ended,
+            standing=Standing(
+                paused=held.stuck is not None and held.stuck.paused, cpu_time=held.cpu_time
+            ),
         )
 
 
@@ -356,6 +391,7 @@ def exchange(
     never_read: frozenset[Mfn] = frozenset(),
     denial: Callable[[DomainInfo], str | None] = lambda _: None,
     marked: bool = True,
+    objection: MayNotBeAsked = unless_announced,
     unended: Callable[[UnfinishedJob], None] = _for_the_next_process,
 ) -> ExchangeReport:
     """Exchange pages of one PV domain, all in one suspend; see ``ExchangeJob``."""
@@ -368,6 +404,7 @@ def exchange(
         never_read=never_read,
         denial=denial,
         marked=marked,
+        objection=objection,
         unended=unended,
     )
     return job.run(mfns)

@@ -23,6 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from pgofflined.core.book import Phase
+from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.frames import PAGE_SIZE
 from pgofflined.core.outcomes import ExchangeReport, RefusalReason
 from pgofflined.core.policy import SourceName
@@ -49,7 +50,12 @@ _BLACKOUT_BUCKETS: Final = (
 )  # fmt: skip
 
 _PAGE_OUTCOMES: Final = (EXCHANGED, DAMAGED, *(reason.value for reason in RefusalReason))
-_LOST_PLACES: Final = (*(name.value for name in SourceName), "incomplete", "undecodable")
+_LOST_PLACES: Final = (
+    *(name.value for name in SourceName),
+    "hardware",
+    "incomplete",
+    "undecodable",
+)
 
 
 class _Durations:
@@ -83,6 +89,7 @@ class Metrics(Collector):
         self._pages = Counter(dict.fromkeys(_PAGE_OUTCOMES, 0))
         self._migrations = Counter(dict.fromkeys(MigrationResult, 0))
         self._stuck = 0
+        self._ended = 0
         self._whole = _Durations()
         self._ours = _Durations()
         self.registry.register(self)
@@ -95,6 +102,8 @@ class Metrics(Collector):
             self._pages[page_outcome(result)] += 1
         if report.stuck is not None:
             self._stuck += 1
+        if report.ended is not None:
+            self._ended += 1
         if report.blackout is not None:
             self._whole.observe(report.blackout.whole)
             self._ours.observe(report.blackout.ours)
@@ -118,6 +127,7 @@ class Metrics(Collector):
         yield from _work(snapshot)
         yield from self._done()
         yield from _about(snapshot)
+        yield from _configuration(snapshot)
 
     def _done(self) -> Iterator[Metric]:
         yield _counter(
@@ -145,6 +155,12 @@ class Metrics(Collector):
             (),
             [((), self._stuck)],
         )
+        yield _counter(
+            "guests_ended",
+            "Guests that crashed, shut down or vanished right after our request to suspend.",
+            (),
+            [((), self._ended)],
+        )
         yield self._whole.family(
             "guest_blackout_seconds",
             "Time without a guest per exchange job, from our request to suspend to its "
@@ -168,7 +184,8 @@ def _intake(snapshot: Snapshot) -> Iterator[Metric]:
     )
     yield _counter(
         "records_lost",
-        "Machine-check records that were lost or made no sense.",
+        'Machine-check records that were lost or made no sense; where="hardware" counts errors '
+        "that were overwritten before they were read, or more.",
         ("where",),
         _single({**dict.fromkeys(_LOST_PLACES, 0), **snapshot.lost}),
     )
@@ -221,11 +238,20 @@ def _pages(snapshot: Snapshot, now: float) -> Iterator[Metric]:
         "Retired pages that idle processors keep looking for until a reboot.",
         snapshot.idle_scrub,
     )
-    yield _gauge(
-        "attention",
-        "Things that need a person; pgofflined status names them.",
-        len(snapshot.attention),
+    yield _attention(snapshot)
+
+
+def _attention(snapshot: Snapshot) -> Metric:
+    found = Counter(one.code for one in snapshot.attention if not one.acknowledged)
+    family = GaugeMetricFamily(
+        f"{_PREFIX}attention",
+        "Conditions that nobody has acknowledged; pgofflined status names them, docs/runbook.md "
+        "says what to do.",
+        labels=("severity", "reason"),
     )
+    for code in ConditionCode:
+        family.add_metric((code.severity.value, code.value), found[code])
+    return family
 
 
 def _work(snapshot: Snapshot) -> Iterator[Metric]:
@@ -253,6 +279,20 @@ def _about(snapshot: Snapshot) -> Iterator[Metric]:
         "The policy in force.",
         digest=snapshot.policy_digest,
         dry_run=str(snapshot.dry_run).lower(),
+    )
+
+
+def _configuration(snapshot: Snapshot) -> Iterator[Metric]:
+    # Named as Prometheus and its exporters name their own.
+    yield _gauge(
+        "config_last_reload_successful",
+        "Whether the configuration was accepted when it was read last; 0: a restart would fail.",
+        snapshot.reload.successful,
+    )
+    yield _gauge(
+        "config_last_reload_success_timestamp_seconds",
+        "When the configuration was last accepted.",
+        snapshot.reload.last_success,
     )
 
 

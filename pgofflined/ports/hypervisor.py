@@ -11,6 +11,7 @@ from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 
 if TYPE_CHECKING:
@@ -131,12 +132,20 @@ class DomainControl(Protocol):
         """
         ...
 
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        """Whether the guest has announced that it suspends itself when asked.
+
+        To be looked at before ``suspend`` and before a toolstack is told to save or migrate it: a
+        guest without that support may crash.  A domain that is gone is silent, or DomainGone.
+        """
+        ...
+
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """Ask the guest to suspend itself and wait until it has.
 
         Raises SuspendNotAsked before anything was asked, GuestDidNotSuspend after the request has
-        been withdrawn, DomainGone when it ended meanwhile.  A guest that suspends just as the
-        request is withdrawn counts as suspended.
+        been withdrawn, GuestEnded when it ended after it was asked, DomainGone before.  A guest
+        that suspends just as the request is withdrawn counts as suspended.
         """
         ...
 

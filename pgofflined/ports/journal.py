@@ -20,11 +20,12 @@ class JobRecord:
 
     ``cpu_time`` are the nanoseconds that its vCPUs had run; a domain that has run for less, or
     whose shared_info is another frame, is not the same one.  ``began`` is in seconds of
-    ``Clock.monotonic``, which a later process of the same boot shares.
+    ``Clock.monotonic``, which a later process of the same boot shares.  Where the record could be
+    read no further, ``shared_info`` is None, ``cpu_time`` 0 and ``began`` minus infinity.
     """
 
     domain: DomainIdentity
-    shared_info: Mfn
+    shared_info: Mfn | None
     cpu_time: int
     began: float
 
@@ -33,7 +34,7 @@ class JobRecord:
 class Hold:
     """A guest that stands still for us, and the processor time in ns that it had used until then.
 
-    None: it has suspended itself for us, and is perhaps paused.
+    It has suspended itself for us, and is perhaps paused.  None: its processor time is not known.
     """
 
     cpu_time: int | None
@@ -43,13 +44,15 @@ class Hold:
 class UnfinishedJob:
     """A job that was not ended: ``group`` is what may have been left changed.
 
-    Without ``hold`` the guest had been asked to suspend at most.
+    Without ``hold`` the guest had been asked to suspend at most.  ``unreadable`` says why it cannot
+    be read what may have been left changed; ``group`` is None then, and means nothing.
     """
 
     record: JobRecord
     hold: Hold | None
     group: Group | None
     job: OpenJob
+    unreadable: str | None = None
 
 
 class OpenJob(Protocol):
@@ -66,7 +69,10 @@ class OpenJob(Protocol):
         ...
 
     def hold(self, cpu_time: int | None) -> None:
-        """The guest stands still for us: first without, then with what it has used till then."""
+        """The guest stands still for us, with what it has used till then; None: not known yet.
+
+        Before it is paused.
+        """
         ...
 
     def begin(self) -> None:

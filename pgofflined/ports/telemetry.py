@@ -41,8 +41,13 @@ class RecordFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetryBatch:
-    """Raw records in their order, all of one format, and the records lost before them."""
+    """Raw records in their order, all of one format, and the records lost before them.
+
+    ``mcg_cap`` is IA32_MCG_CAP of the host's processors where the source knows it and the records
+    do not hold it.
+    """
 
     format: str
     records: tuple[bytes, ...]
     lost: int = 0
+    mcg_cap: int | None = None

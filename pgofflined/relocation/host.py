@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, assert_never
+from typing import Protocol, TypeVar, assert_never
 
 from pgofflined.core.aftermath import (
+    RESUME_SINCE,
     Ended,
     Moved,
     Resume,
@@ -22,9 +23,20 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import MigrationFacts, Way
 from pgofflined.core.saves import SaveFacts
+from pgofflined.core.suspending import MayNotBeAsked, SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
 from pgofflined.saving import Saves
+
+T = TypeVar("T")
+
+
+class InThread(Protocol):
+    """Runs a blocking call off the event loop, as ``asyncio.to_thread`` does."""
+
+    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
+        """The call's result."""
+        ...
 
 
 class Host(Protocol):
@@ -56,6 +68,10 @@ class Host(Protocol):
 
     def serves(self, domid: Domid) -> str | None:
         """What other domains need the domain for ("serves ..."); None for nothing known."""
+        ...
+
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        """Whether the guest has announced that it suspends itself when asked."""
         ...
 
     def has_devices(self, domid: Domid) -> bool:
@@ -95,14 +111,23 @@ class Care:
 class MigrationHost:
     """Questions to a host, each answered at one go.
 
-    ``poison`` gives a frame whose contents must not be read and that may be somebody's, if any.
+    ``poison`` names a page with an uncorrected error that a domain owns or may own, if there is
+    one; ``is_poisoned`` knows such pages one by one.  ``objection`` says why a domain must not be
+    asked to suspend itself.
     """
 
     def __init__(
-        self, xen: Host, poison: Callable[[], Mfn | None], saves: Saves | None = None
+        self,
+        xen: Host,
+        poison: Callable[[DomainInfo], str | None],
+        is_poisoned: Callable[[Mfn], bool],
+        objection: MayNotBeAsked,
+        saves: Saves | None = None,
     ) -> None:
         self._xen = xen
         self._poison = poison
+        self._is_poisoned = is_poisoned
+        self._objection = objection
         self._saves = saves if saves is not None else Saves()
 
     def facts(
@@ -138,9 +163,26 @@ class MigrationHost:
             somebody=None if info is None else self._xen.somebody_at(info.domid),
             save=save,
             has_devices=info is not None and self._xen.has_devices(info.domid),
-            poison=self._poison(),
-            saved_guest=saves[0] if saves else None,
+            poison=None if info is None else self._poison(info),
+            poisoned=frozenset(filter(self._is_poisoned, states)),
+            objection=None
+            if info is None
+            else self._objection(info, self._xen.suspend_support(info.domid)),
+            saved_guest=saves[0].text if saves else None,
         )
+
+    def standing(
+        self, jobs: Mapping[DomainIdentity, frozenset[Mfn]]
+    ) -> dict[DomainIdentity, DomainInfo | None]:
+        """Which of the domains are there and own any of their pages; None for one that is done.
+
+        Little is asked, for this is asked often.  Raises PortError.
+        """
+        here = {info.identity: info for info in self._xen.domains() if not info.dying}
+        return {
+            domain: None if self._are_offline(mfns) else here.get(domain)
+            for domain, mfns in jobs.items()
+        }
 
     def aftercare(self, domain: DomainIdentity, *, target: str, in_doubt: bool) -> Care:
         """See where a guest is after a failed migration; resume it if that is certainly right.
@@ -199,6 +241,9 @@ class MigrationHost:
             stuck=stuck,
         )
 
+    def _are_offline(self, mfns: Iterable[Mfn]) -> bool:
+        return all(OfflineState.OFFLINED in self._xen.query(mfn) for mfn in mfns)
+
     def _resume(self, domain: DomainIdentity) -> Care:
         domid = domain.domid
         # Our own xl has ended; another one may have suspended the guest anew.
@@ -206,7 +251,7 @@ class MigrationHost:
         if somebody is not None:
             return Care(
                 stuck=f"d{domid} is suspended, and {somebody} is at work on it; should it still "
-                f"stand still when that has ended, `xl resume {domid}` lets it run"
+                f"stand still when that has ended, `xl resume {domid}` {RESUME_SINCE} lets it run"
             )
         try:
             self._xen.resume(domid)
@@ -217,7 +262,8 @@ class MigrationHost:
         except PortError as error:
             return Care(stuck=f"d{domid} is left suspended and cannot be resumed: {error}")
         if still is not None:
-            return Care(stuck=f"d{domid} is left suspended; `xl resume {domid}` lets it run")
+            what = f"d{domid} is left suspended; `xl resume {domid}` {RESUME_SINCE} lets it run"
+            return Care(stuck=what)
         return Care(note=f"xl left d{domid} suspended, so it was resumed")
 
     def _find(self, domain: DomainIdentity) -> tuple[DomainInfo | None, tuple[DomainInfo, ...]]:

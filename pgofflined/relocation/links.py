@@ -54,10 +54,12 @@ class KernelLinks:
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            # UnicodeError: it has an empty label, or one that is too long.
+            why = error.strerror if isinstance(error, OSError) else error
             return NoWay(
                 hindrance=Hindrance.TARGET_UNRESOLVED,
-                detail=f"the name {host} cannot be resolved: {error.strerror}; names from ssh's "
+                detail=f"the name {host} cannot be resolved: {why}; names from ssh's "
                 "configuration file are not known here",
             )
         addresses = list(dict.fromkeys((family, where[0]) for family, *_, where in found))

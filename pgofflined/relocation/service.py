@@ -1,7 +1,9 @@
 """The queue of migrations at work: one asyncio task per migration, hypercalls in threads.
 
-Nothing here polls: the service sleeps until the next job is due, and is woken by new pages, the
-end of a migration, another policy, or word from the kernel that a link or a route has changed.
+The service sleeps until the next job is due, and is woken by new pages, the end of a migration,
+another policy, or word from the kernel that a link or a route has changed.  Nothing tells that the
+host's clock was set, or that somebody else has taken a guest off its pages: while jobs wait, both
+are looked at every few minutes.
 
 When the daemon stops, no new migration is started and one that runs gets ``stop_grace`` seconds
 to end.  After that it goes on without us, never half-way: what it frees goes offline by itself,
@@ -11,12 +13,12 @@ and the next start finds the pages' state by asking Xen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import tzinfo
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar, assert_never
+from typing import assert_never
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
@@ -32,7 +34,7 @@ from pgofflined.core.premigration import (
     Way,
     judge,
 )
-from pgofflined.core.relocating import RelocationQueue
+from pgofflined.core.relocating import Instant, RelocationQueue
 from pgofflined.core.relocation_outcomes import (
     InDoubt,
     Migrated,
@@ -44,21 +46,18 @@ from pgofflined.core.relocation_outcomes import (
     RelocationReason,
 )
 from pgofflined.core.status import JobStatus
+from pgofflined.core.suspending import MayNotBeAsked
 from pgofflined.ports import Clock
 from pgofflined.relocation import telling
 from pgofflined.relocation.following import Following, Sleep
-from pgofflined.relocation.host import Host, MigrationHost, Settled
+from pgofflined.relocation.host import Host, InThread, MigrationHost
 from pgofflined.relocation.links import Links
 from pgofflined.relocation.relocator import Relocator
+from pgofflined.relocation.settling import Settling
+from pgofflined.relocation.waiting import Waiting
 from pgofflined.saving import Saves
 
-T = TypeVar("T")
 Finished = Callable[[DomainIdentity, RelocationOutcome], None]
-
-# A destroyed domain's pages are freed in the background; backends may hold some a while longer.
-_SETTLE_FIRST = 0.25
-_SETTLE_LAST = 8.0
-_SETTLE_LIMIT = 120.0
 
 _NO_MORE_SAVES = (
     "saves of it have failed before, each of which may have kept it still; see to the cause (disk "
@@ -67,20 +66,14 @@ _NO_MORE_SAVES = (
 )
 
 
-class InThread(Protocol):
-    """Runs a blocking call off the event loop, as ``asyncio.to_thread`` does."""
-
-    def __call__(self, call: Callable[[], T], /) -> Awaitable[T]:
-        """The call's result."""
-        ...
-
-
 class RelocationService:
     """Takes guests off bad pages that are not moved in place, as the policy allows.
 
     All methods belong to the event loop's thread.  ``finished`` is called once per job.
-    ``poison`` is asked in a thread just before anything is begun, for a frame that must not be read
-    and may be somebody's, if any; ``denial`` then, for why a domain is to be left alone, if it is.
+    Just before anything is begun, ``poison`` is asked in a thread for a page that the domain owns
+    or may own and that must not be read, ``is_poisoned`` there of each page of the job, then
+    ``denial`` for why the domain is to be left alone, if it is, and ``objection`` for why it must
+    not be asked to suspend itself.
     ``saved_in_vain`` is told of a guest that a save has asked to suspend itself, and that runs.
     """
 
@@ -94,8 +87,10 @@ class RelocationService:
         clock: Clock,
         zone: tzinfo,
         finished: Finished,
-        poison: Callable[[], Mfn | None],
+        poison: Callable[[DomainInfo], str | None],
+        is_poisoned: Callable[[Mfn], bool],
         denial: Callable[[DomainInfo], str | None],
+        objection: MayNotBeAsked,
         saved_in_vain: Callable[[DomainIdentity], None],
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
@@ -103,7 +98,7 @@ class RelocationService:
         stop_grace: float = 20.0,
     ) -> None:
         self._queue = RelocationQueue(policy, zone)
-        self._host = MigrationHost(xen, poison, saves)
+        self._host = MigrationHost(xen, poison, is_poisoned, objection, saves)
         self._relocator = relocator
         self._links = links
         self._clock = clock
@@ -113,7 +108,9 @@ class RelocationService:
         self._sleep = sleep
         self._in_thread = in_thread
         self._following = Following(clock, sleep, stop_grace)
+        self._settling = Settling(self._queue, self._host, sleep, in_thread)
         self._wake = asyncio.Event()
+        self._waiting = Waiting(self._queue, self._host, denial, in_thread, self._hurry)
         self._link_changes = 0
         self._examining = 0
 
@@ -121,32 +118,38 @@ class RelocationService:
         self, domain: DomainIdentity, name: str, mfns: Iterable[Mfn], *, by_saving: bool = False
     ) -> bool:
         """Queue a domain to be taken off pages; False when there is no room."""
-        now = self._clock.now()
-        job = self._queue.submit(domain, name, mfns, now, by_saving=by_saving)
+        job = self._queue.submit(domain, name, mfns, self._now(), by_saving=by_saving)
         self._wake.set()
         return job is not None
 
     def set_policy(self, policy: RelocationPolicy) -> None:
         """Put another policy in force; a migration that runs goes on under the old one."""
-        self._queue.set_policy(policy, self._clock.now())
+        self._queue.set_policy(policy, self._now())
+        self._wake.set()
+
+    def look_again(self) -> None:
+        """See at once which jobs have nothing to wait for any more: some domain has ended."""
+        self._queue.look_again(self._now())
         self._wake.set()
 
     def snapshot(self) -> tuple[JobStatus, ...]:
         """Every job that waits or runs."""
-        return self._queue.statuses(self._clock.now())
+        return self._queue.statuses(self._now())
 
-    def overdue(self) -> tuple[str, ...]:
-        """What a person has to know of saves that take too long."""
-        return tuple(self._following.overdue.values())
+    def overdue(self) -> dict[DomainIdentity, str]:
+        """What a person has to know of saves that take too long, by guest."""
+        return dict(self._following.overdue)
 
     async def run(self) -> None:
         """Work until cancelled."""
         try:
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._waiting.run(), name="relocations-waiting")
                 while True:
                     self._wake.clear()
-                    while (job := self._queue.take(self._clock.now())) is not None:
+                    while (job := self._queue.take(self._now())) is not None:
                         tasks.create_task(self._work(job.domain), name=job.label)
+                    self._waiting.look_at(self._queue.to_look_at(self._now()))
                     if not self._queue.waits_for_link() and not self._examining:
                         self._links.unwatch()
                     await self._until_next_event()
@@ -154,11 +157,11 @@ class RelocationService:
             self._links.unwatch()
 
     async def _until_next_event(self) -> None:
-        now = self._clock.now()
+        now = self._now()
         due = self._queue.next_event(now)
         waits: list[asyncio.Future[object]] = [asyncio.ensure_future(self._wake.wait())]
         if due is not None:
-            waits.append(asyncio.ensure_future(self._sleep(due - now)))
+            waits.append(asyncio.ensure_future(self._sleep(due - now.steady)))
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -186,7 +189,7 @@ class RelocationService:
             case NotNow(hindrance=hindrance, detail=detail):
                 self._defer(domain, hindrance, detail)
                 if changes != self._link_changes:
-                    self._queue.link_changed(self._clock.now())
+                    self._queue.link_changed(self._now())
             case Never(reason=RelocationReason.DOMAIN_GONE as reason, detail=detail):
                 await self._settle(domain, NotMigrated(detail=detail), 0.0, otherwise=reason)
             case Never(reason=reason, detail=detail):
@@ -200,8 +203,13 @@ class RelocationService:
         while True:
             policy = self._queue.policy
             verdict = await self._judge(domain, policy)
-            if policy is self._queue.policy:
-                return verdict, policy
+            if policy is not self._queue.policy:
+                continue
+            # It may have taken its time, and the clock may have been set.
+            if isinstance(verdict, Go) and self._queue.closed_for(self._now()):
+                what = "outside the maintenance windows"
+                return NotNow(hindrance=Hindrance.OUTSIDE_WINDOW, detail=what), policy
+            return verdict, policy
 
     async def _judge(self, domain: DomainIdentity, policy: RelocationPolicy) -> PreMigration:
         job = self._queue.job(domain)
@@ -275,7 +283,7 @@ class RelocationService:
     ) -> None:
         self._queue.note(domain, "its migration has failed; looking at where it is")
         detail = outcome.detail
-        in_doubt = isinstance(outcome, InDoubt)
+        in_doubt = isinstance(outcome, InDoubt) or outcome.may_run_there
         try:
             care = await self._in_thread(
                 partial(self._host.aftercare, domain, target=target, in_doubt=in_doubt)
@@ -296,7 +304,7 @@ class RelocationService:
             self._retry(domain, f"{detail}; d{domain.domid} runs on")
 
     def _retry(self, domain: DomainIdentity, detail: str, *, stood_still: bool = False) -> None:
-        now = self._clock.now()
+        now = self._now()
         job = self._queue.failed(domain, detail, now, stood_still=stood_still)
         if job is None:
             tries = self._queue.job(domain).attempts
@@ -305,7 +313,7 @@ class RelocationService:
                 detail = f"{detail}; {_NO_MORE_SAVES}"
             self._give_up(domain, RelocationReason.GAVE_UP, detail)
             return
-        telling.failed(job, detail, job.due - now)
+        telling.failed(job, detail, job.due - now.steady)
 
     async def _settle(
         self,
@@ -316,7 +324,7 @@ class RelocationService:
         otherwise: RelocationReason = RelocationReason.PAGES_REMAIN,
     ) -> None:
         """The old domain is gone: wait, not for ever, until Xen says that the pages are, too."""
-        settled = await self._settled(domain)
+        settled = await self._settling.settled(domain)
         if settled.remaining:
             detail = f"{len(settled.remaining)} pages are not offline: {settled.detail}"
             if not isinstance(outcome, Migrated):
@@ -338,32 +346,8 @@ class RelocationService:
             ),
         )
 
-    async def _settled(self, domain: DomainIdentity) -> Settled:
-        self._queue.note(domain, "has left; its pages are being freed")
-        wait = _SETTLE_FIRST
-        waited = 0.0
-        while True:
-            mfns = self._queue.job(domain).mfns
-            settled = await self._look_at_pages(domain, mfns)
-            # Pages that came meanwhile must have been asked for, too.
-            late = self._queue.job(domain).mfns - mfns
-            if (not settled.remaining and not late) or waited >= _SETTLE_LIMIT:
-                return settled
-            await self._sleep(wait)
-            waited += wait
-            wait = min(2 * wait, _SETTLE_LAST)
-
-    async def _look_at_pages(self, domain: DomainIdentity, mfns: frozenset[Mfn]) -> Settled:
-        try:
-            return await self._in_thread(partial(self._host.settled, domain, mfns))
-        except OSError as error:
-            nothing: frozenset[Mfn] = frozenset()
-            return Settled(
-                offlined=nothing, remaining=mfns, new_domid=None, detail=str(error), stuck=None
-            )
-
     def _defer(self, domain: DomainIdentity, hindrance: Hindrance, detail: str) -> None:
-        job = self._queue.defer(domain, hindrance, detail, self._clock.now())
+        job = self._queue.defer(domain, hindrance, detail, self._now())
         telling.put_off(job, detail)
 
     def _give_up(
@@ -393,5 +377,12 @@ class RelocationService:
 
     def _link_changed(self) -> None:
         self._link_changes += 1
-        self._queue.link_changed(self._clock.now())
+        self._queue.link_changed(self._now())
         self._wake.set()
+
+    def _hurry(self, domain: DomainIdentity) -> None:
+        self._queue.hurry(domain, self._now())
+        self._wake.set()
+
+    def _now(self) -> Instant:
+        return Instant(wall=self._clock.now(), steady=self._clock.monotonic())

@@ -37,7 +37,7 @@ def begun(job: RelocationJob, policy: RelocationPolicy) -> None:
 
 def put_off(job: RelocationJob, detail: str) -> None:
     """Something that passes is in the way."""
-    level = logging.INFO if job.deferrals == 1 else logging.DEBUG
+    level = logging.INFO if job.deferrals <= 1 else logging.DEBUG
     what = f"the {_noun(job)} of d{job.domain.domid} is put off: {detail}"
     _tell(job, level, Event.MIGRATION_DEFERRED, what)
 

@@ -230,11 +230,11 @@ def _outcome(
         return Migrated()
     how = f"was ended by signal {-status}" if status < 0 else f"failed with status {status}"
     detail = f"xl {how}; it said: {transcript.last_words()}"
-    if transcript.in_doubt:
+    if transcript.is_in_doubt:
         return InDoubt(detail=detail)
     if timed_out:
         detail = f"the time limit of {limit:g} s was exceeded; {detail}"
-    return NotMigrated(detail=detail, timed_out=timed_out)
+    return NotMigrated(detail=detail, timed_out=timed_out, may_run_there=transcript.may_run_there)
 
 
 def _follows(found: Found, program: str, argument: str) -> int | None:

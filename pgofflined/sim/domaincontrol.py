@@ -7,8 +7,9 @@ from dataclasses import replace
 from errno import EBUSY, EINVAL, EOPNOTSUPP
 
 from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, SuspendNotAsked
+from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, GuestEnded, SuspendNotAsked
 from pgofflined.core.frames import DOM0, Domid
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.ports import SuspendLimits, VcpuFrames, nothing
 from pgofflined.sim.errors import Refused
 from pgofflined.sim.frames import FrameType
@@ -37,6 +38,14 @@ class SimulatedDomainControl(HostState):
         """One domain, without its name."""
         with self.call("getdomaininfo", domid):
             return replace(self.simulated(domid).info(), name="")
+
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        """control/feature-suspend, as the test says."""
+        with self.call("xs_read", domid):
+            domain = self.simulated(domid)
+            return (
+                SuspendSupport.NOT_ASKED if domain.kind is GuestKind.HVM else domain.suspend_support
+            )
 
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """control/shutdown = suspend, and what the guest makes of it."""
@@ -137,17 +146,22 @@ class SimulatedDomainControl(HostState):
                 self.reboot(domain.domid)
             case Answer.CRASHES:
                 self.crash(domain.domid, "the guest crashed on its way to suspend")
+            case Answer.CRASHES_READING:
+                domain.unread_request = True
+                self.crash(domain.domid, "the guest crashed as it read the request")
+            case Answer.POWERS_OFF:
+                domain.shutdown = ShutdownReason.POWEROFF
             case _:
                 return
-        raise DomainGone(domain.domid)
+        self._same(domain)
 
     def _same(self, domain: SimulatedDomain) -> None:
-        """The domain must still be there after a wait in which others may have acted."""
+        """A domain that was asked must still be there after a wait in which others may act."""
         with self.lock:
             if self.by_domid.get(domain.domid) is not domain:
-                raise DomainGone(domain.domid)
+                raise GuestEnded(domain.domid, None)
             if domain.shutdown not in (None, ShutdownReason.SUSPEND):
-                raise DomainGone(domain.domid)
+                raise GuestEnded(domain.domid, domain.shutdown)
 
     def _refuse_or_ignore(self, domain: SimulatedDomain) -> bool:
         """Whether the guest will not read the request.  Refuses what can never work."""

@@ -13,6 +13,7 @@ from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import Hypervisor, SuspendLimits, Swapped, VcpuFrames, nothing
 
@@ -169,6 +170,10 @@ class FaultyHypervisor:
     def condition(self, domid: Domid) -> DomainInfo:
         """See ``ports.DomainControl``."""
         return self._call("condition", (domid,), lambda: self.inner.condition(domid))
+
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        """See ``ports.DomainControl``."""
+        return self._call("suspend_support", (domid,), lambda: self.inner.suspend_support(domid))
 
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """See ``ports.DomainControl``."""

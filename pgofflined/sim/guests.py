@@ -10,6 +10,7 @@ from uuid import UUID
 
 from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.frames import Domid, Mfn, Pfn
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.sim.frames import FrameType
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class Answer(Enum):
     DIES = "is destroyed meanwhile"
     REBOOTS = "comes back under the same domid with another uuid"
     CRASHES = "crashes on the way"
+    CRASHES_READING = "crashes as it reads the request, which stays where it is (Mini-OS)"
+    POWERS_OFF = "takes the request for one to power off"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +86,7 @@ class SimulatedDomain:
     shared_info: Mfn
     rebuild: Callable[[], None]
     behaviour: SuspendBehaviour = field(default_factory=SuspendBehaviour)
+    suspend_support: SuspendSupport = SuspendSupport.ANNOUNCED
     pv: PvGuest | None = None
     gfns: FrameArray | None = None
     tot_pages: int = 0

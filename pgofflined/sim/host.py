@@ -16,6 +16,7 @@ import numpy as np
 from pgofflined.core.domains import GuestKind, ShutdownReason
 from pgofflined.core.errors import DomainGone, XenError
 from pgofflined.core.frames import DOM0, DOMID_IO, DOMID_XEN, Domid, Mfn, Pfn
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import Clock
 from pgofflined.sim.clock import ManualClock
@@ -175,6 +176,8 @@ class HostState:
             domain = self.simulated(new)
             self.frames.contents.move(old.gfns[present], domain.guest_frames[: len(present)])
             domain.uuid, domain.behaviour, domain.activity = old.uuid, old.behaviour, None
+            # Its control/feature-suspend is made anew, and Linux writes it only when it boots.
+            domain.suspend_support = SuspendSupport.SILENT
             self._end(domid)
             return new
 

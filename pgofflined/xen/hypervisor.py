@@ -12,15 +12,17 @@ from uuid import UUID
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.frames import Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineReply, OfflineState, OnlineFlag
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import SuspendLimits, Swapped, VcpuFrames, nothing
+from pgofflined.ports.affinity import AffinityNote
 from pgofflined.saving import unfinished_save
 from pgofflined.xen.control import Control, probe_interface, read_version
 from pgofflined.xen.domains import Domains
 from pgofflined.xen.frames import Frames
 from pgofflined.xen.libs import ForeignPages, XenCall
 from pgofflined.xen.monitors import Monitors
-from pgofflined.xen.placement import LinuxThread, Placement
+from pgofflined.xen.placement import LinuxThread, Placement, restore
 from pgofflined.xen.suspension import Suspension
 from pgofflined.xen.toolstack import FirstLook
 from pgofflined.xen.vcpus import Dom0Vcpus
@@ -62,14 +64,17 @@ class XenHypervisor:
 
     Opening it asks the hypervisor for its version and for the interface that it speaks.  Raises
     PortError when this is no dom0, the libraries are missing, or the release is not known.
+    ``affinity`` is where it is noted that dom0's vCPUs are narrowed; None for nowhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, affinity: AffinityNote | None = None) -> None:
         self._call = XenCall()
         version = read_version(self._call)
         self._control = Control(self._call, probe_interface(self._call, version))
         self._pages = ForeignPages()
-        self._placement = Placement(Dom0Vcpus(self._call, self._control), LinuxThread())
+        self._placement = Placement(
+            Dom0Vcpus(self._call, self._control), LinuxThread(), note=affinity
+        )
         self._frames = Frames(
             call=self._call,
             control=self._control,
@@ -150,6 +155,10 @@ class XenHypervisor:
     def condition(self, domid: Domid) -> DomainInfo:
         """One domain, without its name."""
         return self._domains.condition(domid)
+
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        """Whether the guest has announced that it suspends itself when asked."""
+        return self._suspension.support(domid)
 
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """Ask the guest to suspend itself and wait until it has."""
@@ -281,6 +290,20 @@ def release_monitors() -> list[int]:
     asked which one it is.
     """
     return Monitors().release_all() if stops_monitors() else []
+
+
+def restore_affinity(note: AffinityNote) -> None:
+    """Give dom0's vCPUs their affinity back that a killed process has left narrowed.
+
+    Raises PortError where Xen cannot be asked; without a note it is not.
+    """
+    if not note.read():
+        return
+    call = XenCall()
+    try:
+        restore(Dom0Vcpus(call, Control(call, probe_interface(call, read_version(call)))), note)
+    finally:
+        call.close()
 
 
 def stops_monitors() -> bool:

@@ -14,6 +14,9 @@ firmware call (Dell's dcdbas and i8k drivers do); the last check makes that wind
 microseconds wide, and nothing in user space can close it.
 
 dom0 must be PV: there Linux's CPU number is the vCPU's number (arch/x86/xen/enlighten_pv.c).
+
+An affinity that is narrowed by us is noted before: should the process be killed meanwhile, the next
+one takes that back (``restore``), unless somebody has set another since.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, PortError, XenError
+from pgofflined.ports.affinity import AffinityNote, Narrowed
 
 _LOG = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -137,10 +141,12 @@ class Placement:
         vcpus: VcpuControl,
         threads: ThreadControl,
         *,
+        note: AffinityNote | None = None,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self._vcpus = vcpus
         self._threads = threads
+        self._note = note
         self._pause = pause
         self._lock = threading.RLock()
         self._current: int | None = None
@@ -197,6 +203,7 @@ class Placement:
         """Bring thread and vCPU into place, noting how to undo it; give the reason if it fails."""
         vcpu = candidate.vcpu
         if candidate.narrow is not None:
+            self._noted(vcpu, candidate.narrow)
             undo.add(lambda: self._widen(vcpu, candidate.narrow))
             try:
                 effective = self._vcpus.set_hard_affinity(vcpu.number, candidate.narrow)
@@ -233,6 +240,38 @@ class Placement:
         """Give the vCPU its former affinity back, unless somebody else has set another since."""
         if self._vcpus.hard_affinity(vcpu.number) == ours:
             self._vcpus.set_hard_affinity(vcpu.number, vcpu.hard)
+        if self._note is not None:
+            self._note.clear(vcpu.number)
+
+    def _noted(self, vcpu: Vcpu, narrowed: frozenset[int]) -> None:
+        """Without a note the call is made all the same: it takes a kill as well to do any harm."""
+        if self._note is None:
+            return
+        try:
+            self._note.put(vcpu.number, Narrowed(before=vcpu.hard, narrowed=narrowed))
+        except OSError as error:
+            _LOG.error("that vCPU %d of dom0 is narrowed cannot be noted: %s", vcpu.number, error)
+
+
+def restore(vcpus: VcpuControl, note: AffinityNote) -> None:
+    """Give vCPUs their affinity back that a killed process has left narrowed.
+
+    Not where somebody has set another since.  What Xen refuses is told, and kept for the next time.
+    """
+    for vcpu, narrowed in note.read().items():
+        try:
+            if vcpus.hard_affinity(vcpu) == narrowed.narrowed:
+                vcpus.set_hard_affinity(vcpu, narrowed.before)
+                _LOG.warning("vCPU %d of dom0 was still kept off pCPU 0 and is not now", vcpu)
+            note.clear(vcpu)
+        except (PortError, OSError) as error:
+            _LOG.error(
+                "vCPU %d of dom0 is kept off pCPU 0 by us, and that could not be taken back: %s; "
+                "see xl vcpu-list 0 and set it with xl vcpu-pin 0 %d all",
+                vcpu,
+                error,
+                vcpu,
+            )
 
 
 class _Undo:

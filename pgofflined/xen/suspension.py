@@ -23,12 +23,14 @@ from pgofflined.core.domains import GuestKind, ShutdownReason, guest_kind, shutd
 from pgofflined.core.errors import (
     DomainGone,
     GuestDidNotSuspend,
+    GuestEnded,
     PortError,
     SuspendNotAsked,
     SuspendShared,
     XenError,
 )
 from pgofflined.core.frames import Domid
+from pgofflined.core.suspending import FEATURE, SuspendSupport, read_announcement
 from pgofflined.ports import SuspendLimits, nothing
 from pgofflined.xen.abi.domctl import (
     GetDomainInfo,
@@ -86,6 +88,20 @@ class Suspension:
         # Domains that we have suspended: their kind need not be asked for while they stand still.
         self._fit: set[Domid] = set()
 
+    def support(self, domid: Domid) -> SuspendSupport:
+        """Whether a guest has announced that it suspends itself when asked.
+
+        Raises XenError, DomainGone.
+        """
+        info = self._domains.state(domid)
+        kind = guest_kind(info.flags, info.arch_config.emulation_flags)
+        # libxl asks a guest of the HVM class only if it has PV drivers (libxl_dom_suspend.c,
+        # domain_suspend_callback_common); any other is shut down from outside.
+        if kind is not GuestKind.PV and not self._has_pv_drivers(domid):
+            return SuspendSupport.NOT_ASKED
+        with self._stores() as store:
+            return read_announcement(store.read(f"/local/domain/{domid}/{FEATURE}"))
+
     def suspend(self, domid: Domid, limits: SuspendLimits) -> None:
         """Ask the guest to suspend itself and wait until it has.
 
@@ -97,7 +113,7 @@ class Suspension:
 
         Raises SuspendNotAsked: EBUSY when another shutdown, suspend or migration of the domain is
         under way or has used the same request, EOPNOTSUPP for 32-bit PV and for HVM guests;
-        DomainGone when it ends meanwhile.
+        DomainGone when it has ended before it was asked, GuestEnded when it does so afterwards.
         """
         self._hold_monitors(domid)
         try:
@@ -112,22 +128,31 @@ class Suspension:
         with self._stores() as store:
             self._ask(store, domid, path)
             try:
-                acknowledged = self._await_acknowledgement(store, domid, path, limits.acknowledge)
-            except XenError as error:
-                # Unread, it has led to nothing: should the guest suspend, it is for somebody else.
-                if not isinstance(error, SuspendNotAsked) and _withdraw(store, path):
-                    raise SuspendNotAsked(error.errno, op=error.op, domid=domid) from error
+                self._await(store, domid, path, limits)
+            except GuestEnded:
                 raise
-            except BaseException:
-                # Also when we are told to stop: leave no request behind.
-                _withdraw(store, path)
-                raise
-            if not acknowledged and _withdraw(store, path):
-                raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
-            # While the guest is busy with it, for it does not wait for us yet.
-            self._refuse_shared(store, domid, path)
-            if not self._await_suspended(store, domid, limits.suspend):
-                raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
+            except DomainGone as error:
+                raise GuestEnded(domid, None) from error
+
+    def _await(self, store: StorePort, domid: Domid, path: str, limits: SuspendLimits) -> None:
+        """Wait until the guest that was asked has suspended itself.  Raises as ``suspend``."""
+        try:
+            acknowledged = self._await_acknowledgement(store, domid, path, limits.acknowledge)
+        except XenError as error:
+            # Unread, it has led to nothing: should the guest suspend, it is for somebody else.
+            if not isinstance(error, SuspendNotAsked) and _withdraw(store, path):
+                raise SuspendNotAsked(error.errno, op=error.op, domid=domid) from error
+            raise
+        except BaseException:
+            # Also when we are told to stop: leave no request behind.
+            _withdraw(store, path)
+            raise
+        if not acknowledged and _withdraw(store, path):
+            raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
+        # While the guest is busy with it, for it does not wait for us yet.
+        self._refuse_shared(store, domid, path)
+        if not self._await_suspended(store, domid, limits.suspend):
+            raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
 
     def _hold_monitors(self, domid: Domid) -> None:
         if self._monitors is not None and domid not in self._holds:
@@ -236,8 +261,8 @@ class Suspension:
                 return False
             case ShutdownReason.SUSPEND:
                 return True
-            case _:
-                raise DomainGone(domid)
+            case reason:
+                raise GuestEnded(domid, reason)
 
     def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:
         """Let a suspended guest run on in its own domain; does nothing for one that runs.

@@ -23,7 +23,9 @@ from pgofflined.xen.abi.mca import (
     XEN_MCA_INTERFACE_VERSION,
     Mc,
     McInfo,
+    McLogicalCpu,
     XEN_MC_fetch,
+    XEN_MC_physcpuinfo,
 )
 from pgofflined.xen.abi.mcelog import (
     MCE_GET_LOG_LEN,
@@ -42,6 +44,12 @@ _LOG = logging.getLogger(__name__)
 
 # Xen keeps at most 30 records (mctelem.c); a drain that finds more than this is not draining.
 _MOST_RECORDS: Final = 1000
+# IA32_MCG_CAP (Intel SDM volume 4); Xen gives it of every processor.
+_MSR_MCG_CAP: Final = 0x179
+# Processors for which there is room beyond those that Xen counts, should some come online
+# meanwhile, and more than Xen can count (NR_CPUS in xen/arch/Kconfig).
+_SPARE_CPUS: Final = 256
+_MOST_CPUS: Final = 16_383
 _LONGEST_RECORD: Final = 4096
 _LONGEST_LOG: Final = 4096
 
@@ -60,6 +68,8 @@ class NativeSource:
         self._channels = channels
         self._port = port
         self._unacknowledged: dict[int, int] = {}
+        self._has_asked = False
+        self._mcg_cap: int | None = None
         # The kernel's read would block after a spurious wake-up.
         os.set_blocking(channels.fileno(), False)
 
@@ -124,6 +134,7 @@ class NativeSource:
         for want of room it does not tell, so ``lost`` is always 0.
         """
         self._rearm()
+        self._ask_mcg_cap()
         records: list[bytes] = []
         try:
             for queue in (XEN_MC_URGENT, XEN_MC_NONURGENT):
@@ -132,7 +143,9 @@ class NativeSource:
             if not records:
                 raise
             _LOG.error("machine-check records may be left in the hypervisor: %s", error)
-        return TelemetryBatch(format=RecordFormat.MC_INFO, records=tuple(records))
+        return TelemetryBatch(
+            format=RecordFormat.MC_INFO, records=tuple(records), mcg_cap=self._mcg_cap
+        )
 
     def _rearm(self) -> None:
         """Take the event, if there is one, and let the next one through.
@@ -183,8 +196,37 @@ class NativeSource:
             request.u.mc_fetch.fetch_id = number
             self._mca(request, "mca_acknowledge")
 
-    def _mca(self, request: Mc, op: str) -> None:
-        request.cmd = XEN_MC_fetch
+    def _ask_mcg_cap(self) -> None:
+        """Learn IA32_MCG_CAP, once, for records do not hold it; they can be read without, too."""
+        if self._has_asked:
+            return
+        self._has_asked = True
+        try:
+            self._mcg_cap = self._read_mcg_cap()
+        except XenError as error:
+            _LOG.warning("what this host's processors can report is not known: %s", error)
+
+    def _read_mcg_cap(self) -> int | None:
+        """That of the first processor, by which Xen goes as well; None where Xen has none."""
+        with self._call.struct(Mc) as request:
+            self._mca(request, "mca_count_cpus", command=XEN_MC_physcpuinfo)
+            count = request.u.mc_physcpuinfo.ncpus
+        if not 0 < count <= _MOST_CPUS:
+            raise XenError(errno.EPROTO, op="mca_count_cpus")
+        room = count + _SPARE_CPUS
+        size = ctypes.sizeof(McLogicalCpu)
+        with self._call.buffer(room * size) as address, self._call.struct(Mc) as request:
+            request.u.mc_physcpuinfo.ncpus = room
+            request.u.mc_physcpuinfo.info = address
+            self._mca(request, "mca_physcpuinfo", command=XEN_MC_physcpuinfo)
+            if request.u.mc_physcpuinfo.ncpus < 1:
+                return None
+            first = McLogicalCpu.from_buffer_copy(ctypes.string_at(address, size))
+        registers = first.mc_msrvalues[: max(0, first.mc_nmsrvals)]
+        return next((each.value for each in registers if each.reg == _MSR_MCG_CAP), None)
+
+    def _mca(self, request: Mc, op: str, *, command: int = XEN_MC_fetch) -> None:
+        request.cmd = command
         request.interface_version = XEN_MCA_INTERFACE_VERSION
         self._call.hypercall(HYPERVISOR_arch_0, ctypes.addressof(request), op=op)
 

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 import pgofflined.xen.abi
-from pgofflined.core import domains, frames, offline, pages
+from pgofflined.core import domains, frames, offline, pages, telemetry
 from pgofflined.xen.abi.interface import INTERFACE_VERSIONS, Interface
 from pgofflined.xen.abi.structure import AbiStructure
 
@@ -69,6 +69,10 @@ CORE_CONSTANTS: Mapping[str, int] = {
         if flag is not offline.OnlineFlag.INVALID
     },
     "PG_OFFLINE_OWNER_SHIFT": 16,
+    **{
+        f"MC_FLAG_{name}": getattr(telemetry, f"MC_FLAG_{name}")
+        for name in ("POLLED", "CMCI", "MCE")
+    },
     "XEN_DOMCTL_PFINFO_LTAB_SHIFT": pages.PFINFO_TYPE_SHIFT,
     "XEN_DOMCTL_PFINFO_LTAB_MASK": pages.PFINFO_TYPE_MASK,
     "XEN_DOMCTL_PFINFO_LTABTYPE_MASK": pages.PFINFO_LTAB_TYPE_MASK,

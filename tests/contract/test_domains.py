@@ -9,6 +9,7 @@ import pytest
 from pgofflined.core.domains import GuestKind, ShutdownReason
 from pgofflined.core.errors import DomainGone, XenError
 from pgofflined.core.frames import DOM0, Domid
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.ports import Hypervisor, SuspendLimits
 
 from .guestmemory import assert_runs, paused, standing_still
@@ -117,6 +118,14 @@ def test_resume_of_a_running_guest_does_nothing(hypervisor: Hypervisor, host: Co
     hypervisor.resume(host.pv)
 
     assert_runs(hypervisor, host.pv)
+
+
+def test_linux_guests_announce_that_they_suspend_themselves(
+    hypervisor: Hypervisor, host: ContractHost
+) -> None:
+    assert hypervisor.suspend_support(host.pv) is SuspendSupport.ANNOUNCED
+    with standing_still(hypervisor, host.pv):
+        assert hypervisor.suspend_support(host.pv) is SuspendSupport.ANNOUNCED
 
 
 def test_nothing_is_withdrawn_where_nothing_was_asked(

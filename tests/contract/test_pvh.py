@@ -11,6 +11,7 @@ from pgofflined.core.domains import GuestKind, ShutdownReason
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import Mfn, Pfn
 from pgofflined.core.moves import PteWrite
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.ports import Hypervisor, SuspendLimits
 from tests.single import set_ptes, swap
 
@@ -23,6 +24,12 @@ GFN = 0x80
 
 def test_pvh_guest_is_known_as_pvh(hypervisor: Hypervisor, host: ContractHost) -> None:
     assert hypervisor.domain(host.pvh).kind is GuestKind.PVH
+
+
+def test_pvh_guest_announces_that_it_suspends_itself(
+    hypervisor: Hypervisor, host: ContractHost
+) -> None:
+    assert hypervisor.suspend_support(host.pvh) is SuspendSupport.ANNOUNCED
 
 
 def test_contents_are_read_by_guest_frame(hypervisor: Hypervisor, host: ContractHost) -> None:

@@ -181,7 +181,7 @@ def test_a_record_of_another_domain_with_the_same_domid_is_not_followed(what: st
     bench = killed(Fault(method="exchange", kills=True))
     [kept] = bench.journal.kept.values()
     other = {
-        "shared_info": replace(kept.record, shared_info=Mfn(kept.record.shared_info + 1)),
+        "shared_info": replace(kept.record, shared_info=Mfn((kept.record.shared_info or 0) + 1)),
         "cpu_time": replace(kept.record, cpu_time=10**15),
         "uuid": replace(kept.record, domain=replace(kept.record.domain, uuid=UUID(int=3))),
     }[what]

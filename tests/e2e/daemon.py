@@ -82,7 +82,7 @@ class Daemon:
     def offline(self, mfn: int) -> None:
         """Have a page retired."""
         answer = self.request_offline(mfn)
-        assert answer["accepted"], answer
+        assert answer["fate"] != "refused", answer
 
     def wait_for(self, mfn: int, *states: str, limit: float = JOB_LIMIT) -> Mapping[str, Any]:
         """Wait until the daemon's entry for a page is in one of these states."""

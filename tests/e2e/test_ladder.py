@@ -70,7 +70,7 @@ def test_a_guest_is_saved_and_restored_off_a_page_that_cannot_be_exchanged(host:
         assert daemon.metric("migrations_total", outcome="migrated") == 1
         assert (left_in(host, NOTES), left_in(host, SAVES)) == (["lock"], [])
         assert daemon.status()["attention"] == [
-            line for line in daemon.status()["attention"] if "a save of" not in line
+            line for line in daemon.status()["attention"] if "a save of" not in line["text"]
         ]
     # What xl left behind to look after the guest is none of the service's, and lives.
     assert host.run(["pgrep", "-fc", "xl restore"]).out.strip() != "0"
@@ -88,7 +88,7 @@ def test_a_guest_whose_mover_is_killed_when_it_is_saved_is_left_to_a_person(host
         daemon.offline(ring)
         daemon.wait_for(ring, "left", limit=300)
         assert not guest.exists()
-        told = [line for line in daemon.status()["attention"] if file in line]
+        told = [line for line in daemon.status()["attention"] if file in line["text"]]
         assert told, daemon.status()["attention"]
         killed = daemon.pid()
         host.run(["systemctl", "kill", "--signal=KILL", UNIT])
@@ -99,7 +99,9 @@ def test_a_guest_whose_mover_is_killed_when_it_is_saved_is_left_to_a_person(host
             interval=1,
         )
         wait_until(
-            lambda: any(f"xl restore {file}" in line for line in daemon.status()["attention"]),
+            lambda: any(
+                f"xl restore {file}" in one["text"] for one in daemon.status()["attention"]
+            ),
             timeout=60,
             what="the next daemon to tell of the save",
             interval=1,
@@ -121,7 +123,7 @@ def test_a_guest_is_restored_though_the_daemon_is_restarted_when_it_is_saved(hos
         wait_until(lambda: "begun" in left_in(host, BIN), timeout=300, what="the save", interval=1)
         host.run(["systemctl", "restart", UNIT], timeout=300)
         wait_until(
-            lambda: any("is being saved" in line for line in daemon.status()["attention"]),
+            lambda: any("is being saved" in one["text"] for one in daemon.status()["attention"]),
             timeout=60,
             what="the next daemon to tell of the save",
             interval=1,

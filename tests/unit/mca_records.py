@@ -16,6 +16,10 @@ ADDRV = 1 << 58
 PCC = 1 << 57
 S = 1 << 56
 AR = 1 << 55
+
+CORRECTABLE, UNCORRECTABLE, RECOVERABLE = 1, 2, 4
+POLLED, CMCI, MCE = 8, 32, 64
+
 MISC_PAGE = 0x8C  # physical address, valid from bit 12 on
 
 
@@ -33,7 +37,16 @@ class BankError:
     domid: int = DOMID_INVALID
 
 
-def global_entry(error: BankError, *, flags: int = 9) -> bytes:
+def flags_of(error: BankError) -> int:
+    """How Xen flags a new error: found by the poll, or signalled."""
+    if not error.status & UC:
+        return POLLED | CORRECTABLE
+    severity = UNCORRECTABLE if error.status & PCC else RECOVERABLE
+    return severity | (MCE if error.status & S else POLLED)
+
+
+def global_entry(error: BankError, *, flags: int | None = None) -> bytes:
+    flags = flags_of(error) if flags is None else flags
     return struct.pack(
         "<HHHHIHHIIQ",
         *(0, 32, DOMID_INVALID, 0xFFFF, error.socket, 0, 0, error.apicid, flags, error.gstatus),
@@ -60,9 +73,9 @@ def mc_info(*entries: bytes, count: int | None = None, flags: int = 0) -> bytes:
     return blob.ljust(768, b"\0")
 
 
-def mc_info_of(error: BankError) -> bytes:
+def mc_info_of(error: BankError, *, flags: int | None = None) -> bytes:
     """The record that Xen makes of an error."""
-    return mc_info(global_entry(error), bank_entry(error))
+    return mc_info(global_entry(error, flags=flags), bank_entry(error))
 
 
 def xen_mce_of(error: BankError, *, size: int = 112, cpuvendor: int = 1, mcg_cap: int = 0) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from uuid import UUID
 
 from pgofflined.core.book import Cause, PageEntry, Phase
+from pgofflined.core.conditions import Condition, ConditionCode
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.status import JobStatus, Snapshot, SourceStatus, WorkerStatus
@@ -44,6 +45,25 @@ OFFLINED_PAGE = PageEntry(
     detail="its owner was moved off it in place",
 )
 
+UNRESOLVED = Condition(
+    code=ConditionCode.PAGE_UNRESOLVED,
+    text="mfn 0x1a2b3 stays in use although it is failing: it belongs to dom0",
+    since=STARTED + 60.0,
+    mfn=Mfn(0x1A2B3),
+)
+PUT_OFF = Condition(
+    code=ConditionCode.PAGE_PUT_OFF,
+    text="mfn 0x2000 waits for a later try: the page is granted to d0",
+    since=STARTED + 3600.0,
+    mfn=Mfn(0x2000),
+    domid=WEB.domid,
+)
+SCRUB = Condition(
+    code=ConditionCode.IDLE_SCRUB,
+    text="1 retired pages keep an idle CPU of their NUMA node busy until the host reboots",
+    since=STARTED + 30.0,
+)
+
 SNAPSHOT = Snapshot(
     version="0.1.0",
     started=STARTED,
@@ -73,7 +93,7 @@ SNAPSHOT = Snapshot(
             since=NOW - 3.0,
         ),
     ),
-    attention=("mfn 0x1a2b3 belongs to dom0: plan a reboot with badpage=",),
+    attention=(UNRESOLVED, PUT_OFF, SCRUB),
     policy=("retire.corrected_errors = 2 errors", "retire.window = 259200 s"),
     policy_digest="3f2a",
     pages=(OFFLINED_PAGE, LEFT_PAGE, WAITING_PAGE),

@@ -16,8 +16,8 @@ from pgofflined.core.reports import (
     CorrectedPageError,
     ErrorReport,
     HypervisorActed,
-    OtherError,
     OtherKind,
+    UncorrectedPageError,
 )
 from pgofflined.core.telemetry import decode
 from pgofflined.ports import TelemetrySource
@@ -80,19 +80,14 @@ class TelemetrySourceContract:
 
     def test_corrected_error_is_reported_alike(self, feed: Feed) -> None:
         feed.put(BankError(status=USABLE | OVER | 3 << 38 | 0x90))
-        assert reports(feed.source) == [
-            CorrectedPageError(
-                mfn=Mfn(0x12345),
-                weight=3,
-                overflow=True,
-                granularity=4096,
-                domid=None,
-                apicid=3,
-                bank=9,
-                status=USABLE | OVER | 3 << 38 | 0x90,
-                misc=0x8C,
-            )
-        ]
+        [report] = reports(feed.source)
+        assert isinstance(report, CorrectedPageError)
+        assert (report.mfn, report.count, report.overflow) == (0x12345, 3, True)
+        assert (report.granularity, report.domid) == (4096, None)
+        bank = report.bank
+        assert (bank.bank, bank.status) == (9, USABLE | OVER | 3 << 38 | 0x90)
+        assert (bank.addr, bank.misc) == (0x1234_5678, 0x8C)
+        assert (bank.apicid, bank.socket, bank.gstatus) == (3, 1, 0)
 
     def test_address_of_what_xen_handled_is_not_used(self, feed: Feed) -> None:
         feed.put(BankError(status=USABLE | UC | S | 0x17A))
@@ -103,7 +98,7 @@ class TelemetrySourceContract:
     def test_uncorrected_error_left_alone_names_the_page_not_to_be_read(self, feed: Feed) -> None:
         feed.put(BankError(status=USABLE | UC | 0x136))
         [report] = reports(feed.source)
-        assert isinstance(report, OtherError)
+        assert isinstance(report, UncorrectedPageError)
         assert (report.kind, report.mfn) == (OtherKind.UNCORRECTED_NOT_SIGNALLED, 0x12345)
 
     def test_errors_keep_their_order(self, feed: Feed) -> None:

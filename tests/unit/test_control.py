@@ -17,11 +17,15 @@ import msgspec
 import pytest
 
 from pgofflined.control import ControlServer
-from pgofflined.control.client import NotAllowed, NotRunning, RequestFailed, ask
+from pgofflined.control.client import Busy, NotAllowed, NotRunning, RequestFailed, ask
 from pgofflined.control.protocol import (
+    MAX_ATTENTION,
     MAX_JOBS,
     MAX_PAGES,
     MAX_REPLY,
+    PROTOCOL,
+    AcknowledgeReply,
+    AcknowledgeRequest,
     JobsReply,
     JobsRequest,
     OfflineReply,
@@ -31,16 +35,21 @@ from pgofflined.control.protocol import (
     Request,
     StatusReply,
     StatusRequest,
+    WaitRequest,
     decode_reply,
     decode_request,
     encode,
-    status_reply,
 )
+from pgofflined.control.replies import status_reply
+from pgofflined.core.conditions import Condition, ConditionCode
 from pgofflined.core.errors import PortError
-from pgofflined.core.frames import Mfn
-from pgofflined.core.status import FrameAnswer, OfflineAnswer, Snapshot
+from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.incidents import Acknowledged
+from pgofflined.core.status import Fate, FrameAnswer, OfflineAnswer, Snapshot
 from pgofflined.serving import CannotListen
-from tests.unit.rim_samples import LEFT_PAGE, OFFLINED_PAGE, SNAPSHOT, WAITING_PAGE
+from tests.unit.rim_samples import LEFT_PAGE, OFFLINED_PAGE, SNAPSHOT, UNRESOLVED, WAITING_PAGE
+
+STUCK = Condition(code=ConditionCode.GUEST_STUCK, text="d7 stands still", since=1.0)
 
 
 class Daemon:
@@ -49,6 +58,9 @@ class Daemon:
     def __init__(self) -> None:
         self.status = SNAPSHOT
         self.asked: list[Mfn] = []
+        self.awaited: list[bool] = []
+        self.waited: list[float] = []
+        self.acknowledged: list[tuple[ConditionCode | None, Mfn | None, Domid | None, int]] = []
         self.hold: asyncio.Event | None = None
         self.held = asyncio.Semaphore(0)
 
@@ -71,9 +83,26 @@ class Daemon:
             mfn=mfn, state="OFFLINE_PENDING", owner="d7", hits_in_window=2, entry=entry
         )
 
-    async def offline(self, mfn: Mfn) -> OfflineAnswer:
+    async def offline(self, mfn: Mfn, *, is_awaited: bool) -> OfflineAnswer:
         self.asked.append(mfn)
-        return OfflineAnswer(mfn=mfn, accepted=True, detail="it is looked at now")
+        self.awaited.append(is_awaited)
+        if self.hold is not None and is_awaited:
+            self.held.release()
+            await self.hold.wait()
+        return OfflineAnswer(mfn=mfn, fate=Fate.UNDER_WAY, detail="exchange of d7")
+
+    async def wait(self, mfn: Mfn, seconds: float) -> OfflineAnswer:
+        self.waited.append(seconds)
+        if self.hold is not None:
+            self.held.release()
+            await self.hold.wait()
+        return OfflineAnswer(mfn=mfn, fate=Fate.OUT_OF_USE, detail="d7 was moved off it")
+
+    def acknowledge(
+        self, code: ConditionCode | None, mfn: Mfn | None, domid: Domid | None, *, uid: int
+    ) -> Acknowledged:
+        self.acknowledged.append((code, mfn, domid, uid))
+        return Acknowledged(done=(UNRESOLVED,), kept=(STUCK,))
 
 
 @pytest.fixture
@@ -116,7 +145,8 @@ async def send(path: Path, lines: bytes) -> list[dict[str, Any]]:
 async def test_status_tells_the_snapshot(path: Path, daemon: Daemon) -> None:
     reply = await asyncio.to_thread(ask, path, StatusRequest())
     assert isinstance(reply, StatusReply)
-    assert reply.attention == list(daemon.status.attention)
+    told = [(one.code, one.severity, one.mfn, one.text) for one in reply.attention]
+    assert told == [(one.code, one.severity, one.mfn, one.text) for one in daemon.status.attention]
     assert (reply.retired_frames, reply.cap_frames) == (3, 4096)
     assert reply.errors[0].error_class == "corrected"
     assert reply.jobs[0].domain_name == "web-1"
@@ -142,8 +172,27 @@ async def test_a_query_gives_the_frame_and_our_entry(path: Path) -> None:
 
 async def test_an_offline_request_reaches_the_daemon(path: Path, daemon: Daemon) -> None:
     reply = await asyncio.to_thread(ask, path, OfflineRequest(mfn="4096"))
-    assert reply == OfflineReply(mfn=4096, accepted=True, detail="it is looked at now")
+    assert reply == OfflineReply(mfn=4096, fate="under_way", detail="exchange of d7")
     assert daemon.asked == [4096]
+
+
+async def test_who_waits_for_a_page_gets_its_fate(path: Path, daemon: Daemon) -> None:
+    reply = await asyncio.to_thread(ask, path, WaitRequest(mfn="4096", seconds=0.5))
+    assert reply == OfflineReply(mfn=4096, fate="out_of_use", detail="d7 was moved off it")
+    assert (daemon.waited, daemon.asked) == ([0.5], [])
+
+
+async def test_an_acknowledgement_reaches_the_daemon_with_who_made_it(
+    path: Path, daemon: Daemon
+) -> None:
+    code = ConditionCode.UNCORRECTED_ERROR
+    reply = await asyncio.to_thread(ask, path, AcknowledgeRequest(code=code, mfn="0x1000", domid=7))
+    assert isinstance(reply, AcknowledgeReply)
+    assert [one.code for one in reply.acknowledged] == ["page_unresolved"]
+    assert [one.code for one in reply.kept] == ["guest_stuck"]
+    await asyncio.to_thread(ask, path, AcknowledgeRequest(code=None))
+    uid = os.geteuid()
+    assert daemon.acknowledged == [(code, 0x1000, 7, uid), (None, None, None, uid)]
 
 
 @pytest.mark.usefixtures("daemon")
@@ -176,6 +225,11 @@ async def test_one_connection_may_ask_several_times(path: Path) -> None:
         (b'{"request": "query", "mfn": "' + b"1" * 33 + b'"}', "length <= 32"),
         (b'{"request": "query", "mfn": "\xff"}', "utf-8"),
         (b'{"request": "jobs"} {}', "trailing"),
+        (b'{"request": "wait", "mfn": "1", "seconds": 61}', "<= 60.0"),
+        (b'{"request": "wait", "mfn": "1", "seconds": -1}', ">= 0.0"),
+        (b'{"request": "acknowledge", "code": "guest"}', "Invalid enum value 'guest'"),
+        (b'{"request": "acknowledge"}', "missing required field `code`"),
+        (b'{"request": "acknowledge", "code": null, "domid": 65536}', "<= 65535"),
     ],
 )
 async def test_what_is_no_request_is_told_what_is(
@@ -248,6 +302,46 @@ async def test_status_is_answered_while_xen_is_not(path: Path, daemon: Daemon) -
     assert all(task.result()[0]["reply"] == "query" for task in hanging)
 
 
+@pytest.mark.parametrize(
+    "slow", [QueryRequest(mfn="1"), WaitRequest(mfn="1", seconds=60.0)], ids=["query", "wait"]
+)
+async def test_who_waits_leaves_connections_to_everybody_else(
+    path: Path, daemon: Daemon, slow: Request
+) -> None:
+    daemon.hold = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        waiting = [group.create_task(send(path, encode(slow))) for _ in range(8)]
+        for _ in waiting:
+            await daemon.held.acquire()
+        for _ in range(20):
+            (refused,) = await send(path, encode(slow))
+            assert refused["code"] == "busy"
+        (status,) = await send(path, encode(StatusRequest()))
+        assert status["reply"] == "status"
+        with pytest.raises(Busy, match="try again later"):
+            await asyncio.to_thread(ask, path, slow)
+        daemon.hold.set()
+    assert all(task.result()[0]["reply"] != "error" for task in waiting)
+    (again,) = await send(path, encode(slow))
+    assert again["reply"] != "error"
+
+
+async def test_no_page_is_refused_because_many_wait_for_theirs(path: Path, daemon: Daemon) -> None:
+    daemon.hold = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        lines = [encode(OfflineRequest(mfn=str(number))) for number in range(8)]
+        waiting = [group.create_task(send(path, line)) for line in lines]
+        for _ in waiting:
+            await daemon.held.acquire()
+        (ninth,) = await send(path, encode(OfflineRequest(mfn="8")))
+        daemon.hold.set()
+    assert (ninth["reply"], ninth["fate"]) == ("offline", "under_way")
+    await send(path, encode(OfflineRequest(mfn="9", wait=False)))
+    await send(path, encode(OfflineRequest(mfn="10")))
+    assert sorted(daemon.asked) == list(range(11))
+    assert daemon.awaited == [True] * 8 + [False, False, True]
+
+
 async def test_others_than_root_are_turned_away(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -312,6 +406,27 @@ def test_a_reply_that_makes_no_sense_is_told(path: Path, impostor: list[bytes]) 
         ask(path, JobsRequest())
 
 
+def test_a_daemon_of_an_earlier_version_is_named_as_the_reason(
+    path: Path, impostor: list[bytes]
+) -> None:
+    impostor.append(
+        b'{"reply": "error", "code": "bad_request", "message": "Invalid value \'wait\'"}\n'
+    )
+    with pytest.raises(RequestFailed, match=r"restart the daemon \(systemctl restart pgofflined"):
+        ask(path, WaitRequest(mfn="1"))
+
+
+async def test_a_command_of_another_version_is_told_so(path: Path, daemon: Daemon) -> None:
+    # Whatever else that version has in its requests.
+    line = b'{"request": "status", "protocol": %d, "news": 1}\n' % (PROTOCOL + 1)
+    (reply,) = await send(path, line)
+    assert reply["code"] == "other_version"
+    assert f"speaks version {PROTOCOL} " in reply["message"]
+    assert f"the command speaks version {PROTOCOL + 1}" in reply["message"]
+    assert "systemctl restart pgofflined" in reply["message"]
+    assert daemon.asked == []
+
+
 def test_a_daemon_that_does_not_reply_is_not_waited_for_for_ever(
     path: Path, impostor: list[bytes]
 ) -> None:
@@ -323,12 +438,14 @@ def test_a_daemon_that_does_not_reply_is_not_waited_for_for_ever(
 def test_the_largest_reply_is_one_the_client_takes() -> None:
     name = "\x01" * 2000  # what JSON needs most bytes for
     page = replace(WAITING_PAGE, domain_name=name, reason=name, detail=name)
+    advice = replace(UNRESOLVED, text=name)
     pages = tuple(replace(page, mfn=Mfn(number)) for number in range(2 * MAX_PAGES))
     jobs = tuple(
         replace(SNAPSHOT.jobs[0], domain_name=name, detail=name) for _ in range(3 * MAX_JOBS)
     )
-    snapshot = replace(SNAPSHOT, pages=pages, jobs=jobs, attention=(name,) * 1000)
+    snapshot = replace(SNAPSHOT, pages=pages, jobs=jobs, attention=(advice,) * 1000)
     reply = status_reply(snapshot, pages=MAX_PAGES)
+    assert (len(reply.attention), reply.attention_omitted) == (MAX_ATTENTION, 1000 - MAX_ATTENTION)
     assert (reply.pages_omitted, reply.jobs_omitted) == (MAX_PAGES, 2 * MAX_JOBS)
     assert len(encode(reply)) < MAX_REPLY
 
@@ -341,7 +458,14 @@ def test_names_that_are_no_utf8_can_be_told() -> None:
     assert reply.pages[0].domain_name == "caf\\udce9"
 
 
-REQUESTS = (StatusRequest(pages=5), QueryRequest(mfn="0x1"), OfflineRequest(mfn="2"), JobsRequest())
+REQUESTS = (
+    StatusRequest(pages=5),
+    QueryRequest(mfn="0x1"),
+    OfflineRequest(mfn="2"),
+    WaitRequest(mfn="3", seconds=1.5),
+    JobsRequest(),
+    AcknowledgeRequest(code=ConditionCode.RECORDS_LOST, mfn="4", domid=5),
+)
 
 
 @pytest.mark.parametrize("sent", REQUESTS)

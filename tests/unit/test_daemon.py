@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pgofflined.core.errors import PortError
-from pgofflined.daemon import EX_UNAVAILABLE, LOCK, STATE, Host, HostClock, start
+from pgofflined.core.policy import Policy, RetirePolicy
+from pgofflined.core.status import ReloadStatus
+from pgofflined.daemon import EX_UNAVAILABLE, LOCK, STATE, Host, HostClock, _reload, start
 from pgofflined.jobstore import JobStore
-from pgofflined.ports import Hypervisor
+from pgofflined.notify import NullNotifier
+from pgofflined.ports import Hypervisor, nothing
+from pgofflined.sim.clock import ManualClock
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
+from pgofflined.sim.scenarios import demo_host
 from pgofflined.store import Store, read_boot_id
 from tests.crash.killing import PAGES, MortalJournal, run
 from tests.unit.exchanger.conftest import Bench
+from tests.unit.test_savewatch import service_of
 
 GOOD = """
 [control]
@@ -60,7 +68,9 @@ class Found:
     def start(self) -> int:
         host = Host(
             open_xen=lambda: self.bench.host,
+            restore_affinity=nothing,
             release_monitors=self._release,
+            lock_wait=0.2,
             directory=self.directory,
             clock=Clock(self.bench),
         )
@@ -179,3 +189,62 @@ def test_the_service_goes_on_with_what_was_not_ended(
     assert "is in use by another process" not in caplog.text
     assert found.records() == []
     found.bench.assert_guest_runs_unharmed()
+
+
+async def test_a_reload_is_noted_whether_it_succeeds_or_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    config = tmp_path / "pgofflined.toml"
+    demo = demo_host(clock=ManualClock(), seed=1)
+    clock = demo.host.clock
+    with closing(Store.open(tmp_path / STATE, "this")) as store:
+        service = service_of(demo, tmp_path, store)
+
+        def reload(text: str) -> ReloadStatus:
+            config.write_text(text)
+            clock.wait(60)
+            _reload(config, service, NullNotifier())
+            return service.snapshot().reload
+
+        started = service.snapshot().reload
+        assert (started.successful, started.last_success) == (True, clock.now())
+
+        rejected = reload('[retire]\ndry_run = true\n[domains]\ndeny = ["web[1-3"]\n')
+        assert (rejected.successful, rejected.when) == (False, clock.now())
+        assert rejected.last_success == started.last_success
+        [problem] = rejected.problems
+        assert problem.startswith(f"{config}: line 4: domains.deny: ")
+        assert problem in caplog.text
+        assert service.policy.retire == Policy().retire, "nothing of a bad file is in force"
+
+        accepted = reload('[retire]\ndry_run = true\n[relocation]\nsave_directory = "/tmp/x"\n')
+        assert (accepted.successful, accepted.problems) == (True, ())
+        assert accepted.when == accepted.last_success == clock.now()
+        [warning] = accepted.warnings
+        assert "line 4: relocation.save_directory" in warning
+        assert warning in caplog.text
+        assert service.policy.retire == RetirePolicy(dry_run=True)
+
+        config.unlink()
+        clock.wait(60)
+        _reload(config, service, NullNotifier())
+        gone = service.snapshot().reload
+        assert (gone.successful, gone.last_success) == (False, accepted.when)
+        assert gone.warnings == accepted.warnings, "what is in force is as doubtful as it was"
+        assert "there is no such file" in gone.problems[0]
+
+
+def test_what_is_doubtful_is_told_at_the_start(
+    found: Found, caplog: pytest.LogCaptureFixture
+) -> None:
+    found.config.write_text(
+        GOOD.format(found.config.parent) + '[relocation]\nsave_directory = "/tmp/x"\n'
+    )
+    store = Store.open(found.directory / STATE, read_boot_id())
+    try:
+        # It goes no further than that.
+        assert found.start() == EX_UNAVAILABLE
+    finally:
+        store.close()
+    assert "relocation.save_directory: everybody may write" in caplog.text

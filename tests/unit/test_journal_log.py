@@ -12,7 +12,16 @@ import pytest
 
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.journal_log import FieldHandler, LineHandler, RateLimit, event, setup_logging
+from pgofflined.core.telemetry import BankEntry
+from pgofflined.journal_log import (
+    Announced,
+    Chatter,
+    FieldHandler,
+    LineHandler,
+    bank_fields,
+    event,
+    setup_logging,
+)
 
 log = logging.getLogger("pgofflined.test")
 
@@ -45,10 +54,11 @@ def journal() -> Journal:
 @pytest.fixture
 def handler(journal: Journal) -> Iterator[FieldHandler]:
     handler = FieldHandler(journal.send)
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG)
+    ours = logging.getLogger("pgofflined")
+    ours.addHandler(handler)
+    ours.setLevel(logging.DEBUG)
     yield handler
-    log.removeHandler(handler)
+    ours.removeHandler(handler)
 
 
 @pytest.mark.usefixtures("handler")
@@ -149,28 +159,101 @@ def test_the_journal_is_told_from_a_redirected_stderr(
     assert " info: redirected\n" in (tmp_path / "stderr").read_text()
 
 
-def record_at(when: float, kind: Event = Event.ERROR_SEEN) -> logging.LogRecord:
-    fields = {"MESSAGE_ID": kind.message_id}
-    record = log.makeRecord(
-        log.name, logging.INFO, "f", 1, "%s", ("error",), None, extra={"pgofflined_fields": fields}
-    )
-    record.created = when
-    return record
+@pytest.mark.usefixtures("handler")
+def test_a_machine_check_has_all_that_was_read_of_its_bank(journal: Journal) -> None:
+    bank = BankEntry(
+        bank=13, status=0xCC001380000800C0, addr=0xD6DB0B8C0, misc=0x8C,
+        gstatus=5, apicid=34, socket=0, flags=0x21, mcg_cap=0xF000C14,
+    )  # fmt: skip
+    event(
+        log, logging.WARNING, Event.ERROR_SEEN, "a machine check",
+        mfn=Mfn(0xD6DB0B), fields=bank_fields(bank),
+    )  # fmt: skip
+    ((_, fields),) = journal.entries
+    expected = {
+        "BANK": "13",
+        "STATUS": "0xcc001380000800c0",
+        "ADDR": "0xd6db0b8c0",
+        "MISC": "0x8c",
+        "SOCKET": "0",
+        "APICID": "34",
+        "MCG_STATUS": "0x5",
+        "MCG_CAP": "0xf000c14",
+        "MC_FLAGS": "0x21",
+        "MFN": "0xd6db0b",
+        "MESSAGE_ID": Event.ERROR_SEEN.message_id,
+    }
+    assert {name: fields[name] for name in expected} == expected
 
 
-def test_a_storm_is_cut_short_and_counted() -> None:
-    limit = RateLimit({Event.ERROR_SEEN: (3, 60.0)})
-    passed = [limit.filter(record_at(100.0 + second)) for second in range(10)]
+def test_what_a_record_does_not_say_is_no_field() -> None:
+    assert bank_fields(None) == {}
+    bare = bank_fields(BankEntry(bank=1, status=0, addr=0, misc=0))
+    assert not {"SOCKET", "APICID", "MCG_CAP"} & bare.keys()
+    assert bare["STATUS"] == "0x0000000000000000"
+
+
+class Clock:
+    """A time that tests set."""
+
+    def __init__(self) -> None:
+        self.time = 100.0
+
+    def now(self) -> float:
+        return self.time
+
+
+@pytest.mark.usefixtures("handler")
+def test_a_storm_is_cut_short_and_counted(journal: Journal) -> None:
+    clock = Clock()
+    chatter = Chatter(clock.now, most=3, seconds=60.0)
+    passed = []
+    for _ in range(10):
+        passed.append(chatter.admits(Event.ERROR_SEEN))
+        clock.time += 1.0
     assert passed == [True] * 3 + [False] * 7
-    assert limit.filter(record_at(120.0, Event.PAGE_OFFLINED))
-    later = record_at(161.0)
-    assert limit.filter(later)
-    assert later.getMessage() == "error (7 such entries were left out)"
-    assert limit.filter(record_at(162.0))
+    assert chatter.admits(Event.QUEUE_FULL), "of another kind"
+    clock.time = 159.9
+    assert not chatter.admits(Event.ERROR_SEEN)
+    assert journal.entries == []
+    clock.time = 160.0
+    assert chatter.admits(Event.ERROR_SEEN)
+    [(message, fields)] = journal.entries
+    assert message == "8 such entries were left out"
+    assert fields["MESSAGE_ID"] == Event.ERROR_SEEN.message_id
+    assert [chatter.admits(Event.ERROR_SEEN) for _ in range(3)] == [True, True, False]
 
 
-def test_a_clock_set_back_does_not_silence() -> None:
-    limit = RateLimit({Event.ERROR_SEEN: (1, 60.0)})
-    assert limit.filter(record_at(5000.0))
-    assert not limit.filter(record_at(5001.0))
-    assert limit.filter(record_at(4000.0))
+@pytest.mark.usefixtures("handler")
+def test_what_was_left_out_is_told_at_the_end_if_no_further_entry_comes(journal: Journal) -> None:
+    chatter = Chatter(Clock().now, most=1)
+    for kind in (Event.ERROR_SEEN, Event.ERROR_SEEN, Event.QUEUE_FULL, Event.RECORDS_LOST):
+        chatter.admits(kind)
+    chatter.admits(Event.RECORDS_LOST)
+    chatter.admits(Event.RECORDS_LOST)
+    chatter.close()
+    assert [(message, fields["MESSAGE_ID"]) for message, fields in journal.entries] == [
+        ("1 such entries were left out", Event.ERROR_SEEN.message_id),
+        ("2 such entries were left out", Event.RECORDS_LOST.message_id),
+    ]
+    chatter.close()
+    assert len(journal.entries) == 2
+
+
+def test_news_is_said_once_until_it_changes() -> None:
+    announced = Announced()
+    assert announced.is_news(1, "cap of 8")
+    assert announced.is_news(2, "cap of 8")
+    assert not announced.is_news(1, "cap of 8")
+    assert announced.is_news(1, "cap of 9")
+    assert announced.is_news(1, "cap of 8")
+    assert not announced.is_news(2, "cap of 8")
+
+
+def test_what_was_said_longest_ago_is_forgotten_first() -> None:
+    announced = Announced(most=2)
+    for subject in (1, 2, 1, 3):
+        announced.is_news(subject, "same")
+    assert not announced.is_news(1, "same")
+    assert not announced.is_news(3, "same")
+    assert announced.is_news(2, "same")

@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from pgofflined.aftercare import Aftercare
+from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.frames import Domid
 from pgofflined.exchanging import RECOVERY_TRIES
+from pgofflined.guestcare import GuestCare
 from pgofflined.leftovers import Leftovers
 from pgofflined.ports import Hypervisor, SuspendLimits, nothing
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
@@ -95,7 +96,7 @@ def test_a_service_that_could_not_be_started_leaves_no_guest_that_was_handed_to_
     left = leftovers(bench)
     left.recover()
     work = bench.work()
-    left.hand_over(work, aftercare(bench))
+    left.hand_over(GuestCare(work, aftercare(bench)))
     assert work.has_rest
 
     def sleep(seconds: float) -> None:
@@ -113,7 +114,7 @@ def test_the_service_watches_guests_that_may_follow_late(bench: Bench) -> None:
     left = leftovers(bench)
     left.recover()
     care = aftercare(bench)
-    left.hand_over(bench.work(), care)
+    left.hand_over(GuestCare(bench.work(), care))
     bench.host.suspend(bench.domid, SuspendLimits())
     care.look()
     bench.assert_guest_runs_unharmed()
@@ -139,4 +140,4 @@ def test_a_signal_to_stop_waits_until_a_guest_is_whole(bench: Bench) -> None:
 
 
 def aftercare(bench: Bench) -> Aftercare:
-    return Aftercare(bench.host, bench.host.clock, interval=5, ended=bench.journal.done_with)
+    return Aftercare(bench.host, bench.host.clock, times=CareTimes(), ended=bench.journal.done_with)

@@ -169,7 +169,12 @@ async def test_lost_and_incomplete_records_are_counted_and_told(
         await intake.next()
     assert intake.counters.lost == {"native": 4}
     assert intake.counters.incomplete == 1
-    assert intake.counters.lost_by_place() == {"native": 4, "incomplete": 1, "undecodable": 0}
+    assert intake.counters.lost_by_place() == {
+        "native": 4,
+        "incomplete": 1,
+        "hardware": 0,
+        "undecodable": 0,
+    }
     assert any("has lost" in message for message in caplog.messages)
 
 
@@ -239,7 +244,7 @@ async def test_simulated_source_delivers_both_kinds_of_errors() -> None:
         acted = (await intake.next()).report
     source.close()
     assert isinstance(corrected, CorrectedPageError)
-    assert (corrected.mfn, corrected.weight, corrected.domid) == (5, 2, 3)
+    assert (corrected.mfn, corrected.count, corrected.domid) == (5, 2, 3)
     assert isinstance(acted, HypervisorActed)
     assert (acted.mfn, acted.domid, acted.broken) == (7, 3, True)
 

@@ -15,12 +15,13 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.frames import Mfn, Pfn
 from pgofflined.core.outcomes import Blackout, Exchanged, ExchangeReport, Refusal, RefusalReason
 from pgofflined.core.policy import TcpAddress, UnixAddress
 from pgofflined.core.relocation_outcomes import Migrated, Relocated
 from pgofflined.core.reports import REPORT_CLASSES, ErrorReport
-from pgofflined.core.status import Snapshot, SourceStatus
+from pgofflined.core.status import ReloadStatus, Snapshot, SourceStatus
 from pgofflined.metrics import Metrics, MetricsServer
 from tests.unit.rim_samples import NOW, SNAPSHOT, WEB
 
@@ -61,11 +62,22 @@ def test_the_snapshot_is_told_in_base_units() -> None:
     assert value(found, "queue_pages") == 5
     assert value(found, "workers_busy") == 1
     assert value(found, "idle_scrub_pages") == 1
-    assert value(found, "attention") == 1
+    assert value(found, "attention", severity="warning", reason="page_unresolved") == 1
     assert value(found, "source_up") == 1
     assert value(found, "source_info", source="mcelog") == 1
     assert value(found, "build_info", version="0.1.0", xen="4.20.4") == 1
     assert value(found, "policy_info", digest="3f2a", dry_run="false") == 1
+
+
+def test_a_rejected_configuration_is_told_with_the_time_of_the_last_good_one() -> None:
+    loaded = ReloadStatus(successful=True, when=NOW - 60, last_success=NOW - 60)
+    found = read(metrics_of(replace(SNAPSHOT, reload=loaded)))
+    assert value(found, "config_last_reload_successful") == 1
+    assert value(found, "config_last_reload_success_timestamp_seconds") == NOW - 60
+    rejected = replace(loaded, successful=False, when=NOW, problems=("no",))
+    found = read(metrics_of(replace(SNAPSHOT, reload=rejected)))
+    assert value(found, "config_last_reload_successful") == 0
+    assert value(found, "config_last_reload_success_timestamp_seconds") == NOW - 60
 
 
 def test_without_a_source_or_a_page_there_are_zeros() -> None:
@@ -154,11 +166,21 @@ def test_names_follow_the_rules_and_labels_are_bounded() -> None:
         labels.update(*(sample.labels for sample in family.samples))
     assert labels == {
         "class", "source", "where", "state", "kind", "outcome", "le",
-        "version", "xen", "digest", "dry_run",
+        "version", "xen", "digest", "dry_run", "severity", "reason",
     }  # fmt: skip
     assert "_created" not in text
     assert "web-1" not in text
     assert "1a2b3" not in text
+
+
+def test_every_condition_has_a_series_and_what_is_acknowledged_does_not_count() -> None:
+    known = replace(SNAPSHOT.attention[0], acknowledged=True)
+    found = read(metrics_of(replace(SNAPSHOT, attention=(known, *SNAPSHOT.attention[1:]))))
+    series = {key: count for key, count in found.items() if key[0] == "pgofflined_attention"}
+    assert len(series) == len(ConditionCode)
+    for code in ConditionCode:
+        count = 1 if code in (ConditionCode.PAGE_PUT_OFF, ConditionCode.IDLE_SCRUB) else 0
+        assert value(found, "attention", severity=code.severity.value, reason=code.value) == count
 
 
 def test_the_process_tells_of_itself() -> None:
@@ -168,7 +190,7 @@ def test_the_process_tells_of_itself() -> None:
 
 def test_every_kind_of_report_has_a_class() -> None:
     assert len(REPORT_CLASSES) == len(set(REPORT_CLASSES))
-    assert len(get_args(ErrorReport)) == 3
+    assert len(get_args(ErrorReport)) == 4
 
 
 @asynccontextmanager

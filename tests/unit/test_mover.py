@@ -293,9 +293,9 @@ def test_what_is_not_certain_is_left_to_a_person_with_all_that_there_is(
     assert note is not None
     assert note.file == str(world.file)
     [told] = Saves("boot", notes=world.notes).left_over(lambda: world.guests)
-    assert str(world.file) in told
-    assert str(note_path(IDENTITY.uuid, world.notes)) in told
-    assert str(log_path(IDENTITY.uuid, world.notes)) in told
+    assert str(world.file) in told.text
+    assert str(note_path(IDENTITY.uuid, world.notes)) in told.text
+    assert str(log_path(IDENTITY.uuid, world.notes)) in told.text
 
 
 def test_a_guest_that_was_restored_is_not_to_be_restored_when_it_has_ended(world: World) -> None:
@@ -303,8 +303,8 @@ def test_a_guest_that_was_restored_is_not_to_be_restored_when_it_has_ended(world
     with pytest.raises(UnclearError, match="do not restore"):
         world.mover().run()
     [told] = Saves("boot", notes=world.notes).left_over(lambda: world.guests[:1])
-    assert "do not restore" in told
-    assert "start it anew" in told
+    assert "do not restore" in told.text
+    assert "start it anew" in told.text
 
 
 def test_a_guest_runs_on_where_its_file_cannot_be_had_on_the_disk(world: World) -> None:
@@ -378,7 +378,7 @@ def test_a_guest_that_has_run_since_and_is_paused_again_is_never_to_be_restored(
     assert note is not None
     assert note.phase is SavePhase.RESTORED
     [told] = Saves("boot", notes=world.notes).left_over(lambda: world.guests[:1])
-    assert "do not restore" in told
+    assert "do not restore" in told.text
 
 
 @pytest.mark.parametrize("after", [1, 30, 59])
@@ -640,4 +640,4 @@ def test_a_guest_runs_at_most_once_and_its_state_is_never_lost(
             # It may have run: nobody is told to roll it back.
             told = Saves("boot", notes=world.notes).left_over(lambda: world.guests[:1])
             says = ("unless it has run since", "do not restore", f"{world.file} is not there")
-            assert all(any(word in one for word in says) for one in told)
+            assert all(any(word in one.text for word in says) for one in told)

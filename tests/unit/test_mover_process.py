@@ -98,7 +98,8 @@ class Moving:
         return sorted(path.name for folder in folders for path in folder.iterdir())
 
     def told(self) -> tuple[str, ...]:
-        return Saves("boot", notes=self.root / "notes").left_over(self.host.domains)
+        saves = Saves("boot", notes=self.root / "notes")
+        return tuple(save.text for save in saves.left_over(self.host.domains))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from pgofflined.aftercare import CareTimes
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
@@ -95,7 +96,7 @@ class Scene:
             policy=policy,
             ledger=Ledger(self.pages, clock),
             errors=UncorrectedErrors(self.pages),
-            late_look=0.05,
+            times=CareTimes(interval=0.05),
             soon=Backoff(first=0.01, last=0.02),
         )
         self.reports: list[ExchangeReport] = []
@@ -364,10 +365,15 @@ async def test_a_page_that_cannot_be_exchanged_has_its_guest_saved_after_the_las
             attempts=1,
             stuck="look",
         )
+        scene.small.host.pause(scene.small.pv)
         scene.retirer.relocation_finished(outcome.domain, outcome)
         assert (await scene.pages.until(mfn, Phase.LEFT)).reason == "guest_stuck"
-        assert scene.retirer.aftercare.stuck == {outcome.domain: "look"}
-        assert not scene.retirer.aftercare, "it would be resumed"
+        assert [one.text for one in scene.retirer.aftercare.stuck.values()] == ["look"]
+        await asyncio.to_thread(scene.retirer.aftercare.look)
+        assert scene.small.host.domain(scene.small.pv).paused, "that is for a person to end"
+        scene.small.host.unpause(scene.small.pv)
+        await asyncio.to_thread(scene.retirer.aftercare.look)
+        assert not scene.retirer.aftercare
 
 
 async def test_a_guest_that_follows_the_request_of_a_save_that_failed_is_resumed() -> None:

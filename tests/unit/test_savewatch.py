@@ -12,6 +12,8 @@ from uuid import UUID
 
 import pytest
 
+from pgofflined.aftercare import CareTimes
+from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid
@@ -26,6 +28,7 @@ from pgofflined.savewatch import TELL_AGAIN, SaveWatch
 from pgofflined.saving import Saves, only_one, write_note
 from pgofflined.service import Service, World
 from pgofflined.sim.clock import ManualClock, WallClock
+from pgofflined.sim.ends import SimulatedEnds
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import DemoHost, demo_host
 from pgofflined.store import Store
@@ -51,8 +54,11 @@ class Scene:
     def look(self, after: float = 0.0) -> str:
         self.clock.wait(after)
         self.watch.see(self._saves.left_over(list))
-        [line] = self.watch.lines
-        return line
+        [condition] = self.watch.conditions
+        return condition.text
+
+    def shows(self, code: ConditionCode) -> bool:
+        return [one.code for one in self.watch.conditions] == [code]
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str | None]]:
@@ -73,8 +79,9 @@ def test_a_save_that_was_cut_off_is_told_once_and_shown_for_as_long_as_it_is_the
     assert "was cut off" in scene.look()
     assert "was cut off" in scene.look(after=10 * LIMIT)
     assert told(caplog) == [(logging.CRITICAL, "7")]
+    assert scene.shows(ConditionCode.SAVE_UNFINISHED)
     scene.watch.see([])
-    assert scene.watch.lines == ()
+    assert scene.watch.conditions == ()
 
 
 def test_a_save_that_an_earlier_daemon_began_is_nothing_to_act_upon_until_it_lasts_too_long(
@@ -85,7 +92,9 @@ def test_a_save_that_an_earlier_daemon_began_is_nothing_to_act_upon_until_it_las
         scene.look()
         assert "hangs" not in scene.look(after=LIMIT - 1)
         assert told(caplog) == [(logging.WARNING, "7")]
+        assert scene.shows(ConditionCode.SAVE_UNDER_WAY)
         assert "30 min" in scene.look(after=1)
+        assert scene.shows(ConditionCode.SAVE_OVERDUE)
         scene.look(after=15)
         assert told(caplog)[1:] == [(logging.ERROR, "7")]
         assert "90 min" in scene.look(after=TELL_AGAIN - 15)
@@ -102,10 +111,12 @@ def service_of(
     policy: Policy = Policy(),  # noqa: B008 - it does not change
     relocator: Relocator | None = None,
     saves: Saves | None = None,
+    times: CareTimes = CareTimes(),  # noqa: B008 - it does not change
 ) -> Service:
     host = demo.host
     world = World(
         xen=host,
+        times=times,
         clock=host.clock,
         machine=Machine(vendor=CpuVendor.INTEL, family=6, physical_bits=46, max_mfn=host.max_mfn()),
         sources=[lambda: demo.telemetry],
@@ -115,6 +126,7 @@ def service_of(
         store=store,
         journal=MemoryJournal(),
         notifier=NullNotifier(),
+        ends=lambda: SimulatedEnds(host),
         saves=saves or Saves("this", notes=folder),
     )
     policy = replace(
@@ -142,5 +154,5 @@ async def test_the_service_shows_a_save_that_was_cut_off_before_it_was_started(
             await heard.wait()
             attention = service.snapshot().attention
             stop.set()
-    assert any(f"xl restore {file}" in line for line in attention)
+    assert any(f"xl restore {file}" in condition.text for condition in attention)
     assert told(caplog) == [(logging.CRITICAL, "7")]

@@ -12,7 +12,7 @@ import pytest
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
-from pgofflined.core.saves import SaveNote, SavePhase
+from pgofflined.core.saves import SaveNote, SavePhase, UnfinishedSave
 from pgofflined.saving import (
     Saves,
     directory_trouble,
@@ -67,8 +67,8 @@ def test_every_note_is_told_of_at_a_start_also_one_that_cannot_be_read(tmp_path:
     (tmp_path / "garbage.save").write_bytes(b"\xff{")
     told = Saves("this", notes=tmp_path).left_over(lambda: [guest(0)])
     assert len(told) == 2
-    assert "/saves/7 is not there" in told[0]
-    assert "garbage.save" in told[1]
+    assert "/saves/7 is not there" in told[0].text
+    assert "garbage.save" in told[1].text
 
 
 @pytest.fixture
@@ -85,19 +85,19 @@ def note(tmp_path: Path) -> SaveNote:
 def test_what_may_have_changed_since_another_boot_is_told(tmp_path: Path, note: SaveNote) -> None:
     [same] = Saves(note.boot, notes=tmp_path).left_over(list)
     [other] = Saves("other", notes=tmp_path).left_over(list)
-    assert "booted since" not in same
-    assert "booted since" in other
+    assert "booted since" not in same.text
+    assert "booted since" in other.text
 
 
 def test_a_guest_that_was_seen_to_run_is_never_to_be_restored(
     tmp_path: Path, note: SaveNote
 ) -> None:
     saves = Saves(note.boot, notes=tmp_path)
-    assert f"`xl restore {note.file}`" in saves.left_over(list)[0]
-    assert "remove" in saves.left_over(lambda: [guest(8, uuid=7)])[0]
+    assert f"`xl restore {note.file}`" in saves.left_over(list)[0].text
+    assert "remove" in saves.left_over(lambda: [guest(8, uuid=7)])[0].text
     [told] = Saves(note.boot, notes=tmp_path).left_over(list)
-    assert "do not restore" in told
-    assert "start it anew" in told
+    assert "do not restore" in told.text
+    assert "start it anew" in told.text
 
 
 def test_a_guest_that_runs_while_it_is_saved_has_not_run_since(
@@ -105,8 +105,8 @@ def test_a_guest_that_runs_while_it_is_saved_has_not_run_since(
 ) -> None:
     saves = Saves(note.boot, notes=tmp_path)
     with only_one(tmp_path, GUEST.uuid):
-        assert "is being saved" in saves.left_over(lambda: [guest(7)])[0]
-    assert f"`xl restore {note.file}`" in saves.left_over(list)[0]
+        assert "is being saved" in saves.left_over(lambda: [guest(7)])[0].text
+    assert f"`xl restore {note.file}`" in saves.left_over(list)[0].text
 
 
 def test_two_who_look_at_a_save_that_was_cut_off_do_not_take_each_other_for_it(
@@ -114,7 +114,7 @@ def test_two_who_look_at_a_save_that_was_cut_off_do_not_take_each_other_for_it(
 ) -> None:
     with only_one(tmp_path, GUEST.uuid):
         pass
-    inner: list[str] = []
+    inner: list[UnfinishedSave] = []
 
     def look() -> list[DomainInfo]:
         inner.extend(Saves(note.boot, notes=tmp_path).left_over(list))
@@ -122,7 +122,7 @@ def test_two_who_look_at_a_save_that_was_cut_off_do_not_take_each_other_for_it(
 
     outer = Saves(note.boot, notes=tmp_path).left_over(look)
     assert len(inner) == 1
-    assert all("was cut off" in line for line in (*inner, *outer))
+    assert all("was cut off" in save.text for save in (*inner, *outer))
 
 
 def test_while_one_guest_is_saved_another_ones_note_is_told_of(
@@ -130,7 +130,7 @@ def test_while_one_guest_is_saved_another_ones_note_is_told_of(
 ) -> None:
     with only_one(tmp_path, UUID(int=8)):
         [told] = Saves(note.boot, notes=tmp_path).left_over(list)
-    assert f"`xl restore {note.file}`" in told
+    assert f"`xl restore {note.file}`" in told.text
 
 
 def test_a_file_without_a_note_is_told_of(tmp_path: Path, note: SaveNote) -> None:
@@ -233,9 +233,9 @@ def test_a_save_that_goes_on_is_not_taken_for_one_that_was_cut_off(
     with only_one(tmp_path, GUEST.uuid) as lock:
         assert lock is not None
         [told] = saves.left_over(list)
-        assert "is being saved" in told
-        assert "xl restore" not in told
+        assert "is being saved" in told.text
+        assert "xl restore" not in told.text
         with only_one(tmp_path) as another:
             assert another is None
     [told] = saves.left_over(list)
-    assert "xl restore" in told
+    assert "xl restore" in told.text

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pgofflined.aftercare import CareTimes
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.events import Event
@@ -136,7 +137,15 @@ async def bench_at(folder: Path, outcome: MigrationOutcome) -> AsyncIterator[Ben
     layout = demo.host.pv(guest.domid).layout
     mfns = [demo.host.frame_of(guest.domid, layout.plain[at]) for at in range(2)]
     with closing(Store.open(folder / "state.db", "this")) as store:
-        service = service_of(demo, folder, store, policy=policy, relocator=mover, saves=saves)
+        service = service_of(
+            demo,
+            folder,
+            store,
+            policy=policy,
+            relocator=mover,
+            saves=saves,
+            times=CareTimes(interval=0.02, late_at_stop=0.1),
+        )
         stop = asyncio.Event()
         async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
             tasks.create_task(service.run(stop))
@@ -169,7 +178,7 @@ async def test_a_save_that_is_left_to_a_person_is_shown_at_once(
         await heard.wait()
         assert bench.mover.called == [bench.guest]
         attention = bench.service.snapshot().attention
-    assert any("was cut off" in line for line in attention)
+    assert any("was cut off" in condition.text for condition in attention)
 
 
 async def test_a_guest_is_looked_after_when_its_save_has_failed(
@@ -181,3 +190,17 @@ async def test_a_guest_is_looked_after_when_its_save_has_failed(
         bench.submit()
         await noted.wait()
         assert bench.service.retirer.aftercare
+
+
+async def test_an_uncorrected_error_of_another_guest_keeps_no_guest_from_being_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with bench_at(tmp_path, NotMigrated(detail="no")) as bench:
+        host = bench.demo.host
+        other = next(one for one in host.domains() if one.name == "database")
+        page = host.frame_of(other.domid, host.pv(other.domid).layout.plain[0])
+        bench.service.retirer.note_hypervisor_action(page, None, "an error")
+        begun = asyncio.Event()
+        monkeypatch.setattr(telling, "begun", lambda *_: begun.set())
+        bench.submit()
+        await begun.wait()

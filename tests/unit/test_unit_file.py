@@ -8,14 +8,22 @@ from pathlib import Path, PurePath
 
 import pytest
 
-from pgofflined.cli import _may_be_restarted, main
+from pgofflined import cli
+from pgofflined.aftercare import CareTimes
+from pgofflined.afterstop import _NEXT_DAEMON_SECONDS, _may_be_restarted
+from pgofflined.cli import _parser, main
 from pgofflined.core.policy import ControlPolicy, ExchangePolicy, RelocationPolicy
 from pgofflined.daemon import EX_UNAVAILABLE, JOBS
-from pgofflined.xen import hypervisor
 from pgofflined.xen.monitors import LOCK
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
 UNIT = SYSTEMD / "pgofflined.service"
+
+
+def commands(name: str) -> list[str]:
+    """The command lines of one setting, in their order."""
+    lines = UNIT.read_text(encoding="utf-8").splitlines()
+    return [line.partition("=")[2] for line in lines if line.startswith(f"{name}=")]
 
 
 def settings(unit: Path = UNIT) -> dict[str, list[str]]:
@@ -34,26 +42,30 @@ def test_the_daemon_may_bring_an_exchange_to_its_end() -> None:
     assert settings()["KillMode"] == ["mixed"]
 
 
-def test_what_a_killed_daemon_has_stopped_goes_on_without_a_next_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(hypervisor, "release_monitors", lambda: [17, 23])
-    monkeypatch.setenv("SERVICE_RESULT", "success")
+def test_a_stop_has_time_for_guests_and_to_say_which_are_left() -> None:
+    limit = int(settings()["TimeoutStopSec"][0])
+    assert CareTimes().late_at_stop < CareTimes().stop
+    assert CareTimes().stop <= limit - 20
+    assert CareTimes().stop < int(settings()["TimeoutStartSec"][0])
+
+
+def test_what_is_left_is_recovered_after_every_end_and_before_all_else() -> None:
+    lines = [
+        line for line in UNIT.read_text("utf-8").splitlines() if line.startswith("ExecStopPost=")
+    ]
+    assert len(lines) == 1, "monitors go on after the guests, in the same command"
     program, *arguments = settings()["ExecStopPost"]
     # Its failure must not be the service's.
     assert program == f"-{settings()['ExecStart'][0]}"
-    assert main(arguments) == 0
-    assert "17, 23" in capsys.readouterr().out
+    assert arguments == ["recover", "--after-stop"]
+    assert _parser().parse_args(arguments).after_stop
+    assert "ExecStop" not in settings(), "the daemon sees its guests out by itself"
 
 
-STARTED = """#!/bin/sh
-echo "$*" >> {}
-exit {}
-"""
+def test_another_daemon_comes_before_what_is_recovered_later() -> None:
+    assert int(settings()["RestartSec"][0]) * 2 <= _NEXT_DAEMON_SECONDS
 
 
-@pytest.mark.parametrize("works", [True, False])
-@pytest.mark.parametrize("stops", [True, False])
 @pytest.mark.parametrize(
     ("result", "status", "restarts"),
     [
@@ -65,36 +77,40 @@ exit {}
         ("oom-kill", "KILL", True),
         ("watchdog", "ABRT", True),
         ("timeout", "KILL", True),
+        ("start-limit-hit", "69", True),
     ],
 )
-def test_where_a_next_daemon_may_follow_it_lets_the_guest_go_first(
+def test_where_a_next_daemon_may_follow_is_known(
     result: str,
     status: str,
-    *,
-    restarts: bool,
-    stops: bool,
-    works: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    restarts: bool,  # noqa: FBT001 - a parameter of the test
 ) -> None:
-    asked, released = tmp_path / "asked", list[bool]()
-    program = tmp_path / "systemd-run"
-    program.write_text(STARTED.format(asked, 0 if works else 1))
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    monkeypatch.setenv("SERVICE_RESULT", result)
-    monkeypatch.setenv("EXIT_STATUS", status)
-    monkeypatch.setattr(hypervisor, "release_monitors", lambda: released.append(True))
-    monkeypatch.setattr(hypervisor, "stops_monitors", lambda: stops)
-    _, *arguments = settings()["ExecStopPost"]
+    assert _may_be_restarted({"SERVICE_RESULT": result, "EXIT_STATUS": status}) is restarts
+
+
+def test_a_reload_of_a_bad_file_fails_visibly_and_the_daemon_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # systemd runs them in this order and stops at the first that fails: the daemon is told first,
+    # so that its metrics and its status say so, too.
+    signal, check = commands("ExecReload")
+    assert signal == "/bin/kill -HUP $MAINPID"
+    program, *arguments = check.split()
+    assert program == settings()["ExecStart"][0], "a dash before it would hide the failure"
+    path = tmp_path / "pgofflined.toml"
+    monkeypatch.setattr(cli, "DEFAULT_PATH", path)
+    path.write_text("[retire]\ndry_run = true\n")
     assert main(arguments) == 0
-    assert bool(released) is (not restarts or (stops and not works))
-    assert asked.exists() is (restarts and stops)
-    if asked.exists():
-        options, command = asked.read_text().split(" -I -m pgofflined ")
-        assert command == "release-monitors\n"
-        [seconds] = [int(o.split("=")[1]) for o in options.split() if o.startswith("--on-active=")]
-        assert seconds >= 2 * int(settings()["RestartSec"][0])
+    assert capsys.readouterr() == ("", "")
+    path.write_text("[retire]\ndry_run = True\n")
+    assert main(arguments) == os.EX_CONFIG
+    assert f"{path}: line 2, column 11: a switch is written true" in capsys.readouterr().err
+
+
+def test_a_reload_checks_the_file_that_the_daemon_reads() -> None:
+    _, check = commands("ExecReload")
+    for command in (check, *commands("ExecStart")):
+        assert ".toml" not in command, "both go by the default, or both by the same file"
 
 
 def test_what_ends_all_tries_is_known() -> None:
@@ -120,6 +136,10 @@ def test_what_the_daemon_speaks_is_allowed() -> None:
     assert {"AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK"} == set(families)
     assert int(settings()["FileDescriptorStoreMax"][0]) >= 1
     assert settings()["Type"] == ["notify"]
+
+
+def test_journald_drops_nothing_of_what_the_daemon_has_chosen_to_write() -> None:
+    assert settings()["LogRateLimitIntervalSec"] == ["0"]
 
 
 def test_migrations_have_units_of_their_own_and_need_no_right_here() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from pgofflined.aftercare import Aftercare
+from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.recovery import RecoveryReport
 from pgofflined.daemon import HostClock
@@ -21,10 +21,14 @@ def look_after(
     xen: XenHypervisor, journal: Journal, reports: Sequence[ExchangeReport | RecoveryReport]
 ) -> None:
     """Look at the guests of some jobs until none needs it, or the time is over."""
-    aftercare = Aftercare(xen, HostClock(), interval=0, ended=journal.done_with)
+    aftercare = Aftercare(xen, HostClock(), times=CareTimes(), ended=journal.done_with)
     for report in reports:
         aftercare.note(
-            "tests", report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late
+            "tests",
+            report.domain,
+            stuck=report.stuck,
+            may_suspend_late=report.may_suspend_late,
+            standing=report.standing,
         )
     until = time.monotonic() + _LATE_SECONDS
     while aftercare and time.monotonic() < until:

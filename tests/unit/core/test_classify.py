@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from pgofflined.core.classify import classify, classify_bank
+from pgofflined.core.classify import classify, classify_bank, errors_overwritten
 from pgofflined.core.frames import Mfn
 from pgofflined.core.machine import CpuVendor, Machine
 from pgofflined.core.reports import (
@@ -14,9 +14,15 @@ from pgofflined.core.reports import (
     HypervisorResult,
     OtherError,
     OtherKind,
+    UncorrectedPageError,
     report_class,
 )
-from pgofflined.core.telemetry import BankEntry, decode_mc_info, decode_xen_mce
+from pgofflined.core.telemetry import (
+    BankEntry,
+    Telemetry,
+    decode_mc_info,
+    decode_xen_mce,
+)
 from tests.unit.mca_records import (
     ADDRV,
     AR,
@@ -51,8 +57,9 @@ def classified(
     misc: int = MISC_PAGE,
     bank: int = 9,
     mcg_cap: int | None = None,
+    flags: int = 0,
 ) -> ErrorReport:
-    entry = BankEntry(bank=bank, status=status, addr=addr, misc=misc, mcg_cap=mcg_cap)
+    entry = BankEntry(bank=bank, status=status, addr=addr, misc=misc, mcg_cap=mcg_cap, flags=flags)
     return classify_bank(entry, machine)
 
 
@@ -69,10 +76,8 @@ def oracle(bits: dict[str, bool], code: int, lsb: int, mode: int) -> str:
     memory = {
         *range(0x080, 0x0B0),  # generic, read, write
         *range(0x0C0, 0x0D0),  # scrub
-        *range(0x280, 0x2B0),
-        *range(0x2C0, 0x2D0),
     }
-    parity = {*range(0x0B0, 0x0C0), *range(0x2B0, 0x2C0)}
+    parity = range(0x0B0, 0x0C0)
     handled = {*range(0xC0, 0xD0), 0x17A, 0x134, 0x150}
     plain = code - 0x1000 if code & 0x1000 else code
     if not bits["val"]:
@@ -83,6 +88,8 @@ def oracle(bits: dict[str, bool], code: int, lsb: int, mode: int) -> str:
         if not bits["s"]:
             return "uncorrected_not_signalled"
         return "hypervisor_acted" if plain in handled else "uncorrected_signalled"
+    if plain in range(0x280, 0x300):
+        return "memory_as_cache"
     if plain in parity:
         return "command_or_address_parity"
     if plain not in memory:
@@ -107,55 +114,69 @@ def test_every_combination_of_flags_agrees_with_the_rules(code: int) -> None:
             expected = oracle(bits, code | filtered, lsb, mode)
             assert report_class(report) == expected, f"{status:#x} lsb {lsb} mode {mode}"
             usable = bits["addrv"] and bits["miscv"] and mode == 2 and lsb <= 12
-            named = expected == "corrected" or (expected == "uncorrected_not_signalled" and usable)
+            uncorrected = ("uncorrected_not_signalled", "uncorrected_signalled")
+            named = expected == "corrected" or (expected in uncorrected and usable)
             assert report.mfn == (MFN if named else None)
+            assert isinstance(report, UncorrectedPageError) == (expected in uncorrected and usable)
 
 
 def test_genuine_corrected_error_with_en_clear_counts() -> None:
     report = classified(0x8C00_0042_0080_0090)
     assert report == CorrectedPageError(
         mfn=MFN,
-        weight=0x42 >> 6,
+        count=0x42 >> 6,
         overflow=False,
         granularity=4096,
         domid=None,
-        apicid=None,
-        bank=9,
-        status=0x8C00_0042_0080_0090,
-        misc=MISC_PAGE,
+        bank=BankEntry(bank=9, status=0x8C00_0042_0080_0090, addr=ADDR, misc=MISC_PAGE),
     )
 
 
-@pytest.mark.parametrize(("count", "weight"), [(0, 1), (1, 1), (2, 2), (0x7FFF, 0x7FFF)])
-def test_weight_is_the_count_field_and_at_least_one(count: int, weight: int) -> None:
-    report = classified(USABLE | count << 38 | 0x90)
+@pytest.mark.parametrize(("field", "count"), [(0, 1), (1, 1), (2, 2), (0x7FFF, 0x7FFF)])
+def test_count_is_the_banks_and_at_least_one(field: int, count: int) -> None:
+    report = classified(USABLE | field << 38 | 0x90)
     assert isinstance(report, CorrectedPageError)
-    assert report.weight == weight
+    assert report.count == count
 
 
-@pytest.mark.parametrize("known_from", ["machine", "record"])
-def test_count_field_means_nothing_where_mcg_cap_denies_it(known_from: str) -> None:
-    status = USABLE | 77 << 38 | 0x90
-    without_cmci = 0x100_0009
-    if known_from == "machine":
-        machine = Machine(
-            vendor=INTEL.vendor,
-            family=6,
-            physical_bits=46,
-            max_mfn=INTEL.max_mfn,
-            mcg_cap=without_cmci,
-        )
-        report = classified(status, machine)
-    else:
-        report = classified(status, mcg_cap=without_cmci)
+def test_count_field_means_nothing_where_mcg_cap_denies_it() -> None:
+    report = classified(USABLE | 77 << 38 | 0x90, mcg_cap=0x100_0009)
     assert isinstance(report, CorrectedPageError)
-    assert report.weight == 1
+    assert report.count == 1
 
 
 def test_count_field_is_used_where_mcg_cap_allows_it() -> None:
     report = classified(USABLE | 77 << 38 | 0x90, mcg_cap=0x100_0409)
     assert isinstance(report, CorrectedPageError)
-    assert report.weight == 77
+    assert report.count == 77
+
+
+CORRECTED_OVER = USABLE | OVER | 0x90
+
+
+@pytest.mark.parametrize(
+    ("status", "machine", "mcg_cap", "lost"),
+    [
+        (USABLE | 0x90, INTEL, None, 0),
+        (USABLE | 5 << 38 | 0x90, INTEL, None, 0),  # counted, and not overwritten
+        (CORRECTED_OVER & ~VAL, INTEL, None, 0),
+        (CORRECTED_OVER, INTEL, None, 1),
+        (CORRECTED_OVER | 2 << 38, INTEL, None, 1),
+        (CORRECTED_OVER | 78 << 38, INTEL, None, 77),
+        (CORRECTED_OVER | 78 << 38, INTEL, 0x100_0409, 77),
+        (CORRECTED_OVER | 78 << 38, INTEL, 0x100_0009, 1),  # the bank does not count
+        (CORRECTED_OVER | UC | S, INTEL, None, 1),
+        (CORRECTED_OVER | UC | 9 << 38, INTEL, None, 1),
+        (VAL | OVER | UC | PCC, INTEL, None, 1),
+        (CORRECTED_OVER | 78 << 38, AMD_ZEN, None, 1),
+        (CORRECTED_OVER | 78 << 38, OTHER, None, 1),
+    ],
+)
+def test_overwritten_errors_are_at_least_those_the_bank_has_counted(
+    status: int, machine: Machine, mcg_cap: int | None, lost: int
+) -> None:
+    entry = BankEntry(bank=9, status=status, addr=ADDR, misc=MISC_PAGE, mcg_cap=mcg_cap)
+    assert errors_overwritten(entry, machine) == lost
 
 
 def test_overflow_is_passed_on() -> None:
@@ -189,12 +210,8 @@ def test_frame_beyond_the_hosts_last_is_out_of_range(frame: int, inside: bool) -
 @pytest.mark.parametrize("code", [0xC0, 0xCF, 0x10C3])
 def test_uncorrected_patrol_scrub_sent_as_corrected_is_not_counted(code: int) -> None:
     report = classified(USABLE | 0x10 << 16 | code)
-    assert report == OtherError(
-        kind=OtherKind.UNCORRECTED_NOT_SIGNALLED,
-        bank=9,
-        status=USABLE | 0x10 << 16 | code,
-        mfn=MFN,
-    )
+    assert isinstance(report, UncorrectedPageError)
+    assert (report.kind, report.mfn) == (OtherKind.UNCORRECTED_NOT_SIGNALLED, MFN)
 
 
 def test_corrected_patrol_scrub_counts() -> None:
@@ -263,7 +280,7 @@ def test_amd_with_scalable_banks_is_accounted_only(
 def test_dram_error_of_an_old_amd_northbridge_counts() -> None:
     report = classified(VAL | ADDRV | 0x8 << 16 | 0x0A13, AMD_OLD, bank=4, misc=0)
     assert isinstance(report, CorrectedPageError)
-    assert (report.mfn, report.weight) == (MFN, 1)
+    assert (report.mfn, report.count) == (MFN, 1)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +301,19 @@ def test_old_amd_address_beyond_the_host_is_out_of_range() -> None:
     status = VAL | ADDRV | 0x8 << 16 | 0x0A13
     report = classified(status, AMD_OLD, bank=4, addr=1 << 40)
     assert kind(report) is OtherKind.ADDRESS_OUT_OF_RANGE
+
+
+def test_uncorrected_is_also_what_is_not_understood_otherwise() -> None:
+    def is_uncorrected(status: int, machine: Machine) -> bool:
+        report = classified(status, machine)
+        assert isinstance(report, OtherError)
+        return report.is_uncorrected
+
+    assert is_uncorrected(USABLE | UC | 0x90, OTHER)
+    assert not is_uncorrected(USABLE | 0x90, OTHER)
+    assert not is_uncorrected((USABLE | UC | 0x90) & ~VAL, OTHER)
+    assert is_uncorrected(VAL | PCC, INTEL)
+    assert is_uncorrected(VAL | 1 << 44 | 0x11B, AMD_ZEN)
 
 
 def test_unknown_vendor_is_accounted_only() -> None:
@@ -307,17 +337,42 @@ def test_record_that_names_another_vendor_than_the_host_is_not_believed() -> Non
     ],
 )
 def test_both_formats_give_the_same_report(error: BankError) -> None:
-    native = classify(decode_mc_info(mc_info_of(error)), INTEL)
-    assert native == classify(decode_xen_mce(xen_mce_of(error, size=88)), INTEL)
-    assert native == classify(decode_xen_mce(xen_mce_of(error, size=112)), INTEL)
+    def essence(telemetry: Telemetry) -> tuple[object, ...]:
+        [report] = classify(telemetry, INTEL)
+        bank = report.bank
+        assert bank is not None
+        words = (bank.status, bank.addr, bank.misc, bank.gstatus)
+        return report_class(report), report.mfn, bank.bank, words, bank.apicid, bank.socket
+
+    native = essence(decode_mc_info(mc_info_of(error)))
+    assert native == essence(decode_xen_mce(xen_mce_of(error, size=88)))
+    assert native == essence(decode_xen_mce(xen_mce_of(error, size=112)))
 
 
 def test_every_report_says_what_it_is_about() -> None:
     corrected = classified(USABLE | OVER | 3 << 38 | 0x90)
-    assert "3 corrected errors in mfn 0x12345" in corrected.describe()
-    assert "others were lost" in corrected.describe()
+    assert "a corrected memory error in mfn 0x12345" in corrected.describe()
+    assert "3 errors counted in this bank" in corrected.describe()
+    assert "others were overwritten" in corrected.describe()
     assert "guest's" in classified(USABLE | UC | S | 0x17A).describe()
+    bank = BankEntry(bank=2, status=USABLE, addr=ADDR, misc=0)
     for other in OtherKind:
-        text = OtherError(kind=other, bank=2, status=USABLE, mfn=MFN).describe()
-        assert "mfn 0x12345" in text
-        assert "bank 2" in text
+        nowhere = OtherError(kind=other, bank=bank)
+        somewhere = UncorrectedPageError(mfn=MFN, kind=other, domid=None, bank=bank)
+        assert "mfn 0x12345" in somewhere.describe()
+        assert "must not be read" in somewhere.describe()
+        for report in (nowhere, somewhere):
+            assert "bank 2" in report.describe()
+            assert "address 0x12345678" in report.describe()
+            assert report.reason in report.describe()
+
+
+def test_an_uncorrected_error_without_a_page_says_why_there_is_none() -> None:
+    report = classified(USABLE | UC | 0x136, addr=1 << 45)
+    assert isinstance(report, OtherError)
+    assert (report.kind, report.no_page) == (
+        OtherKind.UNCORRECTED_NOT_SIGNALLED,
+        OtherKind.ADDRESS_OUT_OF_RANGE,
+    )
+    assert "beyond the host's last frame" in report.describe()
+    assert "no address" in classified(VAL | 0x90).describe()

@@ -43,7 +43,8 @@ def test_frame_and_owner_are_those_of_the_recovery_entry() -> None:
     [report] = reports(bank_entry(SRAO), recovery_entry(bank=7, mfn=0xB481E, status=0x23004))
     assert isinstance(report, HypervisorActed)
     assert (report.mfn, report.domid, report.broken) == (0xB481E, Domid(2), True)
-    assert (report.result, report.status) == (HypervisorResult.PENDING, SRAO.status)
+    assert report.bank is not None
+    assert (report.result, report.bank.status) == (HypervisorResult.PENDING, SRAO.status)
 
 
 def test_its_bank_is_not_counted_again_even_where_it_looks_corrected() -> None:
@@ -95,7 +96,8 @@ def test_frame_beyond_the_host_is_not_passed_on() -> None:
 def test_last_frame_of_the_host_is_passed_on_and_no_bank_is_needed() -> None:
     [report] = reports(recovery_entry(bank=7, mfn=0xFFFFF, status=0x2002))
     assert isinstance(report, HypervisorActed)
-    assert (report.mfn, report.status) == (INTEL.max_mfn, 0)
+    assert (report.mfn, report.bank) == (INTEL.max_mfn, None)
+    assert "no bank in the record" in report.describe()
 
 
 def test_xens_own_page_has_no_owning_domain() -> None:

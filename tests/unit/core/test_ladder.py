@@ -46,6 +46,7 @@ def test_a_guest_is_not_saved_for_a_page_that_would_not_leave_the_host() -> None
         *(RefusalReason.BROKEN, RefusalReason.HAS_DEVICES, RefusalReason.NO_SUSPEND),
         *(RefusalReason.NOT_PV, RefusalReason.INTERNAL, RefusalReason.DOMAIN_BUSY),
         *(RefusalReason.NOT_KEPT, RefusalReason.BLACKOUT_LIMIT),
+        *(RefusalReason.NO_SUSPEND_SUPPORT, RefusalReason.SUSPEND_UNANNOUNCED),
     ],
 )
 def test_a_guest_is_not_saved_in_vain(reason: RefusalReason) -> None:

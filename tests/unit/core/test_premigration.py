@@ -25,6 +25,7 @@ from pgofflined.core.premigration import (
     judge,
 )
 from pgofflined.core.relocation_outcomes import RelocationReason
+from pgofflined.core.suspending import Objection
 from pgofflined.core.xenversion import XenVersion
 
 MIB = 256  # frames
@@ -92,7 +93,11 @@ def test_a_running_guest_goes(kind: GuestKind) -> None:
         ({"states": {BAD: PENDING | OfflineState.BROKEN}}, RelocationReason.BROKEN),
         ({"denial": "domains.deny has it"}, RelocationReason.DENIED),
         ({"has_devices": True}, RelocationReason.HAS_DEVICES),
-        ({"poison": Mfn(9)}, RelocationReason.UNCORRECTED),
+        ({"poisoned": frozenset({BAD})}, RelocationReason.UNCORRECTED),
+        (
+            {"objection": Objection(may_pass=False, detail="0")},
+            RelocationReason.NO_SUSPEND_SUPPORT,
+        ),
         (
             {"states": {BAD: PENDING, Mfn(9): PENDING | OfflineState.BROKEN}},
             RelocationReason.BROKEN,
@@ -101,6 +106,30 @@ def test_a_running_guest_goes(kind: GuestKind) -> None:
 )
 def test_what_never_goes(changes: dict[str, object], expected: RelocationReason) -> None:
     assert reason(judged(HERE, **changes)) is expected
+
+
+def test_another_page_with_an_uncorrected_error_is_waited_for_and_named_with_its_owner() -> None:
+    verdict = judged(poison="mfn 0x77 of d7 has had an uncorrected error")
+    assert hindrance(verdict) is Hindrance.UNCORRECTED
+    assert isinstance(verdict, NotNow)
+    assert "mfn 0x77 of d7" in verdict.detail
+    assert "restart that guest" in verdict.detail
+
+
+def test_a_page_of_the_job_with_an_uncorrected_error_that_is_out_of_use_keeps_nobody() -> None:
+    other = Mfn(9)
+    states = {BAD: PENDING, other: OfflineState.OFFLINED}
+    assert judged(states=states, poisoned=frozenset({other})) == Go()
+    # While it is in use its guest has to end, whatever else there is.
+    verdict = judged(states={BAD: PENDING, other: PENDING}, poisoned=frozenset({other}), poison="x")
+    assert reason(verdict) is RelocationReason.UNCORRECTED
+    assert isinstance(verdict, Never)
+    assert "mfn 0x9 of d7" in verdict.detail
+
+
+def test_a_guest_that_has_not_announced_that_it_suspends_may_do_so_yet() -> None:
+    verdict = judged(objection=Objection(may_pass=True, detail="it is silent"))
+    assert verdict == NotNow(hindrance=Hindrance.SUSPEND_UNANNOUNCED, detail="it is silent")
 
 
 def test_nothing_is_read_that_is_broken_and_its_number_is_named() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgofflined.control.protocol import MAX_ADVICE
+from pgofflined.control.replies import MAX_ADVICE
 from pgofflined.core.domains import DomainIdentity, ShutdownReason
 from pgofflined.core.frames import Domid
 from pgofflined.core.saves import (

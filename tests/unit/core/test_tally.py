@@ -57,6 +57,11 @@ def test_an_exchange_job_ends_as_its_worst_page_or_its_guest(
     assert exchange_outcome(report) is expected
 
 
+def test_a_job_after_whose_request_the_guest_ended_has_failed() -> None:
+    report = ExchangeReport(domain=WEB, results=(KEPT,), blackout=None, ended="d7 crashed")
+    assert exchange_outcome(report) is JobOutcome.FAILED
+
+
 def test_pages_are_counted_by_their_refusal() -> None:
     assert [page_outcome(page) for page in (GONE, KEPT, LOST)] == [
         "exchanged",

@@ -82,16 +82,22 @@ def test_old_and_new_xen_mce_are_decoded(size: int) -> None:
 @pytest.mark.parametrize(
     ("number", "vendor"),
     [
-        (0, None),
+        # Xen's own numbers, before 4.19.5, 4.20.3, 4.21.1 and 4.22.
         (1, CpuVendor.INTEL),
         (2, CpuVendor.AMD),
         (4, CpuVendor.OTHER),
         (8, CpuVendor.OTHER),
         (16, CpuVendor.AMD),
+        # Linux' numbers, since.
+        (0, CpuVendor.INTEL),
+        (5, CpuVendor.OTHER),
+        (9, CpuVendor.AMD),
+        (10, CpuVendor.OTHER),
+        (0xFF, None),
         (99, None),
     ],
 )
-def test_vendor_number_is_xens(number: int, vendor: CpuVendor | None) -> None:
+def test_vendor_numbers_of_every_xen_are_known(number: int, vendor: CpuVendor | None) -> None:
     assert decode_xen_mce(xen_mce_of(ERROR, cpuvendor=number)).banks[0].vendor is vendor
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pgofflined.aftercare import Aftercare
+from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import ExchangeReport
@@ -87,20 +87,25 @@ class Bench:
         *,
         ended: Callable[[DomainIdentity], None] | None = None,
     ) -> None:
-        """Until no guest needs it."""
+        """Until no guest needs it; one that somebody has paused may need it for ever."""
         care = Aftercare(
             self.host,
             self.host.clock,
-            interval=5,
+            times=CareTimes(),
             ended=ended or self.journal.done_with,
         )
         for report in reports:
             care.note(
-                "test", report.domain, stuck=report.stuck, may_suspend_late=report.may_suspend_late
+                "test",
+                report.domain,
+                stuck=report.stuck,
+                may_suspend_late=report.may_suspend_late,
+                standing=report.standing,
             )
-        while care:
+        until = self.host.clock.monotonic() + 4 * care.times.late
+        while care and self.host.clock.monotonic() < until:
             care.look()
-            self.host.clock.wait(care.interval)
+            self.host.clock.wait(care.times.interval)
 
     def exchange(self, mfns: Sequence[Mfn], xen: Hypervisor | None = None) -> ExchangeReport:
         return exchange(

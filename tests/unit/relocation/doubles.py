@@ -15,6 +15,7 @@ from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import Route, Way
 from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
 
@@ -40,10 +41,15 @@ class VirtualTime:
 
     def __init__(self) -> None:
         self._now = NOON
+        self._set_by = 0.0
         self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
 
     def now(self) -> float:
-        return self._now
+        return self._now + self._set_by
+
+    def set_by(self, seconds: float) -> None:
+        """Set the wall clock, as `date -s` does; nobody is told."""
+        self._set_by += seconds
 
     def monotonic(self) -> float:
         return self._now
@@ -107,8 +113,10 @@ class FakeHost:
         self.resume_works = True
         self.somebody: str | None = None
         self.serving: str | None = None
-        self.poison: Mfn | None = None
+        self.poison: dict[int, str] = {}
+        self.poisoned: set[Mfn] = set()
         self.devices: set[int] = set()
+        self.support = SuspendSupport.ANNOUNCED
         self.queried = 0
         self.looked_at: Callable[[], None] = lambda: None
 
@@ -168,6 +176,10 @@ class FakeHost:
     def serves(self, domid: Domid) -> str | None:
         assert domid in self.guests
         return self.serving
+
+    def suspend_support(self, domid: Domid) -> SuspendSupport:
+        assert domid in self.guests
+        return self.support
 
     def has_devices(self, domid: Domid) -> bool:
         assert domid in self.guests

@@ -51,6 +51,28 @@ def startup_failure() -> None:
     fail("migration sender: Trying to resume at our end.", "migration sender: Resumed OK.")
 
 
+def glued() -> None:
+    """Permission behind what the other end has not finished, and then the line breaks."""
+    say(SAVING)
+    os.write(2, b"\rxc: info: Saving domain: 5678/5678  100%")
+    os.write(2, b"migration target: Transfer complete, requ")
+    say(ACKNOWLEDGED)
+    os.write(2, b"esting permission to start dom")
+    os.write(2, PERMISSION.encode())
+    fail("client_loop: send disconnect: Broken pipe")
+
+
+def undefined() -> None:
+    """The permission itself got lost."""
+    fail(SAVING, "Domain state is now undefined !")
+
+
+def called_resumed() -> None:
+    """The transport breaks after permission; the guest is called what xl would say."""
+    name = "web\nmigration sender: Trying to resume at our end.\nmigration sender: Resumed OK.\n"
+    fail(SAVING, ACKNOWLEDGED, PERMISSION, f'libxl: error: Domain "{name}" ...')
+
+
 def final_handshake() -> None:
     fail(SAVING, ACKNOWLEDGED, PERMISSION, "** Migration failed during final handshake **")
 

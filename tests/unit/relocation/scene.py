@@ -16,6 +16,7 @@ from pgofflined.core.relocation_outcomes import (
     NotMigrated,
     RelocationOutcome,
 )
+from pgofflined.core.suspending import unless_announced
 from pgofflined.relocation import RelocationService
 from pgofflined.saving import Saves
 from tests.unit.relocation.doubles import (
@@ -76,8 +77,10 @@ async def running(
         clock=time,
         zone=UTC,
         finished=lambda _, outcome: outcomes.append(outcome),
-        poison=lambda: host.poison,
+        poison=lambda info: host.poison.get(info.domid),
+        is_poisoned=lambda mfn: mfn in host.poisoned,
         denial=lambda info: denied.get(info.domid),
+        objection=unless_announced,
         saved_in_vain=saved_in_vain.append,
         sleep=time.sleep,
         in_thread=inline,

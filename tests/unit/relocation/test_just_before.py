@@ -21,6 +21,7 @@ from tests.unit.relocation.scene import (
     BROKEN_OFF,
     SAVING,
     by_saving,
+    running,
     saving,
 )
 
@@ -37,13 +38,17 @@ async def test_nothing_is_begun_when_an_uncorrected_error_is_reported_while_it_w
             await world.submit(9, 0x10)
         await quiet()
         assert [state for _, state in world.state()] == ["deferred"]
-        world.host.poison = Mfn(0x77)
+        domid = 7 if how == "save" else 9
+        world.host.poison = {domid: f"mfn 0x77 of d{domid} has had an uncorrected error"}
         await world.time.advance(10 * 3600)
         assert world.relocator.calls == []
-        [outcome] = world.outcomes
-        assert isinstance(outcome, NotRelocated)
-        assert outcome.reason is RelocationReason.UNCORRECTED
-        assert "0x77" in outcome.detail
+        [job] = world.service.snapshot()
+        assert job.state == "deferred"
+        assert f"mfn 0x77 of d{domid}" in job.detail
+        # It ends by itself when that page is out of use.
+        world.host.poison = {}
+        await world.time.advance(600)
+        assert world.relocator.running == [domid]
 
 
 @pytest.mark.parametrize("how", ["save", "migration"])
@@ -56,13 +61,29 @@ async def test_nothing_is_tried_again_when_an_uncorrected_error_is_reported_mean
         else:
             await world.submit(9, 0x10)
         await quiet()
-        world.host.poison = Mfn(0x77)
+        world.host.poison = {7: "mfn 0x77", 9: "mfn 0x77"}
         await world.relocator.calls[0].end(BROKEN_OFF)
         await world.time.advance(3600)
         assert len(world.relocator.calls) == 1
+        assert "mfn 0x77" in world.service.snapshot()[0].detail
+
+
+async def test_an_uncorrected_error_of_another_guest_keeps_nobody() -> None:
+    async with running() as world:
+        world.host.poison = {8: "mfn 0x77 of d8 has had an uncorrected error"}
+        await world.submit(7, 0x10)
+        assert world.relocator.running == [7]
+
+
+async def test_a_guest_whose_own_bad_page_has_an_uncorrected_error_is_left_at_once() -> None:
+    async with running() as world:
+        world.host.poisoned = {Mfn(0x11)}
+        await world.submit(7, 0x10, 0x11)
+        assert world.relocator.calls == []
         [outcome] = world.outcomes
         assert isinstance(outcome, NotRelocated)
         assert outcome.reason is RelocationReason.UNCORRECTED
+        assert "mfn 0x11 of d7" in outcome.detail
 
 
 @pytest.mark.parametrize("what", ["denied", "devices"])

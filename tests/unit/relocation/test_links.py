@@ -76,3 +76,11 @@ async def test_watching_twice_and_unwatching_twice_does_no_harm() -> None:
 def test_pyroute2_is_not_loaded_before_it_is_needed() -> None:
     code = "import pgofflined.relocation, sys; sys.exit('pyroute2' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["spare..example", "x" * 70])
+async def test_a_name_that_no_resolver_takes_is_a_target_that_cannot_be_resolved(name: str) -> None:
+    way = await KernelLinks().way(f"root@{name}")
+    assert isinstance(way, NoWay)
+    assert way.hindrance is Hindrance.TARGET_UNRESOLVED
+    assert name in way.detail

@@ -83,9 +83,9 @@ async def test_a_guest_that_is_down_for_long_raises_an_alarm_again_and_again(
     async with saving(saves, tmp_path, time_limit=1800.0) as world:
         by_saving(world, 7, 0x10)
         await world.time.advance(1799)
-        assert world.service.overdue() == ()
+        assert world.service.overdue() == {}
         await world.time.advance(1)
-        [line] = world.service.overdue()
+        [line] = world.service.overdue().values()
         assert "d7" in line
         assert str(tmp_path) in line
         await world.time.advance(2 * 3600)
@@ -100,7 +100,7 @@ async def test_a_guest_that_is_down_for_long_raises_an_alarm_again_and_again(
         assert not call.outcome.done()
         world.host.move(7, 8)
         await call.end()
-        assert world.service.overdue() == ()
+        assert world.service.overdue() == {}
         await world.time.advance(2 * 3600)
         assert world.time.sleepers == []
 

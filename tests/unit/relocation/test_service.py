@@ -15,6 +15,8 @@ from pgofflined.core.premigration import Route
 from pgofflined.core.relocation_outcomes import (
     InDoubt,
     Migrated,
+    MigrationOutcome,
+    NotMigrated,
     NotRelocated,
     Relocated,
     RelocationReason,
@@ -350,11 +352,18 @@ async def test_a_guest_that_stays_suspended_is_reported_loudly(kind: GuestKind) 
         assert world.host.resumed == ([7] if kind is GuestKind.PVH else [])
 
 
-async def test_in_doubt_nothing_is_resumed() -> None:
+@pytest.mark.parametrize(
+    "came",
+    [
+        InDoubt(detail="the line broke"),
+        NotMigrated(detail="xl says that it was resumed", may_run_there=True),
+    ],
+)
+async def test_in_doubt_nothing_is_resumed(came: MigrationOutcome) -> None:
     async with running(AWAY) as world:
         await world.submit(7, 0x10)
         world.host.change(7, shutdown=ShutdownReason.SUSPEND)
-        await world.relocator.calls[0].end(InDoubt(detail="the line broke"))
+        await world.relocator.calls[0].end(came)
         [outcome] = world.outcomes
         assert isinstance(outcome, NotRelocated)
         assert outcome.stuck is not None

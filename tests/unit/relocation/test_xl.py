@@ -141,7 +141,6 @@ async def test_an_ssh_command_that_a_shell_would_interpret_is_refused(
         ("startup_failure", "Resumed OK"),
         ("killed", "signal 9"),
         ("talks_too_much", "the end of it"),
-        ("pretends", "failed"),
     ],
 )
 async def test_a_failure_says_what_xl_said(fake: FakeXl, scenario: str, said: str) -> None:
@@ -152,9 +151,21 @@ async def test_a_failure_says_what_xl_said(fake: FakeXl, scenario: str, said: st
     assert len(outcome.detail) < 20_000
 
 
-async def test_after_permission_was_given_a_failure_is_in_doubt(fake: FakeXl) -> None:
-    outcome = await fake.migrate("final_handshake")
+@pytest.mark.parametrize("scenario", ["final_handshake", "glued", "undefined", "pretends"])
+async def test_where_permission_may_have_been_given_a_failure_is_in_doubt(
+    fake: FakeXl, scenario: str
+) -> None:
+    outcome = await fake.migrate(scenario)
     assert isinstance(outcome, InDoubt)
+
+
+@pytest.mark.parametrize("scenario", ["startup_failure", "called_resumed"])
+async def test_a_guest_that_was_resumed_as_xl_says_may_run_there_for_all_that(
+    fake: FakeXl, scenario: str
+) -> None:
+    outcome = await fake.migrate(scenario)
+    assert isinstance(outcome, NotMigrated)
+    assert outcome.may_run_there
 
 
 async def test_no_xl_is_a_failure_with_its_reason(fake: FakeXl) -> None:

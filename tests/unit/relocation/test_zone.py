@@ -11,7 +11,7 @@ import pytest
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.policy import RelocationPolicy
-from pgofflined.core.relocating import RelocationQueue
+from pgofflined.core.relocating import Instant, RelocationQueue
 from pgofflined.core.schedule import parse_window
 from pgofflined.relocation import local_zone
 from tests.unit.relocation.doubles import guest
@@ -39,9 +39,10 @@ def test_a_window_opens_at_its_local_time_after_summer_time_has_begun() -> None:
     queue = RelocationQueue(policy, local_zone(BERLIN))
     saturday = datetime(2025, 3, 29, 12, 0, tzinfo=ZoneInfo("Europe/Berlin"))
     identity = DomainIdentity(Domid(7), guest(7).uuid)
-    queue.submit(identity, "guest7", [Mfn(1)], saturday.timestamp())
-    assert queue.take(saturday.timestamp()) is None
+    now = Instant(wall=saturday.timestamp(), steady=0.0)
+    queue.submit(identity, "guest7", [Mfn(1)], now)
+    assert queue.take(now) is None
     # Fifteen hours: clocks go from 02:00 to 03:00 in that night.
-    opening = saturday.timestamp() + timedelta(hours=15).total_seconds()
-    assert queue.next_event(saturday.timestamp()) == opening
-    assert queue.take(opening) is not None
+    hours = timedelta(hours=15).total_seconds()
+    assert queue.closed_for(now) == hours
+    assert queue.take(Instant(wall=now.wall + hours, steady=hours)) is not None

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pgofflined.core.domains import GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, XenError
+from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, GuestEnded, XenError
 from pgofflined.core.frames import DOM0
 from pgofflined.core.offline import OfflineState
 from pgofflined.ports import SuspendLimits
@@ -65,11 +65,35 @@ def test_guest_that_suspends_at_the_withdrawal_counts_as_suspended() -> None:
     assert small.host.domain(small.pv).shutdown is ShutdownReason.SUSPEND
 
 
-@pytest.mark.parametrize("answer", [Answer.DIES, Answer.REBOOTS, Answer.CRASHES])
-def test_guest_that_ends_meanwhile_is_gone(answer: Answer) -> None:
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Answer.DIES, None),
+        (Answer.REBOOTS, None),
+        (Answer.CRASHES, ShutdownReason.CRASH),
+        (Answer.CRASHES_READING, ShutdownReason.CRASH),
+        (Answer.POWERS_OFF, ShutdownReason.POWEROFF),
+    ],
+)
+def test_guest_that_ends_meanwhile_has_ended_after_it_was_asked(
+    answer: Answer, reason: ShutdownReason | None
+) -> None:
     small = answering(answer)
-    with pytest.raises(DomainGone):
+    with pytest.raises(GuestEnded) as caught:
         small.host.suspend(small.pv, LIMITS)
+    assert caught.value.reason is reason
+    # It never took the request, which is still there to be withdrawn.
+    unread = answer is Answer.CRASHES_READING
+    if reason is not None:
+        assert small.host.withdraw_suspend(small.pv) is unread
+
+
+def test_guest_that_ended_before_was_not_asked() -> None:
+    small = small_host()
+    small.host.crash(small.pv, "before")
+    with pytest.raises(DomainGone) as caught:
+        small.host.suspend(small.pv, LIMITS)
+    assert not isinstance(caught.value, GuestEnded)
 
 
 def test_rebooted_guest_has_the_domid_and_another_uuid() -> None:

@@ -86,3 +86,78 @@ def test_broken_source_says_so(source: SimulatedTelemetry) -> None:
     assert readable(source)
     with pytest.raises(PortError, match="is gone"):
         source.read()
+
+
+MISC_PAGE = 0x8C
+UCNA, SCRUB, SRAR = 0xBC00_0000_0101_009F, 0x8C00_0000_0010_00C0, 0xBD80_0000_0010_0134
+POLLED, CMCI, MCE = 8, 32, 64
+CORRECTABLE, UNCORRECTABLE, RECOVERABLE = 1, 2, 4
+
+
+def flags_of(record: bytes) -> int:
+    return int(struct.unpack_from("<I", record, 28)[0])
+
+
+def bank_of(record: bytes) -> tuple[int, int, int, int, int]:
+    """Its number, owner, status, address and MISC."""
+    kind, size, bank, domid, status, address, misc = struct.unpack_from("<HHHHQQQ", record, 40)
+    assert (kind, size) == (1, 48)
+    return bank, domid, status, address, misc
+
+
+def test_error_that_nothing_consumed_is_announced_by_an_interrupt(
+    source: SimulatedTelemetry,
+) -> None:
+    record = source.push_ucna(Maddr(0x5040), domid=Domid(7))
+    assert flags_of(record) == CMCI | RECOVERABLE
+    assert bank_of(record) == (9, 7, UCNA, 0x5040, MISC_PAGE)
+    # IA32_MCi_CTL2 and the TSC are read for interrupts only.
+    assert struct.unpack_from("<QQ", record, 72) == (1 << 30 | 2, 1)
+    assert struct.unpack_from("<QQ", source.push_corrected(Maddr(0x5000)), 72) == (0, 0)
+
+
+def test_uncorrected_scrub_passes_for_a_corrected_error(source: SimulatedTelemetry) -> None:
+    record = source.push_uncorrected_scrub(Maddr(0x5000))
+    assert flags_of(record) == CMCI | CORRECTABLE
+    assert bank_of(record) == (13, 0x7FF4, SCRUB, 0x5000, MISC_PAGE)
+
+
+def test_leftover_is_polled_and_has_no_owner(source: SimulatedTelemetry) -> None:
+    record = source.push_leftover(0x5000)
+    assert flags_of(record) == POLLED | RECOVERABLE == 0x0C
+    assert bank_of(record) == (1, 0x7FF4, SRAR, 0x5000, MISC_PAGE)
+    assert struct.unpack_from("<I", record) == (2,)  # no recovery entry
+    fatal = source.push_leftover(0x5000, status=0xA600_0000_0002_0408, bank=4)
+    assert flags_of(fatal) == POLLED | UNCORRECTABLE
+    # MISC is not valid, so Xen does not read it.
+    assert bank_of(fatal) == (4, 0x7FF4, 0xA600_0000_0002_0408, 0x5000, 0)
+
+
+def test_error_that_xen_handled_is_recoverable(source: SimulatedTelemetry) -> None:
+    assert flags_of(source.push_srao(Mfn(7), None)) == MCE | RECOVERABLE
+
+
+def test_overwritten_error_has_its_bit(source: SimulatedTelemetry) -> None:
+    _, _, status, _, _ = bank_of(source.push_corrected(Maddr(0), count=5, overwritten=True))
+    assert status == 0xCC00_0000_0000_0090 | 5 << 38
+
+
+def test_northbridge_of_amd_has_an_entry_for_its_further_registers_where_misc_is_valid(
+    source: SimulatedTelemetry,
+) -> None:
+    plain = source.push_amd_deferred(Maddr(0x5000))
+    assert flags_of(plain) == POLLED | CORRECTABLE
+    assert bank_of(plain) == (4, 0x7FF4, 0x9400_1000_0008_0A13, 0x5000, 0)
+    assert struct.unpack_from("<I", plain) == (2,)
+    assert flags_of(source.push_amd_uncorrected(Maddr(0x5000))) == POLLED | RECOVERABLE
+    assert flags_of(source.push_amd_corrected(Maddr(0x5000))) == POLLED | CORRECTABLE
+    longer = source.push_northbridge(0x9C00_4000_0008_0A13, 0x5000, misc=1 << 63)
+    assert struct.unpack_from("<I", longer) == (3,)
+    assert bank_of(longer)[4] == 1 << 63
+    assert struct.unpack_from("<HHIQ", longer, 88) == (2, 520, 3, 0xC000_0408)
+
+
+def test_mcg_cap_of_the_processors_comes_with_the_batch() -> None:
+    source = SimulatedTelemetry(mcg_cap=0x1C09)
+    assert source.read().mcg_cap == 0x1C09
+    source.close()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
 from pgofflined.core.errors import OfflineCallUnsafe, XenError
+from pgofflined.ports.affinity import Narrowed
 from pgofflined.xen.placement import (
     Placement,
     Vcpu,
     Whereabouts,
     candidates,
+    restore,
 )
 
 
@@ -242,3 +244,95 @@ def test_pinned_vcpu_comes_before_one_to_be_narrowed() -> None:
 def test_one_pcpu_host_is_told_what_to_do_instead() -> None:
     with pytest.raises(OfflineCallUnsafe, match="badpage="):
         candidates([Vcpu(number=0, online=True, hard=ALL)], 1)
+
+
+@dataclass
+class Note:
+    """A note that outlives the process."""
+
+    notes: dict[int, Narrowed] = field(default_factory=dict)
+    fails: bool = False
+
+    def read(self) -> Mapping[int, Narrowed]:
+        return dict(self.notes)
+
+    def put(self, vcpu: int, narrowed: Narrowed) -> None:
+        if self.fails:
+            raise OSError(errno.ENOSPC, "no room")
+        self.notes[vcpu] = narrowed
+
+    def clear(self, vcpu: int) -> None:
+        self.notes.pop(vcpu, None)
+
+
+class Killed(BaseException):
+    """The process is no more: nothing is put back."""
+
+
+def killed_at(machine: Machine, note: Note, moment: str) -> None:
+    """A process that is killed right before or after it has narrowed a vCPU."""
+    dead = False
+    change = machine.set_hard_affinity
+
+    def set_hard_affinity(vcpu: int, pcpus: frozenset[int]) -> frozenset[int]:
+        nonlocal dead
+        if dead:
+            raise Killed
+        dead = True
+        if moment == "after":
+            change(vcpu, pcpus)
+        raise Killed
+
+    machine.set_hard_affinity = set_hard_affinity  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        Placement(machine, machine, note=note).run(never)
+    machine.set_hard_affinity = change  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_vcpu_that_a_killed_process_has_narrowed_has_its_affinity_back(moment: str) -> None:
+    machine = Machine(online_pcpu=ALL, hard={0: ALL, 1: ALL})
+    note = Note()
+    killed_at(machine, note, moment)
+    assert (machine.hard[1] == ALL) is (moment == "before")
+    restore(machine, note)
+    assert machine.hard == {0: ALL, 1: ALL}
+    assert note.notes == {}
+
+
+def test_an_affinity_that_somebody_has_set_since_is_left_alone() -> None:
+    machine = Machine(online_pcpu=ALL, hard={0: ALL, 1: ALL})
+    note = Note()
+    killed_at(machine, note, "after")
+    machine.hard[1] = frozenset({2})
+    restore(machine, note)
+    assert machine.hard[1] == {2}
+    assert note.notes == {}
+
+
+def test_what_xen_refuses_stays_noted_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    machine = Machine(online_pcpu=ALL, hard={0: ALL, 1: ALL})
+    note = Note()
+    killed_at(machine, note, "after")
+    machine.set_fails = True
+    restore(machine, note)
+    assert 1 in note.notes
+    assert "xl vcpu-pin 0 1 all" in caplog.text
+    machine.set_fails = False
+    restore(machine, note)
+    assert machine.hard[1] == ALL
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_stays_noted_of_a_call_that_came_to_its_end(*, fails: bool) -> None:
+    machine = Machine(online_pcpu=ALL, hard={0: ALL, 1: ALL})
+    note = Note(fails=fails)
+    assert Placement(machine, machine, note=note).run(checked_call(machine)) == "done"
+    assert machine.hard == {0: ALL, 1: ALL}
+    assert note.notes == {}
+
+
+def test_without_a_note_nothing_is_asked_or_changed() -> None:
+    machine = Machine(online_pcpu=ALL, hard={0: ALL, 1: frozenset({1, 2})})
+    restore(machine, Note())
+    assert machine.log == []

@@ -10,15 +10,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.errors import (
     DomainGone,
     GuestDidNotSuspend,
+    GuestEnded,
     PortError,
     SuspendNotAsked,
     SuspendShared,
     XenError,
 )
 from pgofflined.core.frames import Domid
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.ports import SuspendLimits
 from pgofflined.xen.abi.domctl import (
     AddressSize,
@@ -42,6 +45,7 @@ from .recorder import INTERFACE, calling, domain_info, domctl_at, failing, put
 
 GUEST = Domid(3)
 NODE = "/local/domain/3/control/shutdown"
+FEATURE_NODE = "/local/domain/3/control/feature-suspend"
 SUSPENDED = 1 << 2 | 2 << 16
 CRASHED = 1 << 2 | 3 << 16
 HVM = 1 << 1
@@ -56,6 +60,7 @@ class Guest:
     script: dict[float, Callable[[Guest], None]] = field(default_factory=dict)
     flags: int = 0
     node: bytes | None = b""
+    feature: bytes | None = b"1"
     rax: int = 0
     width: int = 64
     now: float = 0.0
@@ -69,6 +74,8 @@ class Guest:
     # xenstore
 
     def read(self, path: str) -> bytes | None:
+        if path == FEATURE_NODE:
+            return self.feature
         assert path == NODE
         return self.node
 
@@ -255,9 +262,53 @@ def test_guest_that_ends_meanwhile_is_gone(when: str) -> None:
     script: dict[float, Callable[[Guest], None]]
     script = {1.0: crashes} if when.startswith("before") else {0.5: acknowledges, 1.0: crashes}
     guest = Guest(script)
-    with pytest.raises(DomainGone):
+    with pytest.raises(GuestEnded) as caught:
         suspension(guest).suspend(GUEST, LIMITS)
+    assert caught.value.reason is ShutdownReason.CRASH
     assert guest.node == b""
+
+
+@pytest.mark.parametrize("when", [0.5, 1.5])
+def test_guest_that_is_destroyed_meanwhile_has_ended_for_no_known_reason(when: float) -> None:
+    def is_destroyed(guest: Guest) -> None:
+        guest.fail = {XEN_DOMCTL_getdomaininfo: [errno.ESRCH] * 9}
+
+    with pytest.raises(GuestEnded) as caught:
+        suspension(Guest({1.0: acknowledges, when: is_destroyed})).suspend(GUEST, LIMITS)
+    assert caught.value.reason is None
+
+
+def test_guest_that_crashed_before_it_was_asked_has_not_ended_by_our_request() -> None:
+    guest = Guest(flags=CRASHED)
+    with pytest.raises(DomainGone) as caught:
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert not isinstance(caught.value, GuestEnded)
+    assert guest.log == []
+
+
+@pytest.mark.parametrize(
+    ("untrusted", "expected"),
+    [
+        (b"1", SuspendSupport.ANNOUNCED),
+        (b"0", SuspendSupport.DENIED),
+        (b"", SuspendSupport.SILENT),
+        (None, SuspendSupport.SILENT),
+        (b"1\0", SuspendSupport.SILENT),
+        (b"\xff" * 4096, SuspendSupport.SILENT),
+        (b"yes", SuspendSupport.SILENT),
+    ],
+)
+def test_what_a_guest_announces_is_believed_only_as_it_is_defined(
+    untrusted: bytes | None, expected: SuspendSupport
+) -> None:
+    assert suspension(Guest(feature=untrusted)).support(GUEST) is expected
+    pvh = Guest(feature=untrusted, flags=HVM, callback_irq=1)
+    assert suspension(pvh).support(GUEST) is expected
+
+
+def test_a_guest_of_the_hvm_class_without_pv_drivers_is_not_asked_by_anybody() -> None:
+    guest = Guest(feature=b"", flags=HVM, emulation=DEVICE_MODEL)
+    assert suspension(guest).support(GUEST) is SuspendSupport.NOT_ASKED
 
 
 @pytest.mark.parametrize("node", [b"poweroff", b"suspend", b"reboot"])

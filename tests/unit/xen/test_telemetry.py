@@ -12,7 +12,13 @@ import pytest
 
 from pgofflined.core.errors import SourceUnavailable, XenError
 from pgofflined.ports import RecordFormat
-from pgofflined.xen.abi.mca import Mc, McInfo, XEN_MC_fetch
+from pgofflined.xen.abi.mca import (
+    Mc,
+    McInfo,
+    McLogicalCpu,
+    XEN_MC_fetch,
+    XEN_MC_physcpuinfo,
+)
 from pgofflined.xen.abi.mcelog import (
     MCE_GET_LOG_LEN,
     MCE_GET_RECORD_LEN,
@@ -34,7 +40,10 @@ def record(text: bytes) -> bytes:
 
 @dataclass
 class Telemetry:
-    """Xen's two queues: a fetch leaves the oldest record, an acknowledgement takes it."""
+    """Xen's two queues: a fetch leaves the oldest record, an acknowledgement takes it.
+
+    It has ``cpus`` processors, of which the first one has the MSRs ``msrs``.
+    """
 
     queues: dict[int, list[tuple[int, bytes]]] = field(
         default_factory=lambda: {URGENT: [], NONURGENT: []}
@@ -44,11 +53,18 @@ class Telemetry:
     fetch_error: int = 0
     ack_errors: int = 0
     acks: int = 0
+    cpus: int = 3
+    msrs: tuple[tuple[int, int], ...] = ((0x179, 0x1C09),)
+    cpu_questions: int = 0
+    cpu_error: int = 0
 
     def __call__(self, number: int, arguments: tuple[int, ...]) -> int:
         assert number == HYPERVISOR_arch_0
         request = Mc.from_address(arguments[0])
-        assert (request.cmd, request.interface_version) == (XEN_MC_fetch, 0x01ECC003)
+        assert request.interface_version == 0x01ECC003
+        if request.cmd == XEN_MC_physcpuinfo:
+            return self.describe_cpus(request)
+        assert request.cmd == XEN_MC_fetch
         fetch = request.u.mc_fetch
         queue = self.queues[fetch.flags & 3]
         if fetch.flags & ACK:
@@ -60,6 +76,24 @@ class Telemetry:
             ctypes.memmove(fetch.data, queue[0][1], ctypes.sizeof(McInfo))
         else:
             fetch.flags, fetch.fetch_id = 2, 0
+        return 0
+
+    def describe_cpus(self, request: Mc) -> int:
+        self.cpu_questions += 1
+        if self.cpu_error:
+            raise failing(self.cpu_error)
+        question = request.u.mc_physcpuinfo
+        if question.info:
+            # do_mca() writes of every processor into a buffer of its own with room for ncpus.
+            assert question.ncpus >= self.cpus, "the hypervisor's heap is overwritten"
+            for number in range(min(self.cpus, question.ncpus)):
+                cpu = McLogicalCpu(mc_cpunr=number, mc_nmsrvals=0 if number else len(self.msrs))
+                for place, (register, value) in enumerate(self.msrs):
+                    cpu.mc_msrvalues[place].reg = register
+                    cpu.mc_msrvalues[place].value = value
+                size = ctypes.sizeof(cpu)
+                ctypes.memmove(question.info + number * size, ctypes.addressof(cpu), size)
+        question.ncpus = min(self.cpus, question.ncpus) if question.info else self.cpus
         return 0
 
     def acknowledge(self, queue: list[tuple[int, bytes]], number: int) -> None:
@@ -172,6 +206,33 @@ def test_source_that_is_refused_everything_is_broken(pipe: Pipe) -> None:
     source = native(Telemetry(fetch_error=errno.EPERM), pipe)
     with pytest.raises(XenError):
         source.read()
+    source.close()
+
+
+@pytest.mark.parametrize("cpus", [1, 3, 512])
+def test_mcg_cap_of_the_first_processor_comes_with_every_batch(pipe: Pipe, cpus: int) -> None:
+    xen = Telemetry(cpus=cpus, msrs=((0x4F, 7), (0x179, 0x1C09)))
+    source = native(xen, pipe)
+    assert [source.read().mcg_cap for _ in range(3)] == [0x1C09] * 3
+    assert xen.cpu_questions == 2  # how many there are, and of what kind; once
+    source.close()
+
+
+@pytest.mark.parametrize(
+    "xen",
+    [
+        Telemetry(cpu_error=errno.ENOSYS),
+        Telemetry(cpus=0),
+        Telemetry(cpus=1 << 20),
+        Telemetry(msrs=((0x4F, 7),)),
+    ],
+    ids=["refused", "none", "too many", "another MSR"],
+)
+def test_records_are_read_where_mcg_cap_cannot_be_known(pipe: Pipe, xen: Telemetry) -> None:
+    xen.queues[URGENT] = [(1, record(b"x"))]
+    source = native(xen, pipe)
+    batch = source.read()
+    assert (batch.records, batch.mcg_cap) == ((record(b"x"),), None)
     source.close()
 
 
