@@ -20,10 +20,11 @@ from pgofflined.core.reports import (
     OtherKind,
     Sighting,
 )
+from pgofflined.core.telemetry import BankEntry
 from pgofflined.core.units import AmountOfMemory
 
 from .whole import POLICY, Whole, at_work, retiring
-from .whole_pages import fields, told
+from .whole_pages import fields, poison, told
 
 ONE = retiring(max_retired=AmountOfMemory(size=1 << 12))
 
@@ -32,8 +33,11 @@ async def take(whole: Whole, report: ErrorReport) -> None:
     await whole.service.intake.take(Sighting(when=1.0, source="simulated", report=report))
 
 
-def uncorrected(mfn: Mfn | None) -> OtherError:
-    return OtherError(kind=OtherKind.UNCORRECTED_NOT_SIGNALLED, bank=7, status=1 << 63, mfn=mfn)
+BANK = BankEntry(bank=7, status=1 << 63, addr=0x1000, misc=0, domid=Domid(3))
+
+
+def nowhere(kind: OtherKind) -> OtherError:
+    return OtherError(kind=kind, bank=BANK)
 
 
 def acted(mfn: Mfn | None, domid: Domid | None) -> HypervisorActed:
@@ -43,8 +47,7 @@ def acted(mfn: Mfn | None, domid: Domid | None) -> HypervisorActed:
         broken=mfn is not None,
         result=HypervisorResult.OFFLINED,
         reason="it took the page out",
-        bank=7,
-        status=1 << 63,
+        bank=BANK,
     )
 
 
@@ -101,23 +104,52 @@ async def test_what_is_kept_of_errors_is_one_hit_for_each(tmp_path: Path) -> Non
         assert all(time <= whole.clock.monotonic() for time, _ in kept.hits)
 
 
-@pytest.mark.parametrize("is_known", [True, False])
-async def test_an_uncorrected_error_is_told_and_its_page_is_marked_if_it_is_known(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, is_known: bool
+async def test_an_uncorrected_error_is_told_and_its_page_is_marked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with at_work(tmp_path) as whole:
         mfn = whole.plain()
-        await take(whole, uncorrected(mfn if is_known else None))
-        [record] = told(caplog, Event.ERROR_SEEN)
-        assert record.levelno == logging.WARNING
-        assert fields(record).get("MFN") == (f"{mfn:#x}" if is_known else None)
-        if not is_known:
-            assert whole.service.retirer.errors.poisoned == frozenset()
-            assert len(whole.service.retirer.ledger.book) == 0
-            return
+        await poison(whole, mfn)
+        [record] = told(caplog, Event.UNCORRECTED_ERROR)
+        assert record.levelno == logging.ERROR
+        assert fields(record)["MFN"] == f"{mfn:#x}"
+        assert fields(record)["BANK"] == "7"
         entry = await whole.page(mfn, Phase.LEFT, reason="uncorrected")
         assert (entry.cause, entry.marked) == (Cause.UNCORRECTED, True)
         assert told(caplog, Event.PAGE_TO_RETIRE)[0].getMessage().endswith(record.getMessage())
+
+
+@pytest.mark.parametrize(
+    ("kind", "event", "level"),
+    [
+        (OtherKind.UNCORRECTED_SIGNALLED, Event.UNCORRECTED_ERROR, logging.ERROR),
+        (OtherKind.NOT_MEMORY, Event.ERROR_SEEN, logging.WARNING),
+    ],
+)
+async def test_an_error_that_names_no_page_is_told_and_nothing_is_done(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: OtherKind, event: Event, level: int
+) -> None:
+    async with at_work(tmp_path) as whole:
+        await take(whole, nowhere(kind))
+        [record] = told(caplog, event)
+        assert record.levelno == level
+        assert fields(record)["BANK"] == "7"
+        assert "MFN" not in fields(record)
+        assert whole.service.retirer.errors.poisoned == frozenset()
+        assert len(whole.service.retirer.ledger.book) == 0
+
+
+async def test_each_uncorrected_error_is_told_and_the_same_one_not_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path) as whole:
+        for number in range(50):
+            other = replace(BANK, addr=number << 12)
+            await take(whole, OtherError(kind=OtherKind.UNCORRECTED_SIGNALLED, bank=other))
+        assert len(told(caplog, Event.UNCORRECTED_ERROR)) == 50
+        for _ in range(50):
+            await take(whole, nowhere(OtherKind.UNCORRECTED_SIGNALLED))
+        assert 50 < len(told(caplog, Event.UNCORRECTED_ERROR)) < 75
 
 
 async def test_what_xen_did_itself_is_told_as_critical_and_spares_its_domain(
@@ -153,15 +185,13 @@ async def test_what_xen_did_to_nobody_known_spares_nobody(tmp_path: Path) -> Non
 
 async def test_an_operators_page_is_taken_in_hand_once(tmp_path: Path) -> None:
     async with at_work(tmp_path) as whole:
-        mfn = whole.granted()
-        answer = await whole.service.offline(mfn)
-        assert (answer.mfn, answer.accepted, answer.detail) == (mfn, True, "taken in hand")
-        again = await whole.service.offline(mfn)
-        assert (again.accepted, again.detail) == (True, "it is under way already")
+        mfn, request = whole.granted(), whole.service.intake.request
+        assert request(mfn) == (True, "taken in hand")
+        assert request(mfn) == (True, "it is under way already")
         entry = await whole.page(mfn, Phase.LEFT)
         assert entry.cause is Cause.OPERATOR
         # One that was left is tried anew.
-        assert (await whole.service.offline(mfn)).detail == "taken in hand"
+        assert request(mfn) == (True, "taken in hand")
 
 
 @pytest.mark.parametrize(
@@ -172,10 +202,10 @@ async def test_nothing_is_done_for_an_operator_while_nothing_is_done_at_all(
     tmp_path: Path, policy: Policy, key: str
 ) -> None:
     async with at_work(tmp_path, policy) as whole:
-        answer = await whole.service.offline(whole.plain())
-        assert not answer.accepted
-        assert key in answer.detail
-        assert answer.detail.endswith("; nothing was done")
+        is_taken, why = whole.service.intake.request(whole.plain())
+        assert not is_taken
+        assert key in why
+        assert why.endswith("; nothing was done")
         assert whole.entry(whole.plain()) is None
 
 
@@ -183,15 +213,13 @@ async def test_an_operator_may_ask_again_for_a_page_that_uses_up_the_cap_already
     tmp_path: Path,
 ) -> None:
     async with at_work(tmp_path, ONE) as whole:
-        mfn = whole.granted()
+        mfn, request = whole.granted(), whole.service.intake.request
         await whole.corrected(mfn)
         assert (await whole.page(mfn, Phase.LEFT)).marked
-        refused = await whole.service.offline(whole.plain(1))
-        assert not refused.accepted
-        assert refused.detail == (
-            "1 pages are retired or on their way, and retire.max_retired allows 1"
+        assert request(whole.plain(1)) == (
+            *(False, "1 pages are retired or on their way, and retire.max_retired allows 1"),
         )
-        assert (await whole.service.offline(mfn)).accepted
+        assert request(mfn) == (True, "taken in hand")
 
 
 async def test_a_page_that_was_left_unmarked_is_no_exception_from_the_cap(tmp_path: Path) -> None:
@@ -203,7 +231,8 @@ async def test_a_page_that_was_left_unmarked_is_no_exception_from_the_cap(tmp_pa
         pvh = whole.small.host.frame_of(whole.small.pvh, 5)
         await whole.corrected(pvh)
         await whole.page(pvh, Phase.LEFT, reason="no_relocation")
-        assert not (await whole.service.offline(mfn)).accepted
+        is_taken, _ = whole.service.intake.request(mfn)
+        assert not is_taken
 
 
 async def test_an_operators_page_with_an_uncorrected_error_is_marked_and_not_moved(
@@ -211,11 +240,11 @@ async def test_an_operators_page_with_an_uncorrected_error_is_marked_and_not_mov
 ) -> None:
     async with at_work(tmp_path) as whole:
         mfn = whole.plain()
-        await take(whole, uncorrected(mfn))
+        await poison(whole, mfn)
         await whole.page(mfn, Phase.LEFT, reason="uncorrected")
-        answer = await whole.service.offline(mfn)
-        assert answer.accepted
-        assert "is marked and not moved" in answer.detail
+        assert whole.service.intake.request(mfn) == (
+            *(True, "it has had an uncorrected error, so it is marked and not moved"),
+        )
         assert whole.suspended() == []
 
 
@@ -232,8 +261,11 @@ async def test_what_a_dry_run_would_retire_is_told_as_a_warning(
         assert record.levelno == logging.WARNING
         assert fields(record)["MFN"] == f"{mfn:#x}"
         assert record.getMessage().startswith(f"mfn {mfn:#x} would be retired")
-        # Another policy is told of anew.
+        # By another policy it is told anew.
         whole.service.apply(whole.service.policy)
+        assert len(told(caplog, Event.PAGE_WOULD_RETIRE)) == 1
+        changed = replace(whole.service.policy.retire, window=3600.0)
+        whole.service.apply(replace(whole.service.policy, retire=changed))
         assert len(told(caplog, Event.PAGE_WOULD_RETIRE)) == 2
 
 

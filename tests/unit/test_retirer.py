@@ -15,7 +15,7 @@ from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Mfn
 from pgofflined.core.offline import OfflineState
-from pgofflined.core.outcomes import ExchangeReport
+from pgofflined.core.outcomes import ExchangeReport, Standing
 from pgofflined.core.policy import DomainPolicy, Policy
 from pgofflined.core.units import AmountOfMemory
 from pgofflined.ledger import Ledger
@@ -342,8 +342,11 @@ async def test_a_guest_that_a_job_left_standing_is_looked_after(
     async with at_work(tmp_path) as whole:
         host, pv = whole.small.host, whole.small.pv
         domain: DomainIdentity = host.domain(pv).identity
+        standing = Standing(paused=stuck is not None)
         host.pause(pv)
-        report = ExchangeReport(domain=domain, results=(), blackout=None, stuck=stuck)
+        report = ExchangeReport(
+            domain=domain, results=(), blackout=None, stuck=stuck, standing=standing
+        )
         whole.service.retirer.exchange_finished("x1", report)
         assert (domain in whole.service.retirer.aftercare.stuck) is (stuck is not None)
         if stuck is None:

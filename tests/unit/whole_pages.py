@@ -9,10 +9,11 @@ import pytest
 
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.events import Event
-from pgofflined.core.frames import Mfn
+from pgofflined.core.frames import Mfn, maddr_of
 from pgofflined.core.outcomes import Blackout, ExchangeReport, PageResult, Refusal, RefusalReason
 from pgofflined.core.policy import RelocationPolicy
-from pgofflined.core.reports import OtherError, OtherKind, Sighting
+from pgofflined.core.reports import OtherKind, Sighting, UncorrectedPageError
+from pgofflined.core.telemetry import BankEntry
 
 from .whole import POLICY, Whole, exchanging
 
@@ -62,7 +63,12 @@ def refusal(mfn: Mfn, reason: RefusalReason) -> Refusal:
     return Refusal(mfn=mfn, reason=reason, detail="so it is")
 
 
-async def poison(whole: Whole, mfn: Mfn) -> None:
+def uncorrected(mfn: Mfn) -> UncorrectedPageError:
+    """An error that Xen leaves alone."""
     kind = OtherKind.UNCORRECTED_NOT_SIGNALLED
-    report = OtherError(kind=kind, bank=7, status=1 << 63, mfn=mfn)
-    await whole.service.intake.take(Sighting(when=1.0, source="simulated", report=report))
+    bank = BankEntry(bank=7, status=1 << 63, addr=maddr_of(mfn), misc=0)
+    return UncorrectedPageError(mfn=mfn, kind=kind, domid=None, bank=bank)
+
+
+async def poison(whole: Whole, mfn: Mfn) -> None:
+    await whole.service.intake.take(Sighting(when=1.0, source="simulated", report=uncorrected(mfn)))
