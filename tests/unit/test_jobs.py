@@ -62,12 +62,17 @@ class Exchanges:
 
 @asynccontextmanager
 async def _pool(
-    exchanges: Exchanges, *, workers: int = 2, max_pages: int = 8, queue_limit: int = 100
+    exchanges: Exchanges,
+    *,
+    workers: int = 2,
+    max_pages: int = 8,
+    queue_limit: int = 100,
+    clock: ManualClock | None = None,
 ) -> AsyncIterator[ExchangePool]:
     pool = ExchangePool(
         exchanges.run,
         exchanges.finished,
-        clock=ManualClock(),
+        clock=clock or ManualClock(),
         workers=workers,
         max_pages=max_pages,
         queue_limit=queue_limit,
@@ -185,12 +190,16 @@ async def test_a_job_that_runs_long_shows_in_the_status() -> None:
 async def test_what_waits_and_what_runs_is_told_with_its_pages_and_since_when() -> None:
     clock = ManualClock()
     exchanges = Exchanges()
-    pool = ExchangePool(
-        exchanges.run, exchanges.finished, clock=clock, workers=1, max_pages=2, queue_limit=10
-    )
     began = clock.now()
-    assert (pool.longest_busy(), pool.jobs()) == (0.0, ())
-    running = asyncio.create_task(pool.run())
+    async with _pool(exchanges, workers=1, max_pages=2, queue_limit=10, clock=clock) as pool:
+        assert (pool.longest_busy(), pool.jobs()) == (0.0, ())
+        await _tell_of_three_jobs(pool, exchanges, clock, began)
+    assert exchanges.begun == [(1, (1, 2)), (1, (3,)), (2, (4,))]
+
+
+async def _tell_of_three_jobs(
+    pool: ExchangePool, exchanges: Exchanges, clock: ManualClock, began: float
+) -> None:
     for mfn in (1, 2, 3):
         pool.submit(_domain(1), "web", Mfn(mfn))
     await exchanges.until_begun(1)
@@ -233,9 +242,6 @@ async def test_what_waits_and_what_runs_is_told_with_its_pages_and_since_when() 
     )
     exchanges.may_end.set()
     await exchanges.until_reported(3)
-    assert exchanges.begun == [(1, (1, 2)), (1, (3,)), (2, (4,))]
-    pool.stop()
-    await running
 
 
 async def test_other_limits_hold_for_what_comes_and_what_waits() -> None:

@@ -193,6 +193,7 @@ def test_a_page_that_is_left_with_another_owner_has_that_one() -> None:
     ledger.leave(PAGE, "denied", "it is denied", marked=False, domain=guest(8))
     entry = kept.entries[PAGE]
     assert (entry.domain, entry.domain_name) == (guest(8).identity, guest(8).name)
+    assert not entry.marked
 
 
 def test_a_wait_keeps_what_is_known_of_the_mark_or_says_it_anew() -> None:
@@ -249,6 +250,25 @@ def test_pages_are_due_when_they_are_new_or_have_waited_and_no_more_than_asked_f
     clock.wait(1)
     assert ledger.seconds_to_next() == 0
     assert ledger.shown(ledger.book.change(pages[0])).next_try == clock.now() + 57
+
+
+class SetClock(ManualClock):
+    """A clock whose date somebody sets."""
+
+    offset = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.offset
+
+
+def test_the_next_try_is_shown_by_the_date_as_it_is_now() -> None:
+    clock = SetClock()
+    ledger = Ledger(Kept(), clock)
+    ledger.begin(PAGE, Cause.CORRECTED, "two errors")
+    ledger.wait(PAGE, Backoff(first=60, last=60), "granted", "it is granted")
+    clock.wait(10)
+    clock.offset = -86_400.0
+    assert ledger.shown(ledger.book.change(PAGE)).next_try == clock.now() + 50
 
 
 def test_pages_that_are_held_are_looked_at_when_that_ends_and_others_are_not() -> None:

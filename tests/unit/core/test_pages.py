@@ -32,7 +32,9 @@ def test_unknown_page_types_are_refused(word: int) -> None:
 def test_no_broken_or_foreign_page_counts_as_a_table() -> None:
     fields = [0x0, 0x1, 0x2, 0x3, 0x4, 0xB, 0xC, 0xD, 0xE, 0xF]
     words = np.array([field << 28 for field in fields], dtype=np.uint32)
-    assert table_levels(words).tolist() == [0, 1, 2, 3, 4, 3, 4, 0, 0, 0]
+    levels = table_levels(words)
+    assert levels.tolist() == [0, 1, 2, 3, 4, 3, 4, 0, 0, 0]
+    assert levels.dtype == np.uint8, "one for each page of a guest"
 
 
 def _tables(

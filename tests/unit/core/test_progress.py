@@ -11,7 +11,7 @@ from pgofflined.core.outcomes import Damaged, Exchanged, Refusal, RefusalReason
 from pgofflined.core.pages import PageKind
 from pgofflined.core.progress import Progress
 
-# The first page is mapped by two entries, the second by none, the third by one.
+# The first page is mapped by two entries, the second by one, the third by none.
 MFNS, PFNS = (10, 11, 12), (100, 101, 102)
 UNREACHED = "the exchange was not reached; nothing was changed"
 
@@ -27,11 +27,11 @@ def progress() -> Progress:
             slot_frames=frames_of([50, 50, 50]),
             slot_indexes=frames_of([0, 1, 2]),
             references=References(
-                pages=np.array([0, 2, 0], dtype=np.intp),
+                pages=np.array([0, 1, 0], dtype=np.intp),
                 levels=np.ones(3, dtype=np.uint8),
                 tables=frames_of([60, 60, 61]),
                 indexes=frames_of([0, 1, 2]),
-                values=frames_of([0x10_001, 0x12_001, 0x10_001]),
+                values=frames_of([0xA_001, 0xB_001, 0xA_001]),
             ),
             contents=no_contents(3),
             props=frames_of([]),
@@ -66,7 +66,7 @@ def test_an_exchanged_page_names_both_frames_and_the_entries_that_map_it(
     first, second, third = progress.results()
     assert first == Exchanged(old=Mfn(10), new=Mfn(20), pfn=Pfn(100), references=2, offlined=False)
     assert second == refused(11, RefusalReason.XEN_REFUSED, UNREACHED)
-    assert third == Exchanged(old=Mfn(12), new=Mfn(22), pfn=Pfn(102), references=1, offlined=False)
+    assert third == Exchanged(old=Mfn(12), new=Mfn(22), pfn=Pfn(102), references=0, offlined=False)
     assert progress.homes.tolist() == [20, 11, 22]
     assert [frames.tolist() for frames in progress.moved()] == [[10, 12], [20, 22]]
     assert progress.open().tolist() == [False, True, False]
