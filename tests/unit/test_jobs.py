@@ -190,6 +190,7 @@ async def test_a_job_that_runs_long_shows_in_the_status() -> None:
 async def test_what_waits_and_what_runs_is_told_with_its_pages_and_since_when() -> None:
     clock = ManualClock()
     exchanges = Exchanges()
+    clock.wait(1000.0)
     began = clock.now()
     async with _pool(exchanges, workers=1, max_pages=2, queue_limit=10, clock=clock) as pool:
         assert (pool.longest_busy(), pool.jobs()) == (0.0, ())

@@ -302,3 +302,24 @@ def test_the_owner_is_found_although_other_guests_end_meanwhile() -> None:
     assert owner.domid == other
     # No HVM-class guest is asked: what is said of its frames does not tell whose they are.
     assert {call.args[0] for call in xen.trace.of("page_types")} == {DOM0, small.pv, other}
+
+
+def test_a_mark_is_taken_back_only_where_it_would_damage_xens_heap() -> None:
+    for spec, state in ((UNFIXED, OfflineState.ONLINE), (None, OfflineState.OFFLINE_PENDING)):
+        small = small_host(spec)
+        mfn = small.host.frame_of(small.pvh, 5)
+        small.host.offline(mfn)
+        _, methods = traced_triage(small, mfn)
+        assert small.host.query(mfn) is state
+        assert ("online" in methods) is (spec is UNFIXED)
+
+
+def test_on_an_unfixed_xen_a_page_is_marked_when_its_guest_is_held_and_not_before() -> None:
+    small = small_host(UNFIXED)
+    mfn = pv_frame(small)
+    if small.host.m2p(Mfn(mfn ^ 1)) is None:
+        small.host.set_m2p(Mfn(mfn ^ 1), 1)
+    disposition, methods = traced_triage(small, mfn)
+    assert isinstance(disposition, ToExchange)
+    assert not disposition.marked
+    assert "offline" not in methods
