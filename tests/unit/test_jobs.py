@@ -273,3 +273,18 @@ async def test_an_exchange_that_fails_by_our_own_fault_takes_the_pool_with_it() 
         await pool.run()
     assert raised.group_contains(RuntimeError, match=r"1 \(1,\)")
     assert pool.jobs() == ()
+
+
+async def test_exchanges_have_threads_of_their_own() -> None:
+    release = threading.Event()
+    waiting = [asyncio.ensure_future(asyncio.to_thread(release.wait, 30)) for _ in range(64)]
+    exchanges = Exchanges()
+    exchanges.may_end.set()
+    try:
+        async with _pool(exchanges) as pool:
+            pool.submit(_domain(1), "a", Mfn(1))
+            await exchanges.until_reported(1)
+        assert not any(future.done() for future in waiting)
+    finally:
+        release.set()
+        await asyncio.gather(*waiting)
