@@ -81,7 +81,7 @@ GROUPS: Final = (
         # The service with everything in it, on a simulated host.
         tests=_unit(
             *("test_consequences.py", "test_dispositions.py", "test_intake.py", "test_promises.py"),
-            *("test_retirer.py", "test_retiring.py"),
+            *("test_retirer.py", "test_retirer_guests.py", "test_retiring.py"),
         ),
     ),
     Group(

@@ -135,6 +135,8 @@ async def test_an_error_that_names_no_page_is_told_and_nothing_is_done(
         assert record.levelno == level
         assert fields(record)["BANK"] == "7"
         assert "MFN" not in fields(record)
+        # The owner that Xen has noted is told of what is worse than a corrected error.
+        assert ("DOMID" in fields(record)) is (event is Event.UNCORRECTED_ERROR)
         assert whole.service.retirer.errors.poisoned == frozenset()
         assert len(whole.service.retirer.ledger.book) == 0
 
@@ -162,6 +164,7 @@ async def test_what_xen_did_itself_is_told_as_critical_and_spares_its_domain(
         assert record.levelno == logging.CRITICAL
         assert fields(record)["MFN"] == f"{whole.plain():#x}"
         assert fields(record)["DOMID"] == str(pv)
+        assert fields(record)["BANK"] == "7"
         assert "it took the page out" in record.getMessage()
         errors = whole.service.retirer.errors
         assert errors.wedged == {whole.small.host.domain(pv).identity}

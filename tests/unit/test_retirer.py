@@ -12,10 +12,7 @@ from pathlib import Path
 import pytest
 
 from pgofflined.core.book import Cause, PageEntry, Phase
-from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Mfn
-from pgofflined.core.offline import OfflineState
-from pgofflined.core.outcomes import ExchangeReport, Standing
 from pgofflined.core.policy import DomainPolicy, Policy
 from pgofflined.core.units import AmountOfMemory
 from pgofflined.ledger import Ledger
@@ -297,74 +294,47 @@ async def test_an_exchange_is_switched_off_for_pv_guests_alone() -> None:
         assert alone.retirer.denial(small.host.domain(small.pv)) is None
 
 
-# Guests.
+# What changes while it is looked at.
 
 
-async def test_only_the_owner_of_a_page_that_must_not_be_read_is_kept_from_being_read(
-    tmp_path: Path,
+@pytest.mark.parametrize("is_gone", [True, False])
+async def test_what_happened_to_a_page_while_it_was_asked_about_is_known_better(
+    *, is_gone: bool
 ) -> None:
-    async with at_work(tmp_path) as whole:
-        host, retirer = whole.small.host, whole.service.retirer
-        other = host.add_hvm(name="other")
-        domains = [host.domain(whole.small.pvh), host.domain(other)]
-        assert [retirer.poison_of(domain) for domain in domains] == [None, None]
-        mfn = host.frame_of(whole.small.pvh, 5)
-        retirer.take_poisoned(mfn, "an uncorrected error")
-        await whole.page(mfn, Phase.LEFT, reason="uncorrected")
-        # Xen has named its owner when it was marked.
-        owner, stranger = [retirer.poison_of(domain) for domain in domains]
-        assert owner is not None
-        assert f"{mfn:#x}" in owner
-        assert stranger is None
+    small = small_host()
+    page = left_page(small)
+    alone = Alone(small, page, slowly=3600.0)
+    loop = asyncio.get_running_loop()
+    moved = replace(page, phase=Phase.EXCHANGE)
+    done = asyncio.Event()
+
+    def meanwhile() -> None:
+        if is_gone:
+            small.host.destroy(small.pvh)
+        else:
+            small.host.online(page.mfn)  # which is to be looked into
+        loop.call_soon_threadsafe(lambda: (alone.retirer.ledger.put(moved), done.set()))
+
+    alone.xen.plan.append(Fault(method="query", act=meanwhile))
+    async with running(alone):
+        await done.wait()
+        other = small.host.frame_of(small.pv, 5)
+        alone.retirer.take(other, Cause.OPERATOR, "asked for")
+        await alone.pages.until(other, Phase.WAITING, Phase.LEFT)
+        assert alone.retirer.ledger.book.get(page.mfn) == moved
 
 
-async def test_of_a_page_that_is_not_marked_the_book_does_not_know_the_owner_for_sure(
-    tmp_path: Path,
-) -> None:
-    async with at_work(tmp_path, retiring(dry_run=True)) as whole:
-        host, retirer = whole.small.host, whole.service.retirer
-        mfn = host.frame_of(whole.small.pvh, 5)
-        stale = host.domain(whole.small.pv).identity
-        entry = PageEntry(mfn=mfn, cause=Cause.CORRECTED, phase=Phase.LEFT, since=1.0, domain=stale)
-        retirer.ledger.put(entry)
-        retirer.errors.add(mfn)
-        assert retirer.poison_of(host.domain(whole.small.pvh)) is not None
-        retirer.ledger.put(replace(entry, marked=True, domain=None))
-        assert retirer.poison_of(host.domain(whole.small.pvh)) is not None
-        retirer.ledger.put(replace(entry, marked=True))
-        assert retirer.poison_of(host.domain(whole.small.pvh)) is None
-
-
-@pytest.mark.parametrize("stuck", [None, "it stays paused"])
-async def test_a_guest_that_a_job_left_standing_is_looked_after(
-    tmp_path: Path, stuck: str | None
-) -> None:
-    async with at_work(tmp_path) as whole:
-        host, pv = whole.small.host, whole.small.pv
-        domain: DomainIdentity = host.domain(pv).identity
-        standing = Standing(paused=stuck is not None)
-        host.pause(pv)
-        report = ExchangeReport(
-            domain=domain, results=(), blackout=None, stuck=stuck, standing=standing
-        )
-        whole.service.retirer.exchange_finished("x1", report)
-        assert (domain in whole.service.retirer.aftercare.stuck) is (stuck is not None)
-        if stuck is None:
-            return
-        await whole.until(lambda: not host.domain(pv).paused)
-        await whole.until(lambda: domain not in whole.service.retirer.aftercare.stuck)
-
-
-async def test_what_xen_broke_is_never_read_and_its_owner_is_spared(tmp_path: Path) -> None:
-    async with at_work(tmp_path) as whole:
-        host, retirer = whole.small.host, whole.service.retirer
-        retirer.note_hypervisor_action(None, host.domain(whole.small.pv), "by a test")
-        assert retirer.errors.wedged == {host.domain(whole.small.pv).identity}
-        assert retirer.errors.poisoned == frozenset()
-        mfn = host.frame_of(whole.small.pvh, 5)
-        host.break_frame(mfn)
-        retirer.note_hypervisor_action(mfn, None, "by a test")
-        assert retirer.errors.poisoned == {mfn}
-        entry = await whole.page(mfn, Phase.LEFT, reason="broken")
-        assert entry.marked
-        assert host.query(mfn) & OfflineState.BROKEN
+@pytest.mark.parametrize("cause", [Cause.CORRECTED, Cause.UNCORRECTED])
+async def test_a_page_that_needs_no_room_is_taken_up_although_there_is_none(cause: Cause) -> None:
+    small = small_host()
+    # It uses up all there is itself, or none of it.
+    page = replace(left_page(small, marked=cause is Cause.CORRECTED), cause=cause)
+    full = replace(page, mfn=small.host.frame_of(small.pvh, 6), cause=Cause.CORRECTED, marked=True)
+    alone = Alone(small, page, full, policy=ONE, slowly=3600.0)
+    if cause is Cause.UNCORRECTED:
+        alone.retirer.errors.add(page.mfn)
+    async with running(alone):
+        alone.retirer.policy_changed(ONE)
+        await alone.pages.until(page.mfn, Phase.LEFT)
+        entry = alone.pages.entries[page.mfn]
+        assert entry.reason == ("no_relocation" if cause is Cause.CORRECTED else "uncorrected")
