@@ -308,12 +308,16 @@ async def test_what_happened_to_a_page_while_it_was_asked_about_is_known_better(
     moved = replace(page, phase=Phase.EXCHANGE)
     done = asyncio.Event()
 
+    def move() -> None:
+        alone.retirer.ledger.put(moved)
+        done.set()
+
     def meanwhile() -> None:
         if is_gone:
             small.host.destroy(small.pvh)
         else:
             small.host.online(page.mfn)  # which is to be looked into
-        loop.call_soon_threadsafe(lambda: (alone.retirer.ledger.put(moved), done.set()))
+        loop.call_soon_threadsafe(move)
 
     alone.xen.plan.append(Fault(method="query", act=meanwhile))
     async with running(alone):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import ExchangeReport, Standing
 from pgofflined.core.relocation_outcomes import Relocated
 
 from .whole import at_work, retiring
+from .whole_pages import fields, told
 
 
 async def test_only_the_owner_of_a_page_that_must_not_be_read_is_kept_from_being_read(
@@ -113,3 +116,17 @@ async def test_what_came_of_each_guest_that_was_moved_here_is_remembered(tmp_pat
             DomainIdentity(Domid(8), domain.uuid),
             DomainIdentity(Domid(9), domain.uuid),
         }
+
+
+async def test_how_a_guest_ended_after_our_request_is_told_as_critical(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path) as whole:
+        domain = whole.small.host.domain(whole.small.pv).identity
+        for ended in (None, "d1 crashed"):
+            report = ExchangeReport(domain=domain, results=(), blackout=None, ended=ended)
+            whole.service.retirer.exchange_finished("x1", report)
+        assert whole.service.retirer.ended == {domain: "d1 crashed"}
+        [record] = told(caplog, Event.GUEST_ENDED)
+        assert (record.levelno, record.getMessage()) == (logging.CRITICAL, "d1 crashed")
+        assert (fields(record)["DOMID"], fields(record)["JOB"]) == (str(domain.domid), "x1")
