@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from bench import reports, scan, survey
+from bench import references, reports, scan, survey
 from bench.figures import Figure, json_line, table
 
 _EMULATED: Final = ("mapping", "blackout")
@@ -46,6 +46,11 @@ def local_parts() -> list[Part]:
             name="survey",
             title="Survey of simulated guests, one core",
             measure=lambda rounds: survey.measure(rounds or survey.ROUNDS),
+        ),
+        Part(
+            name="references",
+            title=f"Survey of a simulated guest of {references.GIB} GiB that maps one page often",
+            measure=lambda rounds: references.measure(rounds or references.ROUNDS),
         ),
     ]
 

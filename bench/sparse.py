@@ -43,7 +43,8 @@ _P2M_CR3, _P2M_VADDR = _MAX_PFN + 3, _MAX_PFN + 4
 class _Frames:
     """Frames, one after the other by pfn, whose words name other frames, one after the other.
 
-    ``level`` is that of page tables, and 0 for the p2m list, which holds bare frame numbers.
+    ``level`` is that of page tables, and 0 for the p2m list, which holds bare frame numbers.  With
+    ``same`` all of them name the first of those frames.
     """
 
     first: int
@@ -51,16 +52,18 @@ class _Frames:
     level: int
     first_named: int
     named: int
+    same: bool = False
 
 
 class SparseGuest:
     """As much of ``ports.Hypervisor`` as a survey asks, for one PV guest of ``gib`` GiB.
 
     The size is a power of two.  ``seconds`` is the time spent on making frames up, which is none
-    of the survey's.
+    of the survey's.  ``mappings`` are those of one page (``data_page``) besides the direct map's,
+    as of the zero page by processes that have read far more memory than they have written.
     """
 
-    def __init__(self, gib: int) -> None:
+    def __init__(self, gib: int, mappings: int = 0) -> None:
         self.pages = gib << 18
         if self.pages & (self.pages - 1):
             raise ValueError(f"{gib} GiB is no power of two")
@@ -71,6 +74,8 @@ class SparseGuest:
         direct = self._tree(0, self.pages)
         p2m = self._tree(leaves.first, leaves.count)
         self._roots = {_DIRECT_MAP: direct, _VMALLOC: p2m}
+        if mappings:
+            self._add(level=1, first_named=self.data_page(), named=mappings, same=True)
         self._root = self._end()
         starts = [*(part.first for part in self._parts), self._root, self._root + 1]
         self._starts = np.array(starts, dtype=np.uint64)
@@ -81,13 +86,14 @@ class SparseGuest:
     def _end(self) -> int:
         return self._parts[-1].first + self._parts[-1].count if self._parts else _FIRST_TABLE
 
-    def _add(self, *, level: int, first_named: int, named: int) -> _Frames:
+    def _add(self, *, level: int, first_named: int, named: int, same: bool = False) -> _Frames:
         part = _Frames(
             first=self._end(),
             count=-(-named // WORDS_PER_PAGE),
             level=level,
             first_named=first_named,
             named=named,
+            same=same,
         )
         self._parts.append(part)
         return part
@@ -179,7 +185,11 @@ class SparseGuest:
 
     def _words(self, part: _Frames, pfns: FrameArray) -> Words:
         named = (pfns - np.uint64(part.first)) * np.uint64(WORDS_PER_PAGE)
-        words = self._mfns(named + np.uint64(part.first_named))
+        if part.same:
+            mfn = self.mfn(Pfn(part.first_named))
+            words = np.full((len(pfns), WORDS_PER_PAGE), mfn, dtype=np.uint64)
+        else:
+            words = self._mfns(named + np.uint64(part.first_named))
         if part.level:
             words <<= np.uint64(PAGE_SHIFT)
             words |= np.uint64(_FLAGS)

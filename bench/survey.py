@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from bench.figures import AtMost, Figure, ratio
 from bench.sparse import DOMID, SparseGuest
+from pgofflined.core.frames import Pfn
 from pgofflined.exchanger.survey import survey
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def measure(rounds: int = ROUNDS, sizes: tuple[int, ...] = SIZES) -> list[Figure
     for number in range(1, rounds + 1):
         print(f"bench: round {number} of {rounds} ...", file=sys.stderr, flush=True)
         for gib in sizes:
-            costs[gib].append(_in_another_process(gib))
+            costs[gib].append(in_another_process(gib))
     figures = []
     for gib in sizes:
         what = f"survey of {_size(gib)}"
@@ -95,9 +96,10 @@ def _size(gib: int) -> str:
     return f"{gib >> 10} TiB" if gib >= 1 << 10 else f"{gib} GiB"
 
 
-def _in_another_process(gib: int) -> Cost:
+def in_another_process(gib: int, mappings: int = 0) -> Cost:
+    """``survey_once``, whose peak of memory is that of a process that does nothing else."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.survey", str(gib)],
+        [sys.executable, "-m", "bench.survey", str(gib), str(mappings)],
         cwd=_TOP,
         check=True,
         stdout=subprocess.PIPE,
@@ -106,16 +108,22 @@ def _in_another_process(gib: int) -> Cost:
     return Cost(**json.loads(done.stdout))
 
 
-def survey_once(gib: int) -> Cost:
-    """Survey a guest in this process for one page of its data, and see that it is found."""
-    guest = SparseGuest(gib)
-    mfn = guest.mfn(guest.data_page())
+def survey_once(gib: int, mappings: int = 0) -> Cost:
+    """Survey a guest in this process for a page of its data, and see that it is found.
+
+    And, if there are ``mappings``, for the page that they are of as well.
+    """
+    guest = SparseGuest(gib, mappings)
+    often = guest.data_page()
+    pfns = [Pfn(often - 1), often] if mappings else [often]
+    mfns = [guest.mfn(pfn) for pfn in pfns]
     began = process_time()
-    (facts,) = survey(cast("Hypervisor", guest), guest.domain(DOMID), [mfn])
+    facts, *others = survey(cast("Hypervisor", guest), guest.domain(DOMID), mfns)
     whole = process_time() - began
     # The direct map has one entry for each page; without it the search has not done its work.
-    assert facts.p2m_mfn == mfn
-    assert [reference.level for reference in facts.references] == [1]
+    assert facts.p2m_mfn == mfns[0]
+    assert facts.references.levels.tolist() == [1]
+    assert all(other.too_many or len(other.references) > mappings for other in others)
     return Cost(tables=guest.tables, own=whole - guest.seconds, whole=whole, peak=_peak_mib())
 
 
@@ -130,5 +138,5 @@ def _peak_mib() -> float:
 
 
 if __name__ == "__main__":
-    cost = survey_once(int(sys.argv[1]))
+    cost = survey_once(*map(int, sys.argv[1:]))
     print(json.dumps({name: getattr(cost, name) for name in Cost.__slots__}))

@@ -151,7 +151,7 @@ class Consequences:
             self._queue_full(mfn, "migrations", marked=True)
 
     def _handed_over(self, mfn: Mfn, domain: DomainInfo, phase: Phase, *, marked: bool) -> None:
-        mark = "marked offline-pending" if marked else "to be marked when it has been scrubbed"
+        mark = "marked offline-pending" if marked else "to be marked later"
         what = f"is {mark} and waits for {phase.value}"
         tell(logging.INFO, Event.PAGE_MARKED, what, mfn, domid=domain.domid)
         self._ledger.hand_over(mfn, domain, phase, marked=marked)

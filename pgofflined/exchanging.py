@@ -14,12 +14,13 @@ from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
-from pgofflined.core.offline import OfflineState
+from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import Damaged, ExchangeReport, Refusal, RefusalReason
 from pgofflined.core.policy import ExchangePolicy, Marking
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.core.suspending import Objection, SuspendSupport, ended_before, objection
 from pgofflined.journal_log import event
+from pgofflined.marks import take_marks_back
 from pgofflined.ports import (
     Clock,
     Hypervisor,
@@ -41,8 +42,9 @@ class Exchanging:
     """Runs jobs, by the policy that is in force when each begins.
 
     ``poisoned`` gives the frames whose contents must never be read, ``denial`` why a domain is not
-    to be suspended now, if it is not, and ``was_restored`` says whether a domain is what came of a
-    guest that has suspended itself when asked.  No method but ``run`` and ``objection`` may be
+    to be suspended now, if it is not; ``was_restored`` says whether a domain is what came of a
+    guest that has suspended itself when asked, and ``wedged`` whether Xen has broken a page of a
+    domain by itself.  No method but ``run`` and ``objection`` may be
     called from several threads.  A job of this process whose guest it can neither put right nor let
     go is tried again as if an earlier process had left it.
     """
@@ -57,6 +59,7 @@ class Exchanging:
         poisoned: Callable[[], frozenset[Mfn]],
         denial: Callable[[DomainInfo], str | None] = lambda _: None,
         was_restored: Callable[[DomainIdentity], bool] = lambda _: False,
+        wedged: Callable[[DomainIdentity], bool] = lambda _domain: False,
     ) -> None:
         self._xen = xen
         self._journal = journal
@@ -65,6 +68,7 @@ class Exchanging:
         self._poisoned = poisoned
         self._denial = denial
         self._was_restored = was_restored
+        self._wedged = wedged
         # Both are replaced as a whole: the loop reads them while a thread tries again.
         self._rest: tuple[UnfinishedJob, ...] = ()
         self._last: Mapping[DomainIdentity, RecoveryReport] = {}
@@ -122,9 +126,10 @@ class Exchanging:
                     suspend=policy.suspend_timeout,
                     blackout=policy.max_blackout,
                 ),
-                marked=not self._marks_later(policy),
                 objection=self.objection,
+                when=self._when_marked(policy),
                 unended=self._give_up,
+                wedged=lambda: self._wedged(domain),
             )
             if report.stuck is not None or report.may_suspend_late:
                 self.hold_off(domain)
@@ -176,25 +181,26 @@ class Exchanging:
         self._unended.add(unfinished.record.domain)
         self._given_up.put(unfinished)
 
-    def _marks_later(self, policy: ExchangePolicy) -> bool:
-        fixed = self._xen.version().offlines_free_frames_safely
-        return fixed and policy.mark is Marking.AFTER_SCRUB
+    def _when_marked(self, policy: ExchangePolicy) -> WhenMarked:
+        if not self._xen.version().offlines_free_frames_safely:
+            return WhenMarked.WHEN_HELD
+        match policy.mark:
+            case Marking.BEFORE:
+                return WhenMarked.BEFORE
+            case Marking.AFTER_SCRUB:
+                return WhenMarked.AFTER_SCRUB
+            case _:
+                assert_never(policy.mark)
 
     def _withdraw(self, report: ExchangeReport) -> None:
-        """Take the marks of refused pages back.
+        """Take the marks of refused pages back where none may stay.
 
-        On a Xen whose allocator cannot take a page out of a free buddy, a page that stays marked
-        would do the damage whenever its owner frees it.
+        The job has taken back what it has set; what is left is what it could not, and marks that
+        the pages had before, from another program or a daemon that set them earlier.
         """
-        for result in report.results:
-            if not isinstance(result, Refusal):
-                continue
-            try:
-                # A page that has gone offline meanwhile would be given back to the allocator.
-                if self._xen.query(result.mfn) is OfflineState.OFFLINE_PENDING:
-                    self._xen.online(result.mfn)
-            except PortError as error:
-                log.error("the mark of mfn %#x could not be taken back: %s", result.mfn, error)
+        refused = [result.mfn for result in report.results if isinstance(result, Refusal)]
+        for problem in take_marks_back(self._xen, refused):
+            log.critical("%s", problem)
 
     def recover(self) -> tuple[RecoveryReport, ...]:
         """End every job that an earlier process left, one after the other; tells each.

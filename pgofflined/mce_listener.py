@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
@@ -87,11 +87,14 @@ class MceListener:
         self._counters = counters
 
     async def run(self) -> NoReturn:
-        """Read what is there already, then what comes.  Raises PortError when it breaks."""
+        """Read what is there already, then what comes.  Raises PortError when it breaks.
+
+        Cancelled, it ends when all that was read has been passed on: nobody could read it again.
+        """
         idle_since = self._clock.monotonic()
         idle_wakes = 0
         while True:
-            if await self._drain():
+            if await _to_its_end(self._drain()):
                 idle_since, idle_wakes = self._clock.monotonic(), 0
             else:
                 idle_wakes += 1
@@ -148,6 +151,16 @@ class MceListener:
             name = self._source.name
             message = f"the {name} source has lost {lost} machine-check records or more"
             event(_log, logging.WARNING, Event.RECORDS_LOST, message)
+
+
+async def _to_its_end(work: Coroutine[object, object, bool]) -> bool:
+    """Do all of it, also where we are cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
 
 
 def _holds_anything(batch: TelemetryBatch) -> bool:

@@ -94,6 +94,7 @@ class Retirer:
             policy=lambda: self.policy.exchange,
             poisoned=lambda: self.errors.poisoned,
             denial=self._exchange_denial,
+            wedged=lambda domain: domain in self.errors.wedged,
             was_restored=lambda domain: domain in self.restored,
         )
         self.aftercare = Aftercare(

@@ -10,6 +10,7 @@ owner, and nobody is sent to move it: to mark it reads nothing, and keeps it fro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -21,7 +22,10 @@ from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, XenError
 from pgofflined.core.frames import DOM0, DOMID_COW, DOMID_IO, DOMID_XEN, Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineReply, OfflineState
 from pgofflined.core.pages import PageKind, decode_page_type
+from pgofflined.marks import may_join, take_marks_back
 from pgofflined.ports import Hypervisor
+
+log = logging.getLogger(__name__)
 
 
 class LeftReason(StrEnum):
@@ -129,7 +133,8 @@ def triage(mfn: Mfn, xen: Hypervisor, rules: Rules, *, poisoned: bool = False) -
         return Left(mfn=mfn, reason=LeftReason.NOT_RAM, detail="it is no memory of this host")
     if state is OfflineState.OFFLINE_PENDING and not xen.version().offlines_free_frames_safely:
         # Set by an earlier release or by hand; its owner may end at any moment.
-        xen.online(mfn)
+        for problem in take_marks_back(xen, [mfn]):
+            log.critical("%s", problem)
         state = OfflineState.ONLINE
     settled = _settled_by_state(mfn, state) or (
         _poison_settled_by_owner(mfn, xen, rules)
@@ -203,7 +208,7 @@ def _settled_by_owner(
         # A freed frame joins its neighbour only where that one is free too, and it is the join
         # that this allocator takes apart wrongly.  Should the guest end while the page waits for
         # its job, both are freed: the mark is set when the guest is held, and not before.
-        if xen.m2p(Mfn(mfn ^ 1)) is None:
+        if may_join(xen, mfn):
             return _unfixed(mfn, "its neighbour is free, and the two would be joined")
         return ToExchange(mfn=mfn, domain=owner, marked=False)
     if rules.mark_pv_later:

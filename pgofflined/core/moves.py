@@ -64,6 +64,19 @@ class PteWrites:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Entries:
+    """Present entries that map one page: of tables of which level, with their whole values."""
+
+    levels: NDArray[np.uint8]
+    tables: Frames
+    indexes: Frames
+    values: Words
+
+    def __len__(self) -> int:
+        return len(self.tables)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class References:
     """Present entries that map the pages of a group.
 
@@ -79,6 +92,38 @@ class References:
 
     def __len__(self) -> int:
         return len(self.pages)
+
+    @classmethod
+    def of(cls, pages: Sequence[Entries]) -> Self:
+        """The entries of each page of a group."""
+        return cls(
+            pages=np.repeat(np.arange(len(pages), dtype=np.intp), [len(page) for page in pages]),
+            levels=np.concatenate([page.levels for page in pages]),
+            tables=np.concatenate([page.tables for page in pages]),
+            indexes=np.concatenate([page.indexes for page in pages]),
+            values=np.concatenate([page.values for page in pages]),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[References]) -> Self:
+        """Several after one another, of the same pages."""
+        none = np.empty(0, dtype=np.uint64)
+        return cls(
+            pages=np.concatenate([none.astype(np.intp), *(part.pages for part in parts)]),
+            levels=np.concatenate([none.astype(np.uint8), *(part.levels for part in parts)]),
+            tables=np.concatenate([none, *(part.tables for part in parts)]),
+            indexes=np.concatenate([none, *(part.indexes for part in parts)]),
+            values=np.concatenate([none, *(part.values for part in parts)]),
+        )
+
+    def entries(self, rows: slice) -> Entries:
+        """Some of the entries, which are those of one page."""
+        return Entries(
+            levels=self.levels[rows],
+            tables=self.tables[rows],
+            indexes=self.indexes[rows],
+            values=self.values[rows],
+        )
 
     def chosen(self, rows: Chosen | NDArray[np.intp]) -> References:
         """Some of the entries, or all in another order; themselves where all are chosen as such."""

@@ -10,7 +10,7 @@ must never be acted on.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Flag
+from enum import Enum, Flag
 from functools import reduce
 from operator import or_
 from typing import Final, TypeVar
@@ -23,6 +23,18 @@ NOT_HANDLED: Final = 0x01010101
 _OWNER_SHIFT: Final = 16
 _FLAGS_MASK: Final = 0xFFFF
 _Bits = TypeVar("_Bits", bound=Flag)
+
+
+class WhenMarked(Enum):
+    """When a page of a PV guest gets its mark, seen from its exchange."""
+
+    BEFORE = "before"
+    """Long before; a page without a mark is not exchanged."""
+    WHEN_HELD = "when_held"
+    """While the guest stands still for it, and taken back from what does not go: where a marked
+    page that its owner frees damages the allocator."""
+    AFTER_SCRUB = "after_scrub"
+    """When it is free and has been scrubbed: the exchange has nothing to do with it."""
 
 
 class OfflineState(Flag):

@@ -14,6 +14,8 @@ class RefusalReason(StrEnum):
     """Why a page was not exchanged.  The guest runs on unharmed in every case."""
 
     NOT_PENDING = "not_pending"
+    CANNOT_MARK = "cannot_mark"
+    NEIGHBOUR_FREE = "neighbour_free"
     BROKEN = "broken"
     NOT_THE_DOMAINS = "not_the_domains"
     SHARED_INFO = "shared_info"
@@ -21,6 +23,7 @@ class RefusalReason(StrEnum):
     ROOT_IN_USE = "root_in_use"
     MAPS_OTHERS = "maps_others"
     LINEAR_MAPPING = "linear_mapping"
+    TOO_MANY_REFERENCES = "too_many_references"
     GRANTED = "granted"
     P2M_DISAGREES = "p2m_disagrees"
     GUEST_LAYOUT = "guest_layout"
@@ -49,6 +52,9 @@ class RefusalReason(StrEnum):
 
 _MAY_PASS = frozenset(
     {
+        RefusalReason.CANNOT_MARK,
+        RefusalReason.NEIGHBOUR_FREE,
+        RefusalReason.TOO_MANY_REFERENCES,
         RefusalReason.GRANTED,
         RefusalReason.OTHER_REFERENCES,
         RefusalReason.CONTENTS_CHANGED,

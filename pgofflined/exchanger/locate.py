@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.offline import OfflineState
 from pgofflined.core.pages import PFINFO_TYPE_MASK, PFINFO_XTAB
 from pgofflined.ports import Hypervisor
 
 if TYPE_CHECKING:
     from pgofflined.core.moves import Chosen
     from pgofflined.ports import FrameArray
+
+# A guest can have the M2P note one pfn for all its frames, and waits while each is asked for.  More
+# than two for each of the pages of the largest job are nothing but that.
+MAX_CANDIDATES: Final = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +39,13 @@ def may_have_gone(xen: Hypervisor, domid: Domid, mfns: FrameArray, pfns: FrameAr
     """Which frames are not those of their pfns any more.
 
     A frame that was exchanged belongs to nobody, or to another.  One that was not marked may come
-    back to the same domain, but at another pfn.
+    back to the same domain, but at another pfn.  One that is marked and the domain's has never
+    left it, whatever the domain has the M2P note for it.
     """
     gone: Chosen = ~still_owned(xen, domid, mfns)
     for row, (mfn, pfn) in enumerate(zip(mfns.tolist(), pfns.tolist(), strict=True)):
-        gone[row] |= xen.m2p(Mfn(mfn)) != pfn
+        if not gone[row] and xen.m2p(Mfn(mfn)) != pfn:
+            gone[row] = not xen.query(Mfn(mfn)) & OfflineState.OFFLINE_PENDING
     return gone
 
 
@@ -55,6 +62,9 @@ def where_they_went(
         return []
     candidates = xen.m2p_search(pfns)
     candidates = candidates[still_owned(xen, domid, candidates)]
+    if len(candidates) > MAX_CANDIDATES:
+        why = f"Xen's M2P notes {len(candidates)} frames of it at {len(pfns)} pfns"
+        return [Ambiguous(why=why)] * len(pfns)
     found: dict[int, list[Mfn]] = {int(pfn): [] for pfn in pfns.tolist()}
     for candidate in candidates.tolist():
         pfn = xen.m2p(Mfn(candidate))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 
 import numpy as np
@@ -11,9 +11,10 @@ from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group
+from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import PageResult, Refusal, RefusalReason, page_of
 from pgofflined.exchanger.check import Look, Seen, check, look_at
-from pgofflined.exchanger.plan import Plan, make_plan
+from pgofflined.exchanger.plan import Plan, make_plan, seconds_for
 from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.exchanger.transfer import Transfer
 from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
@@ -45,8 +46,9 @@ class Mover:
         clock: Clock,
         job: OpenJob,
         poisoned: frozenset[Mfn],
-        marked: bool,
+        when: WhenMarked,
         limits: SuspendLimits,
+        wedged: Callable[[], bool],
     ) -> None:
         # In their order; told in full only when nobody waits any more.
         self._outcomes: list[Transfer | Refusal] = []
@@ -55,7 +57,8 @@ class Mover:
         self._clock = clock
         self._job = job
         self._poisoned = poisoned
-        self._marked = marked
+        self._when = when
+        self._wedged = wedged
         self._limits = limits
         self._olds = np.empty(0, dtype=np.uint64)
         self._news = np.empty(0, dtype=np.uint64)
@@ -99,7 +102,7 @@ class Mover:
         """
         self._held = held
         until = held + self._limits.blackout
-        self._move_groups(info.domid, plan, until, self._seen)
+        self._move_groups(info.domid, plan, until, first=True)
         unsure = [refusal.mfn for refusal in self._refusals() if refusal.reason in _SURVEY_HELPS]
         if not unsure or not self.is_whole:
             return
@@ -113,7 +116,7 @@ class Mover:
         try:
             moved = dict(zip(self._olds.tolist(), self._news.tolist(), strict=True))
             facts = survey(self._xen, info, unsure, self._poisoned, moved)
-            again = make_plan(facts, marked=self._marked)
+            again = make_plan(facts, when=self._when, blackout=self._limits.blackout)
         except (GuestLayoutError, PortError) as error:
             if isinstance(error, DomainGone):
                 raise
@@ -126,23 +129,24 @@ class Mover:
         self._outcomes += again.refusals
         self._move_groups(info.domid, again, until)
 
-    def _move_groups(
-        self, domid: Domid, plan: Plan, until: float, seen: Seen | None = None
-    ) -> None:
-        """``seen`` is the first group as it was seen before."""
+    def _move_groups(self, domid: Domid, plan: Plan, until: float, *, first: bool = False) -> None:
+        """``first``: the plan's first group is the job's, and was looked at beforehand."""
         for number, planned in enumerate(plan.groups):
-            if number and self._clock.monotonic() > until:
-                self._refuse(
-                    planned.frames(),
-                    RefusalReason.BLACKOUT_LIMIT,
-                    f"the guest has been kept for {self._limits.blackout:g} s already",
+            is_first = first and not number
+            needed = seconds_for(len(planned), len(planned.references))
+            # The plan has seen to it that the first one fits.
+            if not is_first and self._clock.monotonic() + needed > until:
+                detail = (
+                    "the guest has been kept for others, and with it that would be longer than "
+                    f"{self._limits.blackout:g} s (exchange.max_blackout)"
                 )
+                self._refuse(planned.frames(), RefusalReason.BLACKOUT_LIMIT, detail)
             elif not self.is_whole:
                 # The record of the page that is damaged must not be replaced.
                 what = "another page of the guest could not be put right just before"
                 self._refuse(planned.frames(), RefusalReason.XEN_REFUSED, what)
-            elif seen is not None and not number:
-                self._move_group(domid, seen.group, seen.look)
+            elif is_first and self._seen is not None:
+                self._move_group(domid, self._seen.group, self._seen.look)
             else:
                 # Tables and p2m pages may have moved with the groups before.
                 self._move_group(domid, planned.renamed(self._olds, self._news), None)
@@ -168,7 +172,7 @@ class Mover:
         except PortError as error:
             self._refuse(group.frames(), RefusalReason.NOT_KEPT, str(error))
             return
-        transfer = Transfer(self._xen, domid, group)
+        transfer = self._new_transfer(domid, group)
         self._outcomes.append(transfer)
         self.is_whole, self._under_way = False, group
         try:
@@ -186,9 +190,12 @@ class Mover:
             self._olds = np.concatenate([self._olds, olds])
             self._news = np.concatenate([self._news, news])
 
+    def _new_transfer(self, domid: Domid, group: Group) -> Transfer:
+        return Transfer(self._xen, domid, group, when=self._when, wedged=self._wedged)
+
     def _once_more(self, domid: Domid, group: Group) -> Transfer:
         """Begin from what Xen says is true, as another process would."""
-        rescue = Transfer(self._xen, domid, group)
+        rescue = self._new_transfer(domid, group)
         rescue.take_over()
         rescue.settle()
         self._outcomes.append(rescue)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from math import inf
+from typing import Final
 
 from pgofflined.core.frames import Mfn, Pfn
-from pgofflined.core.moves import Group, References, frames_of, no_contents
-from pgofflined.core.offline import OfflineState
+from pgofflined.core.moves import Entries, Group, References, frames_of, no_contents
+from pgofflined.core.offline import OfflineState, WhenMarked
 from pgofflined.core.outcomes import Refusal, RefusalReason
 from pgofflined.core.pages import PageKind, PageType
-from pgofflined.exchanger.survey import P2mSlot, PageFacts, PteReference
+from pgofflined.exchanger.scan import MAX_REFERENCES
+from pgofflined.exchanger.survey import P2mSlot, PageFacts
+
+# What a page, and an entry that maps one, add to the time for which the guest is kept; generously,
+# for hosts that are slow or busy.  An entry is read, cleared and set, each time checked by Xen.
+_SECONDS_PER_PAGE: Final = 200e-6
+_SECONDS_PER_REFERENCE: Final = 5e-6
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PagePlan:
     """All that is needed to move one page, and to put it back."""
 
@@ -23,7 +29,7 @@ class PagePlan:
     pfn: Pfn
     slot: P2mSlot
     type: PageType
-    references: tuple[PteReference, ...]
+    references: Entries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,25 +40,63 @@ class Plan:
     refusals: tuple[Refusal, ...]
 
 
-def make_plan(facts: Sequence[PageFacts], *, marked: bool = True) -> Plan:
-    """A plan or a refusal for each page; ``marked``: a page that has no mark is refused.
+def make_plan(
+    facts: Sequence[PageFacts], *, when: WhenMarked = WhenMarked.BEFORE, blackout: float = inf
+) -> Plan:
+    """A plan or a refusal for each page, which ``when`` says that it is marked.
 
-    Data pages go together.  A page table goes by itself and after them: that its entries can be
-    set again is checked against the guest's memory as it is then.
+    Data pages go together, as many as the guest need not be kept for longer than ``blackout``
+    seconds for; those that alone would keep it longer are refused.  A page table goes by itself and
+    after them: that its entries can be set again is checked against the guest's memory as it is
+    then.
     """
-    decided = [plan_page(page, marked=marked) for page in facts]
+    decided = [_within(plan_page(page, when=when), blackout) for page in facts]
     pages = [page for page in decided if isinstance(page, PagePlan)]
     data = [page for page in pages if not page.type.kind.is_table]
     tables = [page for page in pages if page.type.kind.is_table]
-    groups = ([_group(data)] if data else []) + [_group([page]) for page in tables]
+    groups = [*_split(data, blackout), *([page] for page in tables)]
     return Plan(
-        groups=tuple(groups),
+        groups=tuple(_group(group) for group in groups),
         refusals=tuple(page for page in decided if isinstance(page, Refusal)),
     )
 
 
+def seconds_for(pages: int, references: int) -> float:
+    """For how long the guest has to be kept for pages with so many entries, as an upper bound."""
+    return pages * _SECONDS_PER_PAGE + references * _SECONDS_PER_REFERENCE
+
+
+def _within(page: PagePlan | Refusal, blackout: float) -> PagePlan | Refusal:
+    """The page, or a refusal where it alone would keep the guest for too long."""
+    if isinstance(page, Refusal):
+        return page
+    seconds = seconds_for(1, len(page.references))
+    if seconds <= blackout:
+        return page
+    return Refusal(
+        mfn=page.mfn,
+        reason=RefusalReason.BLACKOUT_LIMIT,
+        detail=f"{len(page.references)} entries of the guest's page tables map it, and to change "
+        f"them may keep the guest for {seconds:.2g} s; exchange.max_blackout is {blackout:g} s",
+    )
+
+
+def _split(pages: Sequence[PagePlan], blackout: float) -> list[list[PagePlan]]:
+    """Pages in groups that are each moved within the time, and have not too many entries."""
+    groups: list[list[PagePlan]] = []
+    references = 0
+    for page in pages:
+        references += len(page.references)
+        fits = groups and references <= MAX_REFERENCES
+        if fits and seconds_for(len(groups[-1]) + 1, references) <= blackout:
+            groups[-1].append(page)
+        else:
+            groups.append([page])
+            references = len(page.references)
+    return groups
+
+
 def _group(pages: Sequence[PagePlan]) -> Group:
-    entries = [(row, entry) for row, page in enumerate(pages) for entry in page.references]
     return Group(
         kind=pages[0].type.kind,
         pinned=pages[0].type.pinned,
@@ -60,19 +104,13 @@ def _group(pages: Sequence[PagePlan]) -> Group:
         pfns=frames_of([page.pfn for page in pages]),
         slot_frames=frames_of([page.slot.frame for page in pages]),
         slot_indexes=frames_of([page.slot.index for page in pages]),
-        references=References(
-            pages=np.array([row for row, _ in entries], dtype=np.intp),
-            levels=np.array([entry.level for _, entry in entries], dtype=np.uint8),
-            tables=frames_of([entry.table for _, entry in entries]),
-            indexes=frames_of([entry.index for _, entry in entries]),
-            values=frames_of([entry.value for _, entry in entries]),
-        ),
+        references=References.of([page.references for page in pages]),
         contents=no_contents(len(pages)),
         props=frames_of([]),
     )
 
 
-def plan_page(page: PageFacts, *, marked: bool = True) -> PagePlan | Refusal:
+def plan_page(page: PageFacts, *, when: WhenMarked = WhenMarked.BEFORE) -> PagePlan | Refusal:
     """What to do with one page."""
     if page.is_shared:
         return Refusal(
@@ -81,7 +119,7 @@ def plan_page(page: PageFacts, *, marked: bool = True) -> PagePlan | Refusal:
             detail="it is Xen's own and lent to the guest (shared_info or grant table); "
             "it goes when the guest ends",
         )
-    early = refuse_by_state(page.mfn, page.state, marked=marked)
+    early = refuse_by_state(page.mfn, page.state, when=when)
     early = early or refuse_by_kind(page.mfn, page.type.kind)
     if early is not None:
         return early
@@ -105,6 +143,13 @@ def plan_page(page: PageFacts, *, marked: bool = True) -> PagePlan | Refusal:
             reason=RefusalReason.P2M_DISAGREES,
             detail=f"the guest's p2m does not lead pfn {page.pfn:#x} to it",
         )
+    if page.too_many:
+        return Refusal(
+            mfn=page.mfn,
+            reason=RefusalReason.TOO_MANY_REFERENCES,
+            detail=f"more than {MAX_REFERENCES} entries of the guest's page tables map it (or too "
+            "many with the other pages of its job): to change them would keep the guest too long",
+        )
     if page.type.kind.is_table:
         refusal = _refuse_table(page)
         if refusal is not None:
@@ -120,7 +165,7 @@ def _refuse_table(page: PageFacts) -> Refusal | None:
         return refuse_root(page.mfn)
     if page.maps_others:
         return refuse_mapping_others(page.mfn)
-    if any(entry.level == level and level > 1 for entry in page.references):
+    if level > 1 and bool((page.references.levels == level).any()):
         return Refusal(
             mfn=page.mfn,
             reason=RefusalReason.LINEAR_MAPPING,
@@ -129,7 +174,9 @@ def _refuse_table(page: PageFacts) -> Refusal | None:
     return None
 
 
-def refuse_by_state(mfn: Mfn, state: OfflineState, *, marked: bool = True) -> Refusal | None:
+def refuse_by_state(
+    mfn: Mfn, state: OfflineState, *, when: WhenMarked = WhenMarked.BEFORE
+) -> Refusal | None:
     """A refusal for a page whose contents must not be read or that nobody marked."""
     if state & OfflineState.BROKEN:
         return Refusal(
@@ -137,7 +184,7 @@ def refuse_by_state(mfn: Mfn, state: OfflineState, *, marked: bool = True) -> Re
             reason=RefusalReason.BROKEN,
             detail="it has had an uncorrected error; its contents must not be read",
         )
-    if marked and not state & OfflineState.OFFLINE_PENDING:
+    if when is WhenMarked.BEFORE and not state & OfflineState.OFFLINE_PENDING:
         return Refusal(
             mfn=mfn,
             reason=RefusalReason.NOT_PENDING,

@@ -24,6 +24,7 @@ from pgofflined.core.outcomes import Damaged, PageResult, Standing
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.exchanger.transfer import Transfer
 from pgofflined.letgo import Kept, by_hand, let_go, resume_only, told
+from pgofflined.marks import take_marks_back
 from pgofflined.ports import Hypervisor, JobRecord, UnfinishedJob
 
 # A guest that follows a request does so within the two time limits of the policy, 120 s each at
@@ -89,6 +90,13 @@ class _Recovery:
 
     def end(self) -> RecoveryReport:
         """Raises DomainGone, PortError."""
+        try:
+            return self._end()
+        finally:
+            # Whatever becomes of the guest: it may have run since, or be about to end.
+            self._take_marks_back()
+
+    def _end(self) -> RecoveryReport:
         domid = self._domid
         info = self._xen.condition(domid)
         if not _is_same(info, self._record):
@@ -220,11 +228,18 @@ class _Recovery:
             return f"it is not as it was left: {changed}"
         transfer.settle()
         self._results = tuple(transfer.progress.results())
-        damage = "; ".join(each.detail for each in self._results if isinstance(each, Damaged))
+        damages = [each.detail for each in self._results if isinstance(each, Damaged)]
+        damage = "; ".join([*damages, *self._take_marks_back()])
         if not damage:
             self._job.settled()
             self._is_whole = True
         return damage
+
+    def _take_marks_back(self) -> list[str]:
+        """Marks that were set for the exchange, where none may stay; what stays, in words."""
+        if self._group is None or self._xen.version().offlines_free_frames_safely:
+            return []
+        return take_marks_back(self._xen, self._group.frames())
 
     def give_up(self, report: RecoveryReport) -> RecoveryReport:
         """Let the guest go as it is, if it stands still for us.

@@ -14,9 +14,15 @@ from dataclasses import dataclass, replace
 from errno import EBUSY
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, PortError, SuspendNotAsked
+from pgofflined.core.errors import (
+    DomainGone,
+    GuestDidNotSuspend,
+    OfflineCallUnsafe,
+    PortError,
+    SuspendNotAsked,
+)
 from pgofflined.core.frames import Mfn
-from pgofflined.core.offline import OfflineState
+from pgofflined.core.offline import OfflineState, WhenMarked
 from pgofflined.core.outcomes import (
     Blackout,
     Exchanged,
@@ -29,9 +35,11 @@ from pgofflined.core.outcomes import (
 )
 from pgofflined.core.suspending import MayNotBeAsked, how_it_ended, unless_announced
 from pgofflined.exchanger.holding import UNCOLLECTED, Holding, kept
+from pgofflined.exchanger.marking import NEIGHBOUR, wedged_detail
 from pgofflined.exchanger.moving import Mover, NotKept
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
 from pgofflined.exchanger.survey import GuestLayoutError, survey
+from pgofflined.marks import may_join
 from pgofflined.ports import (
     Clock,
     Hold,
@@ -67,13 +75,14 @@ class Surveyed:
 class ExchangeJob:
     """Pages of one PV domain, exchanged in one suspend.
 
-    The pages are marked offline-pending already, unless ``marked`` is False: they become free then,
-    and may be marked later.  Those in ``never_read`` are known to hold an uncorrected error and
-    are refused, whatever Xen knows of them.  ``denial`` says why the policy does not let a domain
-    be suspended; it is asked first, and once more right before the request.  ``objection`` says why
-    it must not be asked to suspend itself.  ``unended`` is told of a job whose guest could be
-    neither put right nor let go: ``recover`` is to go on with it.  Synchronous on purpose: doing
-    and undoing happen in one thread, so no cancellation can make them overlap.
+    ``when`` says whether the pages are marked offline-pending already, are to be marked while their
+    guest is held, or become free without a mark.  Those in ``never_read`` are known to hold an
+    uncorrected error and are refused, whatever Xen knows of them.  ``denial`` says why the policy
+    does not let a domain be suspended; it is asked first, and once more right before the request.
+    ``objection`` says why it must not be asked to suspend itself, ``wedged`` whether Xen has broken
+    a page of it by itself, so that none may be marked.  ``unended`` is told of a job whose guest
+    could be neither put right nor let go: ``recover`` is to go on with it.  Synchronous on purpose:
+    doing and undoing happen in one thread, so no cancellation can make them overlap.
     """
 
     def __init__(
@@ -86,9 +95,10 @@ class ExchangeJob:
         limits: SuspendLimits,
         never_read: frozenset[Mfn],
         denial: Callable[[DomainInfo], str | None],
-        marked: bool,
         objection: MayNotBeAsked,
+        when: WhenMarked,
         unended: Callable[[UnfinishedJob], None],
+        wedged: Callable[[], bool],
     ) -> None:
         self._domain = domain
         self._xen = xen
@@ -97,9 +107,10 @@ class ExchangeJob:
         self._limits = limits
         self._never_read = never_read
         self._denial = denial
-        self._marked = marked
         self._objection = objection
         self._ended: str | None = None
+        self._when = when
+        self._wedged = wedged
         self._unended = unended
         self._held = Holding(xen, domain.domid, clock=clock, limits=limits)
 
@@ -157,11 +168,20 @@ class ExchangeJob:
         if self._xen.free_frames() < needed:
             detail = f"the host has fewer than {needed} free frames; free some memory"
             return self._refuse_rest(mfns, {}, RefusalReason.NO_FREE_MEMORY, detail)
+        if self._when is WhenMarked.WHEN_HELD:
+            if self._wedged():
+                detail = wedged_detail(self._domain.domid)
+                return self._refuse_rest(mfns, {}, RefusalReason.CANNOT_MARK, detail)
+            # Or the guest would be suspended for nothing.
+            with self._xen.placed():
+                pass
         refusals: dict[Mfn, PageResult] = {}
         for mfn in mfns:
             poisoned = mfn in self._never_read
             state = OfflineState.BROKEN if poisoned else self._xen.query(mfn)
-            refusal = refuse_by_state(mfn, state, marked=self._marked)
+            refusal = refuse_by_state(mfn, state, when=self._when)
+            if refusal is None and self._when is WhenMarked.WHEN_HELD and may_join(self._xen, mfn):
+                refusal = Refusal(mfn=mfn, reason=RefusalReason.NEIGHBOUR_FREE, detail=NEIGHBOUR)
             if refusal is not None:
                 refusals[mfn] = refusal
         return refusals
@@ -201,7 +221,8 @@ class ExchangeJob:
         began = self._clock.monotonic()
         facts = survey(self._xen, info, mfns, self._never_read)
         return Surveyed(
-            plan=make_plan(facts, marked=self._marked), seconds=self._clock.monotonic() - began
+            plan=make_plan(facts, when=self._when, blackout=self._limits.blackout),
+            seconds=self._clock.monotonic() - began,
         )
 
     # While it stands still.
@@ -223,8 +244,9 @@ class ExchangeJob:
             clock=self._clock,
             job=job,
             poisoned=self._never_read,
-            marked=self._marked,
+            when=self._when,
             limits=self._limits,
+            wedged=self._wedged,
         )
         why = RefusalReason.XEN_REFUSED, "the exchange was not reached; nothing was changed"
         try:
@@ -366,6 +388,8 @@ def _reason_of(error: PortError) -> tuple[RefusalReason, str]:
     match error:
         case GuestDidNotSuspend():
             return RefusalReason.NO_SUSPEND, str(error)
+        case OfflineCallUnsafe():
+            return RefusalReason.CANNOT_MARK, str(error)
         case NotKept():
             return RefusalReason.NOT_KEPT, str(error)
         case DomainGone():
@@ -390,9 +414,10 @@ def exchange(
     limits: SuspendLimits,
     never_read: frozenset[Mfn] = frozenset(),
     denial: Callable[[DomainInfo], str | None] = lambda _: None,
-    marked: bool = True,
     objection: MayNotBeAsked = unless_announced,
+    when: WhenMarked = WhenMarked.BEFORE,
     unended: Callable[[UnfinishedJob], None] = _for_the_next_process,
+    wedged: Callable[[], bool] = lambda: False,
 ) -> ExchangeReport:
     """Exchange pages of one PV domain, all in one suspend; see ``ExchangeJob``."""
     job = ExchangeJob(
@@ -403,8 +428,9 @@ def exchange(
         limits=limits,
         never_read=never_read,
         denial=denial,
-        marked=marked,
         objection=objection,
+        when=when,
         unended=unended,
+        wedged=wedged,
     )
     return job.run(mfns)

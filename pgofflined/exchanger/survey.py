@@ -20,6 +20,7 @@ import numpy as np
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import PAGE_SHIFT, WORDS_PER_PAGE, Domid, Mfn, Pfn
+from pgofflined.core.moves import Entries
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.pages import (
     L4_XEN_SLOTS,
@@ -31,12 +32,10 @@ from pgofflined.core.pages import (
     PageType,
     decode_page_type,
 )
-from pgofflined.core.pagetable import Search, guest_frames, table_levels
+from pgofflined.exchanger.scan import TooManyTables, find_entries
 from pgofflined.ports import Hypervisor, VcpuFrames
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from pgofflined.ports import FrameArray, Words
 
 # struct arch_shared_info inside struct shared_info of a 64-bit guest, in 64-bit words:
@@ -66,23 +65,14 @@ class P2mSlot:
     index: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PteReference:
-    """One present entry that maps a page: of a table of which level, with its whole value."""
-
-    level: int
-    table: Mfn
-    index: int
-    value: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PageFacts:
     """What is known of one page that is to be exchanged.
 
     ``is_shared`` says that it is Xen's own and lent to the guest, ``in_gdt`` that a vCPU has it in
     its GDT, ``is_root`` that it is an L4 table in a vCPU's control registers, ``maps_others`` that
-    it is an L1 table with entries for frames that are not the guest's.
+    it is an L1 table with entries for frames that are not the guest's.  ``too_many`` says that more
+    entries map it than are dealt with; ``references`` has none of them then.
     """
 
     mfn: Mfn
@@ -96,7 +86,8 @@ class PageFacts:
     in_gdt: bool = False
     is_root: bool = False
     maps_others: bool = False
-    references: tuple[PteReference, ...]
+    references: Entries
+    too_many: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -147,8 +138,11 @@ def survey(
     """
     poisoned = np.array(sorted(never_read), dtype=np.uint64)
     p2m = read_p2m(xen, domain, poisoned, moved)
-    references = _scan_tables(xen, domain.domid, p2m, mfns, poisoned)
     wanted = np.array(mfns, dtype=np.uint64)
+    try:
+        found = find_entries(xen, domain.domid, p2m.parts(), wanted, poisoned)
+    except TooManyTables as error:
+        raise GuestLayoutError(str(error)) from error
     types = xen.page_types(domain.domid, wanted)
     granted = np.isin(wanted, xen.granted_frames(domain.domid))
     shared = xen.shared_frames(domain.domid)
@@ -169,7 +163,8 @@ def survey(
             pfn=pfns.get(mfn),
             p2m_mfn=p2m_mfns.get(mfn),
             granted=bool(granted[position]),
-            references=references.get(mfn, ()),
+            references=found.entries[mfn],
+            too_many=mfn in found.beyond,
         )
         for position, mfn in enumerate(mfns)
     )
@@ -187,7 +182,8 @@ def _facts(
     pfn: Pfn | None,
     p2m_mfn: Mfn | None,
     granted: bool,
-    references: tuple[PteReference, ...],
+    references: Entries,
+    too_many: bool,
 ) -> PageFacts:
     state = xen.query(mfn)
     maps_others = False
@@ -207,6 +203,7 @@ def _facts(
         is_root=mfn in loaded.roots,
         maps_others=maps_others,
         references=references,
+        too_many=too_many,
     )
 
 
@@ -319,49 +316,6 @@ def _frame_lists(believed: _Believed, top: int, leaves: int) -> FrameArray:
     words = believed.read(np.array([top], dtype=np.uint64), "its frame list")
     inner = believed.read(words[0, :lists], "its frame lists")
     return inner.reshape(-1)[:leaves]
-
-
-def _scan_tables(
-    xen: Hypervisor, domid: Domid, p2m: P2m, mfns: Sequence[Mfn], poisoned: FrameArray
-) -> dict[Mfn, tuple[PteReference, ...]]:
-    """Every present entry of every page table of the domain that maps one of ``mfns``."""
-    tables, levels = _tables(xen, domid, p2m, poisoned)
-    wanted = np.array(mfns, dtype=np.uint64)
-    search = Search(wanted)
-    found: dict[Mfn, list[PteReference]] = {}
-    for start in range(0, len(tables), _TABLE_BATCH):
-        part = slice(start, start + _TABLE_BATCH)
-        contents = xen.read_frames(domid, tables[part])
-        rows, columns = search.find(contents, levels[part])
-        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-            value = int(contents[row, column])
-            reference = PteReference(
-                level=int(levels[part][row]),
-                table=Mfn(int(tables[part][row])),
-                index=column,
-                value=value,
-            )
-            found.setdefault(Mfn((value & PTE_ADDR_MASK) >> 12), []).append(reference)
-    return {mfn: tuple(references) for mfn, references in found.items()}
-
-
-def _tables(
-    xen: Hypervisor, domid: Domid, p2m: P2m, poisoned: FrameArray
-) -> tuple[FrameArray, NDArray[np.uint8]]:
-    """The domain's page tables that may be read, and their levels.
-
-    Part by part, since the p2m of a large guest is too large to have in memory.
-    """
-    tables: list[FrameArray] = [_NONE]
-    levels: list[NDArray[np.uint8]] = [np.empty(0, dtype=np.uint8)]
-    for part in p2m.parts():
-        own = part[guest_frames(part)]
-        of_own = table_levels(xen.page_types(domid, own))
-        tables.append(own[of_own > 0])
-        levels.append(of_own[of_own > 0])
-    found, first = np.unique(np.concatenate(tables), return_index=True)
-    readable = ~np.isin(found, poisoned)
-    return found[readable], np.concatenate(levels)[first][readable]
 
 
 def _batches(mfns: FrameArray) -> Iterator[FrameArray]:

@@ -12,6 +12,7 @@ frame has Xen validate it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from errno import EINVAL, ENOMEM
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ import numpy as np
 from pgofflined.core.errors import DomainGone, PortError, XenError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import Group, chosen_rows, same_mapping
+from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import RefusalReason
 from pgofflined.core.pages import (
     L4_XEN_SLOTS,
@@ -30,6 +32,7 @@ from pgofflined.core.pages import (
 from pgofflined.core.progress import Progress
 from pgofflined.exchanger.check import Look
 from pgofflined.exchanger.locate import Ambiguous, may_have_gone, still_owned, where_they_went
+from pgofflined.exchanger.marking import GroupMarks
 from pgofflined.exchanger.settling import Settling
 from pgofflined.ports import Hypervisor, Swapped
 
@@ -41,24 +44,41 @@ class Transfer:
     """One group on its way.
 
     ``keep`` the group and ``begin`` (see ``ports.OpenJob``) before ``prepare``.  ``settle`` has to
-    follow whatever happens, also where ``prepare`` or ``commit`` did not come to their end.
+    follow whatever happens, also where ``prepare`` or ``commit`` did not come to their end.  Pages
+    that are to be marked ``WHEN_HELD`` are so after ``begin``, and have no mark any more when
+    ``settle`` has ended, unless they were exchanged.
     """
 
-    def __init__(self, xen: Hypervisor, domid: Domid, group: Group) -> None:
+    def __init__(
+        self,
+        xen: Hypervisor,
+        domid: Domid,
+        group: Group,
+        *,
+        when: WhenMarked = WhenMarked.BEFORE,
+        wedged: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.progress = Progress(group)
         self._is_settled = False
         self._xen = xen
         self._domid = domid
         self._group = group
         self._settling = Settling(xen, domid, self.progress)
+        self._marks = (
+            GroupMarks(xen, domid, self.progress, wedged) if when is WhenMarked.WHEN_HELD else None
+        )
 
     def run(self, look: Look) -> None:
         """Prepare, commit and settle; raises nothing for what happens to a page."""
         try:
             try:
+                if self._marks is not None:
+                    self._marks.set()
                 self.prepare(look)
             finally:
                 look.close()
+            if self._marks is not None:
+                self._marks.look_at_neighbours()
             self.commit()
         finally:
             self.settle()
@@ -71,6 +91,8 @@ class Transfer:
         A page table's own tables are pinned before.
         """
         group = self._group
+        if not self.progress.open().any():
+            return
         try:
             self._xen.pin_tables(self._domid, group.props, group.kind.value - 1)
             if group.pinned:
@@ -82,7 +104,8 @@ class Transfer:
         self._compare(look)
 
     def _clear(self) -> None:
-        references = self._group.references.upwards()
+        references = self._group.references
+        references = references.chosen(self.progress.open()[references.pages]).upwards()
         while len(references):
             try:
                 self._xen.update_ptes(self._domid, references.cleared())
@@ -214,7 +237,8 @@ class Transfer:
     def settle(self) -> None:
         """Make every page's home whole again: the new frame after a commit, else the old one."""
         self._settling.run()
-        self._is_settled = True
+        problems = [] if self._marks is None else self._marks.take_back()
+        self._is_settled = not problems
 
     @property
     def is_whole(self) -> bool:

@@ -94,6 +94,13 @@ class FrameControl(Protocol):
         """
         ...
 
+    def placed(self) -> AbstractContextManager[None]:
+        """Keep this thread where ``offline`` may be called from, for several calls in a row.
+
+        Raises OfflineCallUnsafe where there is no such place.
+        """
+        ...
+
     def online(self, mfn: Mfn) -> OnlineFlag:
         """Take a pending mark back, or give an offlined frame back to the allocator."""
         ...

@@ -145,6 +145,13 @@ class FaultyHypervisor:
         """See ``ports.FrameControl``."""
         return self._call("offline", (mfn,), lambda: self.inner.offline(mfn))
 
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """See ``ports.FrameControl``; a process that died leaves no place to undo."""
+        with ExitStack() as places:
+            self._call("placed", (), lambda: places.enter_context(self.inner.placed()))
+            yield
+
     def online(self, mfn: Mfn) -> OnlineFlag:
         """See ``ports.FrameControl``."""
         return self._call("online", (mfn,), lambda: self.inner.online(mfn))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
@@ -79,6 +81,13 @@ class SimulatedFrameControl(HostState):
                 return _reply(OfflineFlag.XENPAGE | OfflineFlag.PENDING, DOMID_XEN)
             # The mark stays although the call says that it failed.
             return _reply(OfflineFlag.ANONYMOUS | OfflineFlag.FAILED, DOMID_INVALID)
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Every call is made from a good place here."""
+        with self.call("placement"):
+            pass
+        yield
 
     def online(self, mfn: Mfn) -> OnlineFlag:
         """online_page()."""

@@ -147,7 +147,9 @@ class HostState:
             own = np.flatnonzero((frames.owner == domid) & frames.pinned)
             for mfn in own.tolist():
                 self.references.unpin(mfn)
-            for mfn in np.flatnonzero((frames.owner == domid) & frames.allocated).tolist():
+            # From the highest on, as they were given out: relinquish_memory() goes through the
+            # list that assign_pages() has appended them to.  Each finds those above it free.
+            for mfn in np.flatnonzero((frames.owner == domid) & frames.allocated)[::-1].tolist():
                 frames.allocated[mfn] = False
                 self.references.put(mfn)
             del self.by_domid[domid]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from errno import EINVAL
 
 import numpy as np
@@ -88,10 +89,16 @@ def test_offlining_twice_gives_the_same_answer(hypervisor: Hypervisor, guest: Gu
     assert first == second
 
 
-def test_many_pages_of_one_guest_can_be_marked(hypervisor: Hypervisor, guest: GuestMemory) -> None:
+@pytest.mark.parametrize("together", [False, True])
+def test_many_pages_of_one_guest_can_be_marked(
+    hypervisor: Hypervisor,
+    guest: GuestMemory,
+    together: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
     pages = guest.data_pages()[:20]
     try:
-        owners = {hypervisor.offline(page.mfn).owner for page in pages}
+        with hypervisor.placed() if together else nullcontext():
+            owners = {hypervisor.offline(page.mfn).owner for page in pages}
     finally:
         for page in pages:
             hypervisor.online(page.mfn)

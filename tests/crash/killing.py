@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,13 +13,15 @@ import pytest
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Mfn
 from pgofflined.core.moves import Group
+from pgofflined.core.offline import WhenMarked
 from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.core.xenversion import XenVersion
 from pgofflined.exchanger import exchange
 from pgofflined.ports import JobRecord, Journal, OpenJob, SuspendLimits, UnfinishedJob
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.layout import PvLayout
-from tests.unit.exchanger.conftest import Bench
+from tests.unit.exchanger.conftest import FIXED, UNFIXED, Bench
 
 if TYPE_CHECKING:
     pass
@@ -39,6 +42,8 @@ PAGES: dict[str, Pick] = {
     "mixed": lambda of: [of.plain[0], of.direct_l2[0], of.root],
 }
 
+
+VERSIONS = {"fixed": FIXED, "unfixed": UNFIXED}
 
 # A process that is killed tidies nothing up, as Python does here with what nobody has any more.
 LEFT_BY_THE_DEAD: deque[OpenJob] = deque(maxlen=8)
@@ -119,7 +124,7 @@ def run(
     xen: FaultyHypervisor,
     journal: MortalJournal | None = None,
     *,
-    marked: bool = True,
+    when: WhenMarked | None = None,
 ) -> None:
     """The job, in a process that may be killed."""
     exchange(
@@ -129,7 +134,7 @@ def run(
         journal=journal or MortalJournal(bench.journal, xen),
         clock=bench.host.clock,
         limits=SuspendLimits(),
-        marked=marked,
+        when=when or bench.when,
     )
 
 
@@ -146,6 +151,16 @@ def mortal(unfinished: UnfinishedJob, xen: FaultyHypervisor) -> UnfinishedJob:
     """A record in the hands of a process that may be killed at a call of ``xen``."""
     job = _MortalJob(MortalJournal(MemoryJournal(), xen), unfinished.job)
     return replace(unfinished, job=job)
+
+
+@contextmanager
+def hosts_of(version: XenVersion) -> Iterator[None]:
+    """Let hosts be of a version, for finding out what the cases of a test are."""
+    before, Bench.version = Bench.version, version
+    try:
+        yield
+    finally:
+        Bench.version = before
 
 
 def calls_of_a_good_run(pick: Pick) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from errno import EBUSY, EIO
 from typing import TYPE_CHECKING
 
@@ -12,15 +14,20 @@ from pgofflined.core.errors import PortError, SuspendShared, XenError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import Damaged, Exchanged, Refusal, RefusalReason
 from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.core.xenversion import XenVersion
+from pgofflined.exchanger import locate
 from pgofflined.exchanging import RECOVERY_SECONDS
 from pgofflined.ports import JobRecord, OpenJob, SuspendLimits
-from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
+from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.layout import DIRECT_MAP
 from pgofflined.sim.pagetables import PageFault
+from tests.crash.killing import VERSIONS, hosts_of
 from tests.unit.exchanger.conftest import Bench
 
 if TYPE_CHECKING:
+    from _pytest.mark.structures import ParameterSet
+
     from pgofflined.core.moves import PteWrites
     from pgofflined.ports import FrameArray, Words
 
@@ -36,17 +43,21 @@ def _calls_of_a_good_run() -> list[str]:
     return xen.trace.methods
 
 
-FAILURES = [
-    pytest.param(nth, moment, id=f"{nth}-{method}-{moment.name.lower()}")
-    for nth, method in enumerate(_calls_of_a_good_run(), start=1)
-    for moment in Moment
-]
+def _failures() -> Iterator[ParameterSet]:
+    for xen, version in VERSIONS.items():
+        with hosts_of(version):
+            methods = _calls_of_a_good_run()
+        for nth, method in enumerate(methods, start=1):
+            for moment in Moment:
+                told = f"{xen}-{nth}-{method}-{moment.name.lower()}"
+                yield pytest.param(version, nth, moment, id=told)
 
 
-@pytest.mark.parametrize(("nth", "moment"), FAILURES)
+@pytest.mark.parametrize(("version", "nth", "moment"), [*_failures()])
 def test_one_failing_call_leaves_the_guest_running_with_its_memory(
-    nth: int, moment: Moment
+    version: XenVersion, nth: int, moment: Moment
 ) -> None:
+    assert Bench.version == version
     bench = Bench.build()
     mfns = _pages(bench)
     xen = FaultyHypervisor(bench.host, Fault(nth=nth, moment=moment))
@@ -96,6 +107,47 @@ def test_a_guest_whose_m2p_names_two_frames_for_a_lost_page_keeps_it_unmapped() 
     assert "2 frames" in result.detail
     with pytest.raises(PageFault):
         bench.host.pv(bench.domid).write(DIRECT_MAP + (pfn << 12), 1)
+
+
+def test_a_guest_whose_m2p_names_all_its_frames_for_a_lost_page_is_not_asked_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(locate, "MAX_CANDIDATES", 32)
+    bench = Bench.build()
+    pfn = bench.layout.plain[0]
+    mfns = bench.mark(pfn)
+    for mfn in bench.host.pv(bench.domid).mfns().tolist():
+        if mfn < bench.host.frames.count and mfn != mfns[0] ^ 1:
+            bench.host.set_m2p(mfn, pfn)
+    xen = FaultyHypervisor(bench.host, Fault(method="exchange", moment=Moment.AFTER))
+    [result] = bench.exchange(mfns, xen).results
+    assert isinstance(result, Damaged)
+    assert len(xen.trace.of("m2p")) < 100
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_page_that_never_left_is_not_taken_for_one_that_did_because_the_m2p_lies(
+    dies: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    bench = Bench.build()
+    pfn, other = bench.layout.plain[:2]
+    [mfn] = bench.mark(pfn)
+
+    def lie() -> None:
+        # Its last act: it is found where it was, but the M2P has another frame at its pfn.
+        bench.host.set_m2p(mfn, pfn + 1000)
+        bench.host.set_m2p(bench.host.frame_of(bench.domid, other), pfn)
+
+    failing = Fault(method="exchange", moment=Moment.BEFORE, kills=dies)
+    xen = FaultyHypervisor(bench.host, Fault(method="suspend", act=lie), failing)
+    with contextlib.suppress(Killed):
+        [result] = bench.exchange([mfn], xen).results
+        assert isinstance(result, Refusal)
+    bench.end_jobs()
+    assert bench.host.frame_of(bench.domid, pfn) == mfn
+    bench.host.set_m2p(mfn, pfn)
+    bench.host.set_m2p(bench.host.frame_of(bench.domid, other), other)
+    bench.assert_guest_runs_unharmed()
 
 
 @pytest.mark.parametrize("method", ["write_frames", "update_ptes"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,36 +19,47 @@ from hypothesis import strategies as st
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
 from pgofflined.core.moves import PteWrites
+from pgofflined.core.offline import WhenMarked
+from pgofflined.core.xenversion import XenVersion
 from pgofflined.exchanger import recover
 from pgofflined.jobstore import JobStore
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from tests.unit.exchanger.conftest import Bench
 
 if TYPE_CHECKING:
+    from _pytest.mark.structures import ParameterSet
+
     from pgofflined.ports import FrameArray, Words
 
 from tests.crash.killing import (
     PAGES,
+    VERSIONS,
     MortalJournal,
     assert_ended_well,
     calls_of_a_good_run,
+    hosts_of,
     mortal,
     records_of_a_good_run,
     run,
 )
 
-KILLS = [
-    pytest.param(name, nth, moment, id=f"{name}-{nth}-{method}-{moment.name.lower()}")
-    for name, pick in PAGES.items()
-    for nth, method in enumerate(calls_of_a_good_run(pick), start=1)
-    for moment in Moment
-]
+
+def _kills() -> Iterator[ParameterSet]:
+    for xen, version in VERSIONS.items():
+        for name, pick in PAGES.items():
+            with hosts_of(version):
+                methods = calls_of_a_good_run(pick)
+            for nth, method in enumerate(methods, start=1):
+                for moment in Moment:
+                    told = f"{xen}-{name}-{nth}-{method}-{moment.name.lower()}"
+                    yield pytest.param(version, name, nth, moment, id=told)
 
 
-@pytest.mark.parametrize(("name", "nth", "moment"), KILLS)
+@pytest.mark.parametrize(("version", "name", "nth", "moment"), [*_kills()])
 def test_a_job_that_is_killed_at_a_call_is_ended_by_another_process(
-    name: str, nth: int, moment: Moment
+    version: XenVersion, name: str, nth: int, moment: Moment
 ) -> None:
+    assert Bench.version == version
     bench = Bench.build()
     pfns = PAGES[name](bench.layout)
     xen = FaultyHypervisor(bench.host, Fault(nth=nth, moment=moment, kills=True))
@@ -88,7 +99,10 @@ def test_a_job_that_is_killed_at_a_record_is_ended_by_another_process(
     moments=st.lists(st.sampled_from(Moment), min_size=4, max_size=4),
 )
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    derandomize=True,
 )
 def test_processes_that_are_killed_one_after_the_other_are_followed_by_one_that_ends_the_job(
     name: str, first: int, further: list[int], moments: list[Moment]
@@ -208,7 +222,7 @@ def test_a_frame_that_comes_back_at_once_is_not_taken_for_one_that_never_left(
             bench.host, Fault(method="exchange", moment=moment, kills=dies, error=LOST)
         )
         with contextlib.suppress(Killed):
-            run(bench, mfns, xen, marked=False)
+            run(bench, mfns, xen, when=WhenMarked.AFTER_SCRUB)
         reports = bench.end_jobs()
         assert_ended_well(bench, pfns, reports)
 

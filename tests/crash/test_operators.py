@@ -82,6 +82,7 @@ def test_what_an_operator_has_done_since_stays(stage: str) -> None:
         suspended_by_us = guest.suspended
         ran = guest.cpu_time
         if not all(act(bench, what) for what in acts) or not is_told_apart(stage, acts):
+            bench.end_jobs()
             continue
         has_run = guest.cpu_time != ran
         # What he wants: his own pauses, and his own suspend.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,18 +13,27 @@ from .rig.waiting import wait_until
 
 UNIT = "pgofflined.service"
 CONFIG = "/etc/pgofflined/pgofflined.toml"
+TESTS = "cd /opt/pgofflined-tests && python3 -m tests.e2e.dom0"
+JOBS = "/run/pgofflined/jobs"
 POLL_LIMIT = 60.0
 """Seconds within which Xen's poll must have found an error: 16 on real time, with a margin."""
 JOB_LIMIT = 120.0
 
+# MCi_STATUS of an error that a memory controller found as it read: valid, uncorrected, enabled,
+# with MISC and ADDR, neither signalled nor to be acted on.  MCi_MISC: it strikes a whole page.
+UCNA = 0xBC00_0000_0000_0090
+MISC_PAGE = 0x8C
+
 # Asks at the control socket as the command line does, without the seconds that its start takes
-# under emulation.
+# under emulation; all that it is given, at once.
 ASK = """
 import socket, sys
 asking = socket.socket(socket.AF_UNIX)
 asking.connect("/run/pgofflined/control.sock")
-asking.sendall(sys.argv[1].encode() + b"\\n")
-sys.stdout.write(asking.makefile().readline())
+asking.sendall("".join(line + "\\n" for line in sys.argv[1:]).encode())
+answers = asking.makefile()
+for _ in sys.argv[1:]:
+    sys.stdout.write(answers.readline())
 """
 
 # Retries within the time of a test; room for all the pages of a test run.
@@ -60,8 +69,14 @@ class Daemon:
 
     def ask(self, request: str, **fields: object) -> Any:  # noqa: ANN401 - what it answers
         """A request's answer, see pgofflined/control/protocol.py."""
-        line = json.dumps({"request": request, **fields})
-        return json.loads(self.host.run(["python3", "-I", "-S", "-c", ASK, line]).out)
+        [answer] = self.ask_all([{"request": request, **fields}])
+        return answer
+
+    def ask_all(self, requests: Iterable[Mapping[str, object]]) -> list[Any]:
+        """The answers to several requests, of which none waits for another's answer."""
+        lines = [json.dumps(request) for request in requests]
+        done = self.host.run(["python3", "-I", "-S", "-c", ASK, *lines])
+        return [json.loads(line) for line in done.out.splitlines()]
 
     def status(self) -> Any:  # noqa: ANN401
         """What `pgofflined status --json` shows."""
@@ -110,16 +125,45 @@ class Daemon:
         """The daemon's process."""
         return int(self.host.run(["systemctl", "show", "-P", "MainPID", UNIT]).out)
 
-    def inject_ce(self, mfn: int, *, bank: int = 9) -> None:
-        """Let a corrected error strike a page, and wait until the daemon has heard of it."""
+    def inject_ce(self, *mfns: int) -> None:
+        """Let a corrected error strike each page, and wait until the daemon has heard of all.
+
+        At most as many pages as the host has banks: 20.
+        """
+        with self._hearing_of(len(mfns)):
+            for number, mfn in enumerate(mfns):
+                self.host.inject_ce(mfn << 12, cpu=1 - number // 10, bank=9 - number % 10)
+
+    def inject_ucna(self, mfn: int, *, bank: int = 8) -> None:
+        """The same with an uncorrected error that needs no action: nobody has used the data yet."""
+        error = [1, bank, UCNA, mfn << 12, MISC_PAGE]
+        with self._hearing_of(1):
+            self.host.run(f"{TESTS}.inject", stdin=json.dumps([error]).encode())
+
+    @contextmanager
+    def _hearing_of(self, errors: int) -> Iterator[None]:
         before = self._reports()
-        self.host.inject_ce(mfn << 12, bank=bank)
+        yield
         wait_until(
-            lambda: self._reports() > before,
+            lambda: self._reports() >= before + errors,
             timeout=POLL_LIMIT,
-            what="the daemon's report of the error",
+            what=f"the daemon's reports of {errors} errors",
             interval=1,
         )
+
+    def reload(self, policy: str) -> None:
+        """Put another policy in force."""
+        before = self.status()["policy_digest"]
+        self.host.write_text(CONFIG, policy)
+        self.host.run(["systemctl", "reload", UNIT])
+        wait_until(
+            lambda: self.status()["policy_digest"] != before, timeout=30, what="the new policy"
+        )
+
+    def attention(self, *words: str) -> list[str]:
+        """What `status` says needs somebody, as far as it has one of these words in it."""
+        told = [json.dumps(line) for line in self.status()["attention"]]
+        return [line for line in told if any(word in line for word in words)]
 
     def _reports(self) -> int:
         return sum(count["count"] for count in self.status()["errors"])
@@ -148,3 +192,8 @@ def frames(host: Host, kind: str, domid: int, count: int) -> list[int]:
     found = [mfn for _, mfn in json.loads(done.out)]
     assert len(found) == count, f"asked for {count} {kind} pages of d{domid}, found {len(found)}"
     return found
+
+
+def announce_suspend(host: Host, domid: int) -> None:
+    """Say for a guest that it can suspend itself, which one that cannot does not do."""
+    host.run(["xenstore-write", f"/local/domain/{domid}/control/feature-suspend", "1"])

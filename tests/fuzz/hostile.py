@@ -4,7 +4,8 @@ Each case is a host with two guests, of which one is hostile: before and during 
 of its pages it writes what it likes into everything of its own that we read (shared_info, p2m list,
 frame lists, start_info, page tables through Xen, the M2P of its frames, grants), or ends.  Whatever
 comes of it, no exception comes out, nobody else's memory changes, and the guest does not stand
-still because of us.
+still because of us.  Every other host has the old allocator: there no mark is left, and the heap
+stays sound when the guests end.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ import numpy as np
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import DOM0
+from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import ExchangeReport, Refusal
+from pgofflined.core.xenversion import XenVersion
 from pgofflined.exchanger import exchange
 from pgofflined.ports import SuspendLimits
 from pgofflined.sim import linux
 from pgofflined.sim.errors import Refused
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
+from pgofflined.sim.frames import FrameState
 from pgofflined.sim.guests import Answer, SuspendBehaviour
+from pgofflined.sim.host import HostSpec
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.layout import P2M_FOREIGN, P2M_IDENTITY, P2M_MISSING, PvSpec
 from pgofflined.sim.pagetables import PageFault
@@ -48,7 +53,9 @@ class Case:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)  # noqa: S311 - cases are to be repeatable
-        small = small_host(guest=_GUEST)
+        self.when = WhenMarked.WHEN_HELD if self.seed % 2 else WhenMarked.BEFORE
+        version = XenVersion(4, 17, 7) if self.seed % 2 else XenVersion(4, 20, 4)
+        small = small_host(HostSpec(version=version), guest=_GUEST)
         self.host, self.domid = small.host, small.pv
         self.victim = self.host.add_pv(PvSpec(name="victim", pages=128, processes=1))
         self.guest = self.host.pv(self.domid)
@@ -62,8 +69,9 @@ class Case:
         pick = self.random
         pages = pick.sample(self.guest.layout.populated, pick.randint(1, 4))
         mfns = [self.host.frame_of(self.domid, pfn) for pfn in pages]
-        for mfn in mfns:
-            self.host.offline(mfn)
+        if self.when is WhenMarked.BEFORE:
+            for mfn in mfns:
+                self.host.offline(mfn)
         identity = self.host.domain(self.domid).identity
         self.host.simulated(self.domid).behaviour = SuspendBehaviour(answer=pick.choice(_ANSWERS))
         before = self._others()
@@ -77,8 +85,11 @@ class Case:
             journal=journal,
             clock=self.host.clock,
             limits=SuspendLimits(),
+            when=self.when,
         )
         self._check(report, journal, before)
+        if self.when is WhenMarked.WHEN_HELD:
+            self._check_heap()
         return report
 
     def _lies_on_the_way(self) -> list[Fault]:
@@ -102,6 +113,17 @@ class Case:
             info = self.host.domain(self.domid)
             if info.paused or info.shutdown is ShutdownReason.SUSPEND:
                 raise AssertionError("the guest stands still because of us")
+
+    def _check_heap(self) -> None:
+        if (self.host.frames.state == FrameState.OFFLINING).any():
+            raise AssertionError("a page has kept its mark")
+        # One that ends in the milliseconds for which it is held frees pages that are marked.
+        was_there = self.domid in self.host.by_domid
+        for domid in (self.domid, self.victim):
+            if domid in self.host.by_domid:
+                self.host.destroy(domid)
+        if was_there and self.host.corrupted is not None:
+            raise AssertionError(self.host.corrupted)
 
     def _others(self) -> list[object]:
         """Contents of everything that is not the hostile guest's, and who owns it."""

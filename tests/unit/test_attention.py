@@ -80,7 +80,7 @@ ONE_STATE: dict[ConditionCode, tuple[Snapshot, Circumstances, str]] = {
     ConditionCode.NO_POLLING: (
         CALM,
         replace(ABOUT, version=XenVersion(major=4, minor=17, patch=5)),
-        "Xen 4.17.5 polls no bank for corrected errors",
+        "Xen 4.17.5 polls no machine-check bank: errors in banks without CMCI",
     ),
     ConditionCode.FREE_FRAMES_UNSAFE: (
         CALM,

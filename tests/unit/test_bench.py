@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bench.__main__ import main
+from bench.__main__ import local_parts, main
 from bench.figures import AtLeast, AtMost, Figure, json_line, number, ratio, table
 
 
@@ -94,10 +94,13 @@ def missed(rounds: int) -> list[Figure]:
     return [Figure(name="slow thing", unit="1/s", samples=(1.0,) * rounds, target=AtLeast(2))]
 
 
+PARTS = [part.name for part in local_parts()]
+
+
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Local parts that take no time and miss their targets."""
-    for part in ("reports", "scan", "survey"):
+    for part in PARTS:
         monkeypatch.setattr(f"bench.{part}.measure", missed)
     return monkeypatch
 
@@ -132,12 +135,12 @@ def test_a_run_prints_a_table_and_json_lines_of_every_figure(
 def test_every_part_can_be_measured_alone(
     parts: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for part in ("reports", "scan", "survey"):
+    for part in PARTS:
         parts.setattr(f"bench.{part}.measure", broken)
-        others = [name for name in ("reports", "scan", "survey") if name != part]
+        others = [name for name in PARTS if name != part]
         assert main(["--json", *(f"--only={name}" for name in others)]) == 0
         assert main(["--json", f"--only={part}"]) == 1
-        assert len(capsys.readouterr().out.splitlines()) == 2
+        assert len(capsys.readouterr().out.splitlines()) == len(others)
         parts.setattr(f"bench.{part}.measure", missed)
 
 

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from bench import scan, survey
+from bench import references, scan, survey
 from bench.blackout import Job, NotExchanged, jobs_that_count
 from bench.dom0.full_scan import all_tables, compare, scan_batched, scan_one_by_one
 from bench.figures import Figure
@@ -122,6 +122,15 @@ def test_the_cost_of_a_survey_is_told_for_each_size() -> None:
     assert named["memory for each page table, 2 GiB / 1 GiB"].met is not None
     whole = named["survey of 2 GiB, with making its frames up"].median
     assert named["survey of 2 GiB"].median < whole
+
+
+def test_the_cost_of_many_mappings_is_told_beside_that_of_one() -> None:
+    figures = references.measure(1, 1, (0, 1 << 17))
+    named = {figure.name: figure for figure in figures}
+    assert named["survey, one page mapped 131,073 times, peak memory"].median > 10
+    assert named["for each page table, 131,073 mappings / 1"].median > 0
+    # The bound that the project promises; each mapping was an object once.
+    assert named["peak memory, 131,073 mappings / 1"].median < 2
 
 
 def test_searches_are_measured_beside_the_fastest_way_of_reading() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.events import Event
+from pgofflined.core.frames import maddr_of
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import DomainPolicy, Marking, Policy, RelocationPolicy
 from pgofflined.core.status import Fate
@@ -332,6 +333,24 @@ async def test_pages_are_looked_at_although_others_wait_for_xen(tmp_path: Path) 
         assert not any(future.done() for future in waiting)
         release.set()
         await asyncio.gather(*waiting)
+
+
+# At a stop.
+
+
+async def test_every_record_that_was_read_is_decided_upon_before_the_daemon_stops(
+    tmp_path: Path,
+) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, retiring(dry_run=True), small=small) as whole:
+        mfns = [whole.plain(which) for which in range(25)]
+        reports = whole.service.counters.reports
+        for mfn in mfns:
+            whole.telemetry.push_corrected(maddr_of(mfn))
+        await whole.until(lambda: reports.total() > 0)
+        assert reports.total() < len(mfns), "the stop comes in the middle of what was read"
+    async with at_work(tmp_path, retiring(dry_run=True), small=small) as whole:
+        assert [whole.hits(mfn) for mfn in mfns] == [1] * len(mfns)
 
 
 # Over a restart.

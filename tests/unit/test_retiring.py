@@ -120,11 +120,15 @@ class Scene:
 
 
 @asynccontextmanager
-async def at_work(policy: Policy = QUICK, spec: HostSpec | None = None) -> AsyncIterator[Scene]:
+async def at_work(
+    policy: Policy = QUICK, spec: HostSpec | None = None, *, workers: bool = True
+) -> AsyncIterator[Scene]:
+    """Without ``workers`` every exchange waits in the queue."""
     scene = Scene(small_host(spec, clock=WallClock(speed=100.0)), policy)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(scene.retirer.run())
-        tasks.create_task(scene.pool.run())
+        if workers:
+            tasks.create_task(scene.pool.run())
         yield scene
         scene.retirer.stop()
         scene.pool.stop()
@@ -189,8 +193,70 @@ async def test_a_refused_page_that_was_to_be_marked_later_has_no_mark() -> None:
         assert scene.small.host.query(mfn) is OfflineState.ONLINE
 
 
-async def test_on_an_unfixed_xen_pages_are_marked_before_whatever_the_policy_says() -> None:
-    async with at_work(LATER, HostSpec(version=XenVersion(4, 17, 7))) as scene:
+UNFIXED = HostSpec(version=XenVersion(4, 17, 7))
+
+
+def frame_that_a_dying_guest_joins(scene: Scene) -> Mfn:
+    """Its guest owns the whole block of four that it begins, and frees it from the top."""
+    host, pv = scene.small.host, scene.small.pv
+    own = set(host.pv(pv).mfns().tolist())
+    plain = [host.frame_of(pv, pfn) for pfn in host.pv(pv).layout.plain]
+    return next(m for m in plain if not m % 4 and {m + 1, m + 2, m + 3} <= own)
+
+
+async def test_on_an_unfixed_xen_a_guest_may_be_destroyed_while_its_page_waits_its_turn() -> None:
+    async with at_work(spec=UNFIXED, workers=False) as scene:
+        mfn = frame_that_a_dying_guest_joins(scene)
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.EXCHANGE)
+        scene.small.host.destroy(scene.small.pv)
+        assert scene.small.host.corrupted is None
+
+
+async def test_on_an_unfixed_xen_a_guest_may_be_destroyed_while_its_page_waits_for_a_retry() -> (
+    None
+):
+    policy = replace(QUICK, exchange=replace(QUICK.exchange, attempts=100, retry_first=1000.0))
+    async with at_work(policy, UNFIXED) as scene:
+        host, pv = scene.small.host, scene.small.pv
+        mfn = frame_that_a_dying_guest_joins(scene)
+        host.hold(pv, int(host.m2p(mfn) or 0), why="dom0")
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        await scene.pages.until(mfn, Phase.WAITING)
+        assert scene.reports[0].blackout is not None
+        host.destroy(pv)
+        for hold in tuple(host.lasting_holds):
+            host.release_hold(pv, hold)
+        assert host.corrupted is None
+
+
+async def test_on_an_unfixed_xen_a_guest_may_be_destroyed_after_it_did_not_suspend() -> None:
+    async with at_work(spec=UNFIXED) as scene:
+        host, pv = scene.small.host, scene.small.pv
+        mfn = frame_that_a_dying_guest_joins(scene)
+        dies = SuspendBehaviour(answer=Answer.DIES)
+        host.simulated(pv).behaviour = dies
+        scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        while not scene.reports:
+            await scene.pages.changed()
+        assert host.corrupted is None
+
+
+async def test_on_an_unfixed_xen_no_page_has_a_mark_when_the_daemon_has_stopped() -> None:
+    async with at_work(spec=UNFIXED, workers=False) as scene:
+        mfns = [scene.pv_frame(which) for which in range(12)]
+        for mfn in mfns:
+            scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
+        for mfn in mfns:
+            await scene.pages.until(mfn, Phase.EXCHANGE, Phase.LEFT)
+    states = {scene.small.host.query(mfn) for mfn in mfns}
+    assert states == {OfflineState.ONLINE}
+
+
+async def test_on_an_unfixed_xen_pages_are_marked_in_the_exchange_whatever_the_policy_says() -> (
+    None
+):
+    async with at_work(LATER, UNFIXED) as scene:
         host, pv = scene.small.host, scene.small.pv
         plain = [host.frame_of(pv, pfn) for pfn in host.pv(pv).layout.plain]
         mfn = next(m for m in plain if host.m2p(Mfn(m ^ 1)) is not None)
@@ -234,7 +300,7 @@ async def test_a_page_whose_reference_goes_away_is_moved_at_the_next_try() -> No
 
 
 async def test_on_an_unfixed_xen_the_mark_of_a_refused_page_is_taken_back() -> None:
-    async with at_work(spec=HostSpec(version=XenVersion(4, 17, 7))) as scene:
+    async with at_work(spec=UNFIXED) as scene:
         host, pv = scene.small.host, scene.small.pv
         frames = [Mfn(int(m)) for m in host.pv(pv).mfns() if m < host.frames.count]
         plain = {host.frame_of(pv, pfn) for pfn in host.pv(pv).layout.plain}

@@ -12,8 +12,10 @@ from pgofflined import cli
 from pgofflined.aftercare import CareTimes
 from pgofflined.afterstop import _NEXT_DAEMON_SECONDS, _may_be_restarted
 from pgofflined.cli import _parser, main
+from pgofflined.core.frames import PAGE_SIZE
 from pgofflined.core.policy import ControlPolicy, ExchangePolicy, RelocationPolicy
 from pgofflined.daemon import EX_UNAVAILABLE, JOBS
+from pgofflined.exchanger.scan import MAX_TOGETHER
 from pgofflined.xen.monitors import LOCK
 
 SYSTEMD = Path(__file__).parents[2] / "systemd"
@@ -40,6 +42,18 @@ def test_the_daemon_may_bring_an_exchange_to_its_end() -> None:
     longest = exchange.acknowledge_timeout + exchange.suspend_timeout
     assert int(settings()["TimeoutStopSec"][0]) >= 2 * longest
     assert settings()["KillMode"] == ["mixed"]
+
+
+def test_the_daemon_may_use_what_its_jobs_need_and_is_not_slowed_down_in_them() -> None:
+    unit = settings()
+    assert "MemoryHigh" not in unit
+    [most] = unit["MemoryMax"]
+    assert most == "1G"
+    exchange = ExchangePolicy()
+    contents = 4 * exchange.max_pages_per_suspend * PAGE_SIZE
+    # Level, table, index, value and page of an entry; some copies of each.
+    entries = 4 * MAX_TOGETHER * 33
+    assert (100 << 20) + exchange.workers * ((60 << 20) + contents + entries) < (1 << 30) / 2
 
 
 def test_a_stop_has_time_for_guests_and_to_say_which_are_left() -> None:

@@ -168,6 +168,10 @@ class Whole:
         """Those that stand there now."""
         return [mfn for mfn in mfns if (entry := self.entry(mfn)) and entry.phase is phase]
 
+    def hits(self, mfn: Mfn) -> int:
+        """Errors of a page within the window."""
+        return self.service.intake.history.hits(mfn, self.clock.monotonic())
+
     def suspended(self) -> list[int]:
         """The domains that were asked to suspend themselves, in order."""
         return [int(str(call.args[0])) for call in self.xen.trace.of("suspend")]

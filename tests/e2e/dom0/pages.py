@@ -2,9 +2,10 @@
 
 KIND is, of a running PV domain: ``data`` (plain memory that no grant offers and no p2m lies in),
 ``granted``, ``table`` (page tables), ``any`` of its p2m, ``paired`` (any whose neighbour is its own
-too, so that it joins no free block: see docs/xen-bugs.md), or ``paired-data`` (both at once); of a
-PVH domain that is the only one: ``hvm``; of dom0: ``dom0``; of nobody: ``free`` (nearly always: a
-few of Xen's own look the same).  Frames are drawn at random.
+too, so that it joins no free block: see docs/xen-bugs.md), ``paired-data`` (both at once) or
+``anonymous`` (one that Xen has allocated to nobody, for the domain); of a PVH domain that is the
+only one: ``hvm``; of dom0: ``dom0``; of nobody: ``free`` (nearly always: a few of Xen's own look
+the same).  Frames are drawn at random.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from pgofflined.triage import find_pv_owner
 from pgofflined.xen.hypervisor import XenHypervisor
 
 _TRIES = 20_000
+
+# Where a PV domain's L4 tables have Xen's own mappings for the domain, whose tables are allocated
+# without an owner (xen/arch/x86/include/asm/config.h, PERDOMAIN_VIRT_START; mm.c, MEMF_no_owner).
+_PERDOMAIN_SLOT = 260
+# Bits 51:12 of an entry (Intel SDM volume 3, chapter "Paging").
+_ADDRESS = (1 << 52) - (1 << 12)
+_PAGE_SHIFT = 12
 RNG = np.random.default_rng()
 
 
@@ -44,6 +52,13 @@ def of_pv_guest(xen: XenHypervisor, domid: Domid, kind: str) -> list[tuple[int, 
         "paired-data": data & paired,
     }[kind]
     return [(int(pfns[index]), int(mfns[index])) for index in np.flatnonzero(wanted)]
+
+
+def of_xen_for(xen: XenHypervisor, domid: Domid) -> tuple[int, int]:
+    """The table of Xen's own mappings for a PV domain; the domain has no pfn for it."""
+    roots = np.array(sorted(xen.vcpu_frames(domid).roots)[:1], dtype=np.uint64)
+    entry = int(xen.read_frames(domid, roots)[0][_PERDOMAIN_SLOT])
+    return -1, (entry & _ADDRESS) >> _PAGE_SHIFT
 
 
 def at_random(xen: XenHypervisor, kind: str) -> Iterator[tuple[int, int]]:
@@ -73,6 +88,8 @@ def main(domid: Domid, kind: str, count: int) -> None:
         found = of_pv_guest(xen, domid, kind)
         picks = RNG.choice(len(found), min(count, len(found)), replace=False)
         chosen = [found[index] for index in picks]
+    elif kind == "anonymous":
+        chosen = [of_xen_for(xen, domid)]
     else:
         chosen = []
         for frame in at_random(xen, kind):

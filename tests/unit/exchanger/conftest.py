@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 
 from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.policy import ExchangePolicy
 from pgofflined.core.recovery import RecoveryReport
+from pgofflined.core.xenversion import XenVersion
 from pgofflined.exchanger import exchange
 from pgofflined.exchanging import RECOVERY_SECONDS, Exchanging
 from pgofflined.ports import Hypervisor, Journal, SuspendLimits
 from pgofflined.sim.faults import FaultyHypervisor
+from pgofflined.sim.frames import FrameState
 from pgofflined.sim.host import HostSpec
 from pgofflined.sim.invariants import check_invariants
 from pgofflined.sim.journal import MemoryJournal
@@ -24,11 +28,17 @@ from pgofflined.sim.layout import PvLayout
 from pgofflined.sim.machine import SimulatedHost
 from pgofflined.sim.views import GuestView, guest_view
 
+FIXED, UNFIXED = XenVersion(4, 20, 4), XenVersion(4, 17, 7)
+
 
 @dataclass
 class Bench:
-    """The host, its guest, and what the guest saw before."""
+    """The host, its guest, and what the guest saw before.
 
+    ``version`` is that of every host that is built.
+    """
+
+    version: ClassVar[XenVersion] = FIXED
     host: SimulatedHost
     domid: Domid
     before: GuestView
@@ -36,7 +46,7 @@ class Bench:
 
     @classmethod
     def build(cls, *, l1tf: bool = True, reuses_first: bool = False) -> Bench:
-        host = SimulatedHost(HostSpec(l1tf=l1tf, reuses_first=reuses_first))
+        host = SimulatedHost(HostSpec(version=cls.version, l1tf=l1tf, reuses_first=reuses_first))
         domid = host.add_pv()
         return cls(host=host, domid=domid, before=guest_view(host, domid))
 
@@ -48,10 +58,18 @@ class Bench:
     def identity(self) -> DomainIdentity:
         return self.host.domain(self.domid).identity
 
+    @property
+    def when(self) -> WhenMarked:
+        """When the daemon marks pages on this host."""
+        fixed = self.host.version().offlines_free_frames_safely
+        return WhenMarked.BEFORE if fixed else WhenMarked.WHEN_HELD
+
     def mark(self, *pfns: int) -> list[Mfn]:
+        """Pages that are to be exchanged, with a mark where they may have one."""
         mfns = [self.host.frame_of(self.domid, pfn) for pfn in pfns]
-        for mfn in mfns:
-            self.host.offline(mfn)
+        if self.when is WhenMarked.BEFORE:
+            for mfn in mfns:
+                self.host.offline(mfn)
         return mfns
 
     def work(self, xen: Hypervisor | None = None, *, journal: Journal | None = None) -> Exchanging:
@@ -115,11 +133,20 @@ class Bench:
             journal=self.journal,
             clock=self.host.clock,
             limits=SuspendLimits(),
+            when=self.when,
         )
 
     def exchange_traced(self, mfns: Sequence[Mfn]) -> tuple[ExchangeReport, FaultyHypervisor]:
         traced = FaultyHypervisor(self.host)
         return self.exchange(mfns, traced), traced
+
+    def assert_heap_stays_sound(self) -> None:
+        """No page has a mark that it must not have, and the guest can be destroyed."""
+        if self.when is WhenMarked.WHEN_HELD:
+            assert not (self.host.frames.state == FrameState.OFFLINING).any()
+        if self.domid in self.host.by_domid:
+            self.host.destroy(self.domid)
+        assert self.host.corrupted is None
 
     def assert_guest_runs_unharmed(self) -> GuestView:
         """The guest runs, sees the same memory as before, and Xen's books agree."""
