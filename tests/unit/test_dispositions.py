@@ -159,7 +159,7 @@ async def test_where_no_guest_is_migrated_a_pvh_page_stays_pending_with_what_end
         (POLICY, "is marked offline-pending"),
         (
             exchanging(mark=Marking.AFTER_SCRUB, scrub_wait=0.05),
-            "is to be marked when it has been scrubbed",
+            "is to be marked later",
         ),
     ],
 )

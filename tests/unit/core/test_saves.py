@@ -185,7 +185,7 @@ def test_a_person_is_told_what_to_do_with_what_is_left(
         (SavePhase.SAVING, Stand.PAUSED, "it stands still: `xl unpause` lets it run; do not"),
         (
             *(SavePhase.SAVING, Stand.STANDS_STILL),
-            "it stands still: `xl resume`, then `xl unpause`, lets it run; do not",
+            "stands still: `xl resume` (Xen 4.20 or later), then `xl unpause`, lets it run; do",
         ),
         (
             *(SavePhase.SAVING, Stand.ABSENT),
@@ -212,8 +212,8 @@ def test_the_command_that_lets_a_guest_run_is_that_for_how_it_stands(
         (
             SavePhase.SAVING,
             (
-                "look at `xl list`; if it is suspended, `xl resume 7`, and if it is paused, "
-                "`xl unpause 7` lets it run; only if the guest is nowhere, `xl restore"
+                "look at `xl list`; if it is suspended, `xl resume 7` (Xen 4.20 or later), and if "
+                "it is paused, `xl unpause 7` lets it run; only if the guest is nowhere, `xl restore"
             ),
         ),
         (
