@@ -213,7 +213,7 @@ def test_the_command_that_lets_a_guest_run_is_that_for_how_it_stands(
             SavePhase.SAVING,
             (
                 "look at `xl list`; if it is suspended, `xl resume 7` (Xen 4.20 or later), and if "
-                "it is paused, `xl unpause 7` lets it run; only if the guest is nowhere, `xl restore"
+                "it is paused, `xl unpause 7` lets it run; only if the guest is nowhere"
             ),
         ),
         (
