@@ -63,6 +63,7 @@ async def test_a_corrected_error_is_told_with_its_page_and_the_owner_that_xen_na
         assert record.levelno == logging.WARNING
         assert fields(record)["MFN"] == f"{mfn:#x}"
         assert fields(record)["DOMID"] == str(whole.small.pv)
+        assert fields(record)["BANK"] == "9"
         assert "a corrected memory error in" in record.getMessage()
 
 
@@ -282,6 +283,39 @@ async def test_a_page_over_the_cap_is_told_as_an_error(
         assert record.levelno == logging.ERROR
         assert fields(record)["MFN"] == f"{second:#x}"
         assert record.getMessage().startswith(f"mfn {second:#x} is kept although it is failing: 1")
+
+
+async def test_a_page_over_the_cap_is_told_of_anew_when_the_cap_is_another(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path, ONE) as whole:
+        await whole.corrected(whole.granted(0), whole.plain(1))
+        nothing = replace(ONE.retire, max_retired=AmountOfMemory(size=0))
+        whole.service.apply(replace(whole.service.policy, retire=nothing))
+        assert len(told(caplog, Event.CAP_REACHED)) == 2
+
+
+async def test_what_is_kept_is_told_also_when_it_is_decided_upon_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        async with at_work(tmp_path, retiring(dry_run=True)) as whole:
+            mfn = whole.plain()
+            await whole.corrected(mfn)
+            off = retiring(enabled=False).retire
+            whole.service.apply(replace(whole.service.policy, retire=off))
+            assert any(text.startswith(f"mfn {mfn:#x} is kept") for text in caplog.messages)
+
+
+async def test_a_page_with_an_uncorrected_error_is_not_moved_also_where_the_book_has_forgotten_it(
+    tmp_path: Path,
+) -> None:
+    async with at_work(tmp_path) as whole:
+        mfn = whole.plain()
+        whole.service.retirer.errors.add(mfn)
+        await whole.corrected(mfn, times=3)
+        assert whole.entry(mfn) is None
+        assert whole.suspended() == []
 
 
 async def test_pages_that_are_kept_back_are_remembered_in_bounds(
