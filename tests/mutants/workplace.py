@@ -24,7 +24,7 @@ _SETTINGS: Final = {
     # Where mypy has seen to it that nothing comes by.
     "do_not_mutate_patterns": ["assert_never"],
     "pytest_add_cli_args": ["-p", "no:cacheprovider"],
-    "timeout_constant": 4.0,
+    "timeout_constant": 8.0,
     "timeout_multiplier": 2.0,
     "use_git_change_detection": False,
     "track_dependencies": False,
