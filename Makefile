@@ -1,8 +1,9 @@
 # Every target sets up what it needs: a virtual environment here, system packages through apt.
 VENV ?= .venv
 BIN := $(VENV)/bin
+MUTANTS := build/mutants-venv
 
-.PHONY: demo test check e2e fuzz bench clean
+.PHONY: demo test check e2e fuzz bench mutants clean
 
 demo: $(VENV)/.run
 	$(BIN)/python -m pgofflined demo
@@ -26,6 +27,9 @@ fuzz: $(VENV)/.dev
 bench: $(VENV)/.dev | system-e2e
 	$(BIN)/python -m bench
 
+mutants: $(MUTANTS)/.mutants
+	nice -n 15 $(MUTANTS)/bin/python -m tests.mutants $(if $(AGAIN),--again) $(MODULES)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
@@ -37,6 +41,12 @@ system-e2e:
 
 $(VENV)/bin/python:
 	@scripts/make-venv $(VENV)
+
+# Of its own: mutmut brings a parser of Python and a user interface along.
+$(MUTANTS)/.mutants: requirements-mutants.txt requirements-dev.txt requirements-run.txt
+	@scripts/make-venv $(MUTANTS)
+	$(MUTANTS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-mutants.txt
+	@touch $@
 
 $(VENV)/.run: requirements-run.txt pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-run.txt

@@ -6,9 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from uuid import UUID
 
+import pytest
+
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.outcomes import ExchangeReport
+from pgofflined.core.status import JobStatus, WorkerStatus
 from pgofflined.jobs import ExchangePool
 from pgofflined.sim.clock import ManualClock
 
@@ -59,12 +62,17 @@ class Exchanges:
 
 @asynccontextmanager
 async def _pool(
-    exchanges: Exchanges, *, workers: int = 2, max_pages: int = 8, queue_limit: int = 100
+    exchanges: Exchanges,
+    *,
+    workers: int = 2,
+    max_pages: int = 8,
+    queue_limit: int = 100,
+    clock: ManualClock | None = None,
 ) -> AsyncIterator[ExchangePool]:
     pool = ExchangePool(
         exchanges.run,
         exchanges.finished,
-        clock=ManualClock(),
+        clock=clock or ManualClock(),
         workers=workers,
         max_pages=max_pages,
         queue_limit=queue_limit,
@@ -177,3 +185,106 @@ async def test_a_job_that_runs_long_shows_in_the_status() -> None:
     exchanges.may_end.set()
     pool.stop()
     await running
+
+
+async def test_what_waits_and_what_runs_is_told_with_its_pages_and_since_when() -> None:
+    clock = ManualClock()
+    exchanges = Exchanges()
+    clock.wait(1000.0)
+    began = clock.now()
+    async with _pool(exchanges, workers=1, max_pages=2, queue_limit=10, clock=clock) as pool:
+        assert (pool.longest_busy(), pool.jobs()) == (0.0, ())
+        await _tell_of_three_jobs(pool, exchanges, clock, began)
+    assert exchanges.begun == [(1, (1, 2)), (1, (3,)), (2, (4,))]
+
+
+async def _tell_of_three_jobs(
+    pool: ExchangePool, exchanges: Exchanges, clock: ManualClock, began: float
+) -> None:
+    for mfn in (1, 2, 3):
+        pool.submit(_domain(1), "web", Mfn(mfn))
+    await exchanges.until_begun(1)
+    clock.wait(10.0)
+    pool.submit(_domain(2), "mail", Mfn(4))
+    pool.submit(_domain(2), "mail", Mfn(4))
+    clock.wait(5.0)
+    assert pool.jobs() == (
+        JobStatus(
+            job="x1",
+            kind="exchange",
+            domid=1,
+            domain_name="web",
+            pages=2,
+            state="running",
+            since=began,
+        ),
+        # The rest of the first, which keeps its place; then the other.
+        JobStatus(
+            job="x2",
+            kind="exchange",
+            domid=1,
+            domain_name="web",
+            pages=1,
+            state="waiting",
+            since=began,
+        ),
+        JobStatus(
+            job="x3",
+            kind="exchange",
+            domid=2,
+            domain_name="mail",
+            pages=1,
+            state="waiting",
+            since=began + 10.0,
+        ),
+    )
+    assert pool.status() == WorkerStatus(
+        workers=1, busy=1, queued_pages=2, queue_limit=10, longest_busy_seconds=15.0
+    )
+    exchanges.may_end.set()
+    await exchanges.until_reported(3)
+
+
+async def test_other_limits_hold_for_what_comes_and_what_waits() -> None:
+    exchanges = Exchanges()
+    async with _pool(exchanges, workers=1, max_pages=8, queue_limit=2) as pool:
+        pool.submit(_domain(1), "a", Mfn(1))
+        await exchanges.until_begun(1)
+        pool.submit(_domain(1), "a", Mfn(2))
+        pool.submit(_domain(1), "a", Mfn(3))
+        assert not pool.submit(_domain(1), "a", Mfn(4))
+        pool.set_limits(max_pages=1, queue_limit=3)
+        assert pool.submit(_domain(1), "a", Mfn(4))
+        assert not pool.submit(_domain(1), "a", Mfn(5))
+        exchanges.may_end.set()
+        await exchanges.until_reported(4)
+    assert [mfns for _, mfns in exchanges.begun] == [(1,), (2,), (3,), (4,)]
+
+
+async def test_an_exchange_that_fails_by_our_own_fault_takes_the_pool_with_it() -> None:
+    def fail(domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
+        raise RuntimeError(f"{domain.domid} {mfns}")
+
+    pool = ExchangePool(
+        fail, lambda _job, _report: None, clock=ManualClock(), workers=1, max_pages=1, queue_limit=1
+    )
+    pool.submit(_domain(1), "a", Mfn(1))
+    with pytest.raises(ExceptionGroup) as raised:
+        await pool.run()
+    assert raised.group_contains(RuntimeError, match=r"1 \(1,\)")
+    assert pool.jobs() == ()
+
+
+async def test_exchanges_have_threads_of_their_own() -> None:
+    release = threading.Event()
+    waiting = [asyncio.ensure_future(asyncio.to_thread(release.wait, 30)) for _ in range(64)]
+    exchanges = Exchanges()
+    exchanges.may_end.set()
+    try:
+        async with _pool(exchanges) as pool:
+            pool.submit(_domain(1), "a", Mfn(1))
+            await exchanges.until_reported(1)
+        assert not any(future.done() for future in waiting)
+    finally:
+        release.set()
+        await asyncio.gather(*waiting)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from errno import EIO
+from uuid import UUID
 
 import numpy as np
 import pytest
 
+from pgofflined.core.book import Book, Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import Domid, Mfn
@@ -14,7 +17,7 @@ from pgofflined.ports import Hypervisor
 from pgofflined.sim.faults import Fault, FaultyHypervisor
 from pgofflined.sim.frames import INVALID_M2P, FrameState
 from pgofflined.sim.scenarios import SmallHost, small_host
-from pgofflined.uncorrected import UncorrectedErrors, poison_of, stored_poison
+from pgofflined.uncorrected import UncorrectedErrors, known_owners, poison_of, stored_poison
 
 
 class Kept:
@@ -121,4 +124,37 @@ def test_stored_nonsense_is_told_and_done_without(
     kept.meta = {"poisoned": nonsense, "wedged": nonsense}
     errors = UncorrectedErrors(kept)
     assert (errors.poisoned, errors.wedged) == (frozenset(), frozenset())
-    assert len(caplog.records) == 2
+    assert [text.split(" cannot be read: ")[0] for text in caplog.messages] == [
+        *("what was stored of uncorrected errors", "what was stored of domains that Xen has hit"),
+    ]
+    assert all(
+        text.split(" cannot be read: ")[1] not in ("", "None", "%s") for text in caplog.messages
+    )
+
+
+def test_where_nothing_was_stored_nothing_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    errors = UncorrectedErrors(Kept())
+    assert (errors.poisoned, errors.wedged) == (frozenset(), frozenset())
+    assert caplog.messages == []
+
+
+def test_the_book_knows_the_owners_of_marked_pages_as_far_as_xen_has_named_them() -> None:
+    owner = DomainIdentity(Domid(7), UUID(int=7))
+    known = PageEntry(
+        mfn=Mfn(1),
+        cause=Cause.UNCORRECTED,
+        phase=Phase.LEFT,
+        since=1.0,
+        marked=True,
+        domain=owner,
+    )
+    book = Book(
+        [
+            known,
+            replace(known, mfn=Mfn(2), marked=False),
+            replace(known, mfn=Mfn(3), domain=None),
+            replace(known, mfn=Mfn(4)),
+        ]
+    )
+    poisoned = frozenset(map(Mfn, (1, 2, 3, 5)))
+    assert known_owners(book, poisoned) == {Mfn(1): owner}

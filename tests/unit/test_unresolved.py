@@ -110,3 +110,12 @@ def test_a_xen_that_cannot_be_asked_changes_nothing(method: str) -> None:
     deaf = FaultyHypervisor(small.host, fault)
     assert look_once_more([entry], deaf, Occasion.POLICY_CHANGED) == NOTHING
     assert Mfn(entry.mfn) in look_once_more([entry], deaf, Occasion.POLICY_CHANGED).to_triage
+
+
+def test_a_page_that_xen_cannot_be_asked_about_keeps_no_other_from_being_looked_at() -> None:
+    small = small_host()
+    entry = replace(page(small, marked=True), domain=GONE)
+    xen = FaultyHypervisor(small.host, Fault(method="query", error=XenError(EIO, op="query")))
+    other = replace(entry, mfn=small.host.frame_of(small.pvh, 5))
+    found = look_once_more([entry, other], xen, Occasion.SLOWLY)
+    assert found == Found(offlined=(), to_triage=(other.mfn,))

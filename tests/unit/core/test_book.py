@@ -98,3 +98,13 @@ def test_what_is_summed_up_is_what_the_entries_say(changes: list[PageEntry | int
     assert {entry.mfn for entry in book.unfinished()} == {entry.mfn for entry in unfinished}
     oldest = min((entry.since for entry in unfinished), default=None)
     assert book.oldest_unfinished() == oldest
+
+
+def test_a_page_is_in_the_book_until_it_is_removed() -> None:
+    book = Book([left(1)])
+    assert Mfn(1) in book
+    assert Mfn(2) not in book
+    book.remove(Mfn(1))
+    book.remove(Mfn(1))
+    assert Mfn(1) not in book
+    assert (len(book), book.get(Mfn(1))) == (0, None)

@@ -40,5 +40,6 @@ def test_stored_identities_that_cannot_be_read_are_left_out() -> None:
 
 def test_guest_kinds_are_told_apart_by_flags_and_emulation() -> None:
     assert guest_kind(0, 0) is GuestKind.PV
+    assert guest_kind(1 << 1, 0) is GuestKind.PVH
     assert guest_kind(1 << 1, 1) is GuestKind.PVH
     assert guest_kind(1 << 1, 0x3FF) is GuestKind.HVM

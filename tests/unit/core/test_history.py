@@ -62,6 +62,8 @@ def test_page_hit_longest_ago_makes_room_and_is_counted() -> None:
     tracked.record(third, 4.0, 1)
     assert (len(tracked), tracked.evicted) == (2, 1)
     assert [tracked.hits(page, 5.0) for page in (first, second, third)] == [2, 0, 1]
+    tracked.record(second, 6.0, 1)
+    assert tracked.evicted == 2
 
 
 def test_storm_on_one_page_takes_bounded_memory() -> None:

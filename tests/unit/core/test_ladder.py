@@ -27,6 +27,8 @@ def test_what_may_pass_is_tried_again_before_a_guest_is_saved() -> None:
     for tries in range(1, LAST):
         assert next_rung(RefusalReason.GRANTED, tries, SAVING, marked=True) == TryAgain()
     assert next_rung(RefusalReason.GRANTED, LAST, SAVING, marked=True) == SaveRestore()
+    # Where nobody is saved, the last of the tries is told of as that.
+    assert next_rung(RefusalReason.GRANTED, LAST, PLAIN, marked=True) == TryAgain()
 
 
 def test_what_does_not_pass_is_not_tried_again() -> None:

@@ -32,6 +32,14 @@ def test_an_owned_page_names_its_owner() -> None:
     assert reply.owner == 7
 
 
+@pytest.mark.parametrize("flag", [OfflineFlag.XENPAGE, OfflineFlag.ANONYMOUS])
+def test_xen_says_of_its_own_and_of_nobodys_pages_whose_they_are_as_well(flag: OfflineFlag) -> None:
+    # DOMID_XEN and DOMID_INVALID.
+    owner = 0x7FF2 if flag is OfflineFlag.XENPAGE else 0x7FF4
+    reply = decode_offline(owner << 16 | flag.value | OfflineFlag.FAILED.value)
+    assert (reply.flags, reply.owner) == (flag | OfflineFlag.FAILED, owner)
+
+
 def test_a_free_page_names_no_owner() -> None:
     assert decode_offline(1 << 1).owner is None
 

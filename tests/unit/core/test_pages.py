@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pgofflined.core.pages import PageKind, decode_page_type
-from pgofflined.core.pagetable import find_references, guest_frames, table_levels
+from pgofflined.core.pagetable import Search, find_references, guest_frames, table_levels
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,9 @@ def test_unknown_page_types_are_refused(word: int) -> None:
 def test_no_broken_or_foreign_page_counts_as_a_table() -> None:
     fields = [0x0, 0x1, 0x2, 0x3, 0x4, 0xB, 0xC, 0xD, 0xE, 0xF]
     words = np.array([field << 28 for field in fields], dtype=np.uint32)
-    assert table_levels(words).tolist() == [0, 1, 2, 3, 4, 3, 4, 0, 0, 0]
+    levels = table_levels(words)
+    assert levels.tolist() == [0, 1, 2, 3, 4, 3, 4, 0, 0, 0]
+    assert levels.dtype == np.uint8, "one for each page of a guest"
 
 
 def _tables(
@@ -118,6 +120,25 @@ def test_the_last_entry_of_the_last_table_is_seen() -> None:
         tables, np.ones(300, dtype=np.uint8), np.array([0x123], dtype=np.uint64)
     )
     assert (rows.tolist(), columns.tolist()) == ([299], [511])
+
+
+@pytest.mark.parametrize("frames", [1, 64])
+def test_each_block_of_a_search_is_looked_through_from_its_first_entry_to_its_last(
+    frames: int,
+) -> None:
+    # A block is as many entries as 512 tables have; the last one here is a single table.
+    places = [(0, 0), (300, 7), (511, 511), (512, 0), (1023, 511), (1024, 0), (1024, 511)]
+    wanted = np.arange(0x100, 0x100 + frames, dtype=np.uint64)
+    levels = np.ones(1025, dtype=np.uint8)
+    search = Search(wanted)
+    for some in (places, places[2:5], [], places[:1], places[-1:]):
+        tables = _tables(dict.fromkeys(some, 0x100 << 12 | 1), 1025)
+        rows, columns = search.find(tables, levels)
+        assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == some
+        # What was found in more tables is not found again in fewer.
+        few = [place for place in some if place[0] == 0]
+        rows, columns = search.find(tables[:1], levels[:1])
+        assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == few
 
 
 def test_missing_identity_and_foreign_entries_of_a_p2m_are_not_the_guests_frames() -> None:

@@ -179,6 +179,58 @@ def test_a_person_is_told_what_to_do_with_what_is_left(
         assert ("the host was booted since" in later) is may_restore
 
 
+@pytest.mark.parametrize(
+    ("phase", "stand", "says"),
+    [
+        (SavePhase.SAVING, Stand.PAUSED, "it stands still: `xl unpause` lets it run; do not"),
+        (
+            *(SavePhase.SAVING, Stand.STANDS_STILL),
+            "stands still: `xl resume` (Xen 4.20 or later), then `xl unpause`, lets it run; do",
+        ),
+        (
+            *(SavePhase.SAVING, Stand.ABSENT),
+            "`xl restore /s/x` lets it run, if the file is whole, unless it has run",
+        ),
+        (SavePhase.SAVED, Stand.ABSENT, "`xl restore /s/x` lets it run, unless it has run"),
+        (SavePhase.RESTORING, Stand.ABSENT, "`xl restore /s/x` lets it run, unless it has run"),
+    ],
+)
+def test_the_command_that_lets_a_guest_run_is_that_for_how_it_stands(
+    phase: SavePhase, stand: Stand, says: str
+) -> None:
+    told = left_over(left_in(phase), stand)
+    assert says in told
+    assert told.startswith(f"a save of the guest that was d7 (uuid {UUID(int=7)}) was cut off")
+    assert told.endswith("; until then the guest is left alone")
+    assert "instead; then remove" in told or stand is not Stand.ABSENT
+    assert "booted since" not in told
+
+
+@pytest.mark.parametrize(
+    ("phase", "begins"),
+    [
+        (
+            SavePhase.SAVING,
+            (
+                "look at `xl list`; if it is suspended, `xl resume 7` (Xen 4.20 or later), and if "
+                "it is paused, `xl unpause 7` lets it run; only if the guest is nowhere"
+            ),
+        ),
+        (
+            SavePhase.SAVED,
+            "look at `xl list`; if it is still there and paused, either `xl destroy` it",
+        ),
+        (
+            SavePhase.RESTORING,
+            "look at `xl list`; only if the guest is nowhere, `xl restore /s/x` lets it run",
+        ),
+        (SavePhase.RESTORED, "look at `xl list`; the guest has run since /s/x was written"),
+    ],
+)
+def test_a_person_looks_first_at_a_guest_that_cannot_be_seen(phase: SavePhase, begins: str) -> None:
+    assert when_unclear(replace(NOTE, phase=phase), "/n/7").startswith(begins)
+
+
 def test_a_file_that_is_gone_may_be_on_a_file_system_that_is_not_mounted() -> None:
     told = left_over(replace(LEFT, has_file=False), Stand.ABSENT)
     assert "mount it" in told

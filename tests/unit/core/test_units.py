@@ -67,8 +67,8 @@ def test_size_without_a_clear_unit_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "frames"),
-    [("0%", 0), ("0.1%", 1000), ("0.1 %", 1000), ("100%", 1_000_000), ("64MiB", 16_384),
-     ("4095B", 0), ("4096B", 1), ("1TiB", 1_000_000)],
+    [("0%", 0), ("0.1%", 1000), ("0.1 %", 1000), (" 0.1% ", 1000),
+     ("100%", 1_000_000), ("64MiB", 16_384), ("4095B", 0), ("4096B", 1), ("1TiB", 1_000_000)],
 )  # fmt: skip
 def test_limit_in_frames_of_a_host_of_a_million(text: str, frames: int) -> None:
     assert parse_limit(text).frames(1_000_000) == frames
