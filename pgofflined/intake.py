@@ -10,7 +10,7 @@ from typing import Protocol, assert_never
 from pgofflined.core.book import Cause, Phase
 from pgofflined.core.conditions import uncorrected_error
 from pgofflined.core.domains import DomainInfo
-from pgofflined.core.errors import PortError
+from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.history import History
@@ -206,7 +206,10 @@ class Intake:
         )
         domain = None
         if report.domid is not None:
-            domain = await asyncio.to_thread(self._find, report.domid)
+            try:
+                domain = await asyncio.to_thread(self._find, report.domid)
+            except PortError:
+                self._retirer.errors.add_wedged_domid(report.domid)
         self._retirer.note_hypervisor_action(report.mfn, domain, report.describe())
 
     def _note_incident(self, sighting: Sighting) -> None:
@@ -219,7 +222,8 @@ class Intake:
             self._incidents.note(incident)
 
     def _find(self, domid: Domid) -> DomainInfo | None:
+        """Raises PortError where Xen cannot be asked; None for a domain that has gone."""
         try:
             return self._xen.domain(domid)
-        except PortError:
+        except DomainGone:
             return None

@@ -94,7 +94,7 @@ class Retirer:
             policy=lambda: self.policy.exchange,
             poisoned=lambda: self.errors.poisoned,
             denial=self._exchange_denial,
-            wedged=lambda domain: domain in self.errors.wedged,
+            wedged=self.errors.is_wedged,
             was_restored=lambda domain: domain in self.restored,
         )
         self.aftercare = Aftercare(
@@ -310,7 +310,7 @@ class Retirer:
         """Triage pages in one thread, so that the pages of one domain can go in one suspend."""
         rules = Rules(
             denial=self._exchange_denial,
-            wedged=lambda domain: domain.identity in self.errors.wedged,
+            wedged=lambda domain: self.errors.is_wedged(domain.identity),
             mark_pv_later=self.policy.exchange.mark is Marking.AFTER_SCRUB,
         )
         settled: list[tuple[Mfn, Disposition | PortError]] = []

@@ -220,7 +220,7 @@ def _poison_settled_by_owner(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposi
     """The same for a page with an uncorrected error."""
     owner = find_pv_owner(mfn, xen)
     if owner is not None and rules.wedged(owner):
-        return _ending(mfn, owner)
+        return _dom0(mfn, marked=False) if owner.is_dom0 else _ending(mfn, owner)
     if xen.version().offlines_free_frames_safely:
         return None
     whose = "it is in use or Xen's own" if owner is None else f"d{owner.domid} has it"

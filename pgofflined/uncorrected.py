@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 from errno import EINVAL
 from typing import Protocol
+from uuid import UUID
 
 import msgspec
 
 from pgofflined.core.book import Book
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import XenError
-from pgofflined.core.frames import Mfn
+from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.ports import Hypervisor
 from pgofflined.triage import find_pv_owner
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _POISONED = "poisoned"
 _WEDGED = "wedged"
+# Stands for whichever domain has a number.
+_ANY = UUID(int=(1 << 128) - 1)
 
 
 class FactStore(Protocol):
@@ -58,6 +61,14 @@ class UncorrectedErrors:
     def remove(self, mfn: Mfn) -> None:
         """It was no memory, after all."""
         self._put_poisoned(self.poisoned - {mfn})
+
+    def is_wedged(self, domain: DomainIdentity) -> bool:
+        """Whether Xen has broken a page of a domain, or may have."""
+        return domain in self.wedged or DomainIdentity(domain.domid, _ANY) in self.wedged
+
+    def add_wedged_domid(self, domid: Domid) -> None:
+        """Xen has broken a page of a domain, and which one has that number cannot be asked."""
+        self.add_wedged(DomainIdentity(domid, _ANY))
 
     def add_wedged(self, domain: DomainIdentity) -> None:
         """Xen has broken a page of a domain."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from errno import EIO
 from pathlib import Path
 
 import pytest
 
 from pgofflined.core.book import Cause, PageEntry, Phase
+from pgofflined.core.errors import XenError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import maddr_of
 from pgofflined.core.offline import OfflineState
@@ -420,3 +422,18 @@ async def test_a_page_with_an_uncorrected_error_is_not_exchanged_by_the_next_dae
         assert "uncorrected" in answer.detail
         small.host.destroy(small.pv)
         await whole.page(mfn, Phase.OFFLINED)
+
+
+async def test_a_domain_that_xen_has_hit_is_not_marked_although_it_could_not_be_asked_for(
+    tmp_path: Path,
+) -> None:
+    fault = Fault(method="domain", error=XenError(EIO, op="getdomaininfo"))
+    async with at_work(tmp_path, faults=[fault]) as whole:
+        host, pv = whole.small.host, whole.small.pv
+        broken, other = whole.plain(0), whole.plain(1)
+        host.poison(broken, known=True)
+        whole.telemetry.push_srao(broken, pv)
+        await whole.page(broken, Phase.LEFT)
+        await whole.corrected(other)
+        assert (await whole.page(other, Phase.WAITING)).reason == "owner_ending"
+        assert whole.calls("offline", other) == 0

@@ -323,3 +323,13 @@ def test_on_an_unfixed_xen_a_page_is_marked_when_its_guest_is_held_and_not_befor
     assert isinstance(disposition, ToExchange)
     assert not disposition.marked
     assert "offline" not in methods
+
+
+def test_no_further_page_of_dom0_is_marked_after_xen_has_broken_one_of_it() -> None:
+    small = small_host()
+    mfn = next(Mfn(m) for m in range(small.host.frames.count) if small.host.frames.owner[m] == DOM0)
+    rules = Rules(denial=lambda _domain: None, wedged=lambda domain: domain.is_dom0)
+    traced = FaultyHypervisor(small.host)
+    disposition = triage(mfn, traced, rules, poisoned=True)
+    assert _described(disposition) == (LeftReason.DOM0, False)
+    assert "offline" not in traced.trace.methods
