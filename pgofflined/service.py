@@ -180,6 +180,8 @@ class Service:
         """
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
+        # About what was counted by an earlier daemon too, perhaps in a dry run.
+        self.intake.decide_again()
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
             intake = tasks.create_task(self._listen(), name="intake")
             work = [
@@ -237,7 +239,13 @@ class Service:
         ]
         if fixed:
             log.warning("%s take effect with the next start of the daemon", ", ".join(fixed))
-        self.policy = replace(policy, metrics=old.metrics, control=old.control, sources=old.sources)
+        self.policy = replace(
+            policy,
+            metrics=old.metrics,
+            control=old.control,
+            sources=old.sources,
+            exchange=replace(policy.exchange, workers=old.exchange.workers),
+        )
         self.pool.set_limits(
             max_pages=policy.exchange.pages_in_one_suspend,
             queue_limit=policy.exchange.max_queued,
