@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from pgofflined.aftercare import StuckGuest
-from pgofflined.core.book import Cause, PageEntry, Phase
+from pgofflined.core.book import NOT_RAM, Cause, PageEntry, Phase
 from pgofflined.core.conditions import Condition, ConditionCode
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid
@@ -183,12 +183,12 @@ def is_unresolved(entry: PageEntry) -> bool:
     """Whether a page that was to go stays in use.
 
     Of a page with an uncorrected error there is an incident, and so there is of one whose guest
-    was damaged: it is not in use any more.
+    was damaged: it is not in use any more.  What is no memory is used by nobody.
     """
     return (
         entry.phase is Phase.LEFT
         and entry.cause in (Cause.CORRECTED, Cause.OPERATOR)
-        and entry.reason != "damaged"
+        and entry.reason not in ("damaged", NOT_RAM)
     )
 
 

@@ -85,19 +85,14 @@ class Consequences:
         self._relocations = relocations
 
     def has_left(self, mfn: Mfn) -> None:
-        """A page that was left in use is out of use now."""
-        self.note_freed_dirty()
-        self._ledger.offlined(mfn, "its owner has left it")
+        """A page that was left in use, or waited, is out of use now."""
+        self._is_offlined(mfn, "its owner has left it")
 
     def apply(self, mfn: Mfn, disposition: Disposition | PortError) -> None:
         """Enter what was found out about a page."""
         match disposition:
             case Offlined(detail=detail):
-                entry = self._ledger.book.get(mfn)
-                if entry is not None and entry.marked:
-                    # Somebody owned it while it was marked, and freed it since.
-                    self.note_freed_dirty()
-                self._ledger.offlined(mfn, detail)
+                self._is_offlined(mfn, detail)
             case ToExchange(domain=domain, marked=marked):
                 self._to_exchange(mfn, domain, marked=marked)
             case ToRelocate(domain=domain):
@@ -119,6 +114,13 @@ class Consequences:
             case _:
                 assert_never(disposition)
 
+    def _is_offlined(self, mfn: Mfn, detail: str) -> None:
+        entry = self._ledger.book.get(mfn)
+        if entry is not None and entry.marked:
+            # Somebody owned it while it was marked, and freed it since.
+            self.note_freed_dirty()
+        self._ledger.offlined(mfn, detail)
+
     def _leave(self, mfn: Mfn, left: Left) -> None:
         if left.reason is LeftReason.NOT_RAM and mfn in self._errors.poisoned:
             # An address of a device: nobody is kept from anything for it.
@@ -128,18 +130,13 @@ class Consequences:
         )
 
     def _to_exchange(self, mfn: Mfn, domain: DomainInfo, *, marked: bool) -> None:
-        if mfn in self._errors.poisoned:
-            # Since it was looked at.
-            self._ledger.look_again([mfn])
-        elif self._exchanges.submit(domain.identity, domain.name, mfn):
+        if self._exchanges.submit(domain.identity, domain.name, mfn):
             self._handed_over(mfn, domain, Phase.EXCHANGE, marked=marked)
         else:
             self._queue_full(mfn, "exchanges", marked=marked)
 
     def _to_relocate(self, mfn: Mfn, domain: DomainInfo) -> None:
-        if mfn in self._errors.poisoned:
-            self._ledger.look_again([mfn])
-        elif self._relocations is None or not self._policy().relocation.target:
+        if self._relocations is None or not self._policy().relocation.target:
             detail = (
                 "no migration is configured (relocation.target); it stays pending until "
                 f"d{domain.domid} ends or is migrated by hand"
@@ -213,13 +210,18 @@ class Consequences:
                     self._wait_for_xen(old)
             case Refusal():
                 self._refused(job, domain, result)
-            case Damaged(old=old, detail=detail):
+            case Damaged(old=old, new=new, detail=detail):
                 what = (
                     f"was exchanged, but d{domid} could not be put right: {detail}; restart it at "
                     "once, for its programs may read zeros there"
                 )
                 tell(logging.CRITICAL, Event.PAGE_DAMAGED, what, old, domid=domid, job=job)
-                self._ledger.leave(old, "damaged", detail, marked=True)
+                entry = self._ledger.book.get(old)
+                if new != old and entry is not None and not entry.marked:
+                    # It is free, and nothing keeps it from the next who needs a page.
+                    self._wait_for_xen(old)
+                else:
+                    self._ledger.leave(old, "damaged", detail, marked=True)
             case _:
                 assert_never(result)
 
