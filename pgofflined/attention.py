@@ -10,9 +10,9 @@ from typing import Final, Protocol
 
 from pgofflined.aftercare import StuckGuest
 from pgofflined.core.book import NOT_RAM, Cause, PageEntry, Phase
-from pgofflined.core.conditions import Condition, ConditionCode
+from pgofflined.core.conditions import Condition, ConditionCode, unreported_error
 from pgofflined.core.domains import DomainIdentity
-from pgofflined.core.frames import Domid
+from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.incidents import Incidents
 from pgofflined.core.machine import CpuVendor
 from pgofflined.core.outcomes import Damaged, ExchangeReport
@@ -85,6 +85,10 @@ class Attention:
                         domid=domid,
                     )
                 )
+
+    def note_broken(self, mfn: Mfn, detail: str) -> None:
+        """Take note of a page that Xen has broken, of whose error no source has told."""
+        self.incidents.note(unreported_error(mfn, detail, self._clock.now()))
 
     def note_recovered(self, reports: Iterable[RecoveryReport]) -> None:
         """Take note of jobs of an earlier process that could not be ended well."""

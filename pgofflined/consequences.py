@@ -52,14 +52,19 @@ SOON = Backoff(first=2.0, last=300.0)
 _ANONYMOUS_TRIES = 3
 
 
-# Whose the page is now, and whether it keeps its mark, is for triage to say.
-_TRIAGE_TELLS = frozenset({RelocationReason.DOMAIN_GONE, RelocationReason.DENIED})
+# Whose the page is now, whether it keeps its mark, and what Xen did to it, is for triage to say.
+_TRIAGE_TELLS = frozenset(
+    {RelocationReason.DOMAIN_GONE, RelocationReason.DENIED, RelocationReason.BROKEN}
+)
+_TRIAGE_TELLS_OF_REFUSALS = frozenset({RefusalReason.DENIED, RefusalReason.BROKEN})
 
 
 class Consequences:
     """Enters what became of pages into the book, and gives those that are to be moved to whom can.
 
-    ``idle_scrub`` counts the pages that were retired in the way that leaves an idle CPU searching.
+    ``idle_scrub`` counts the pages that were retired in the way that leaves an idle CPU searching;
+    ``idle_scrub_changed`` is told of it.  ``found_broken`` is told, with a sentence, of pages that
+    Xen has broken and of whose error no source has told.
     """
 
     def __init__(
@@ -71,6 +76,8 @@ class Consequences:
         soon: Backoff = SOON,
     ) -> None:
         self.idle_scrub = 0
+        self.idle_scrub_changed: Callable[[int], None] = lambda _count: None
+        self.found_broken: Callable[[Mfn, str], None] = lambda _mfn, _detail: None
         self._ledger = ledger
         self._errors = errors
         self._policy = policy
@@ -125,6 +132,11 @@ class Consequences:
         if left.reason is LeftReason.NOT_RAM and mfn in self._errors.poisoned:
             # An address of a device: nobody is kept from anything for it.
             self._errors.remove(mfn)
+        elif left.reason is LeftReason.BROKEN and mfn not in self._errors.poisoned:
+            # Not every source tells what Xen does by itself.
+            self._errors.add(mfn)
+            self._ledger.is_poisoned(mfn)
+            self.found_broken(mfn, left.detail)
         self._ledger.leave(
             mfn, left.reason.value, left.detail, marked=left.marked, domain=left.domain
         )
@@ -241,8 +253,7 @@ class Consequences:
         tell(logging.WARNING, Event.PAGE_REFUSED, what, mfn, domid=domain.domid, job=job)
         entry = self._ledger.book.get(mfn)
         marked = entry is None or entry.marked
-        if mfn in self._errors.poisoned or reason is RefusalReason.DENIED:
-            # Whether it is marked, and stays so, is for triage to say.
+        if mfn in self._errors.poisoned or reason in _TRIAGE_TELLS_OF_REFUSALS:
             self._ledger.look_again([mfn])
             return
         tries = 1 if entry is None else entry.attempts + 1
@@ -289,3 +300,4 @@ class Consequences:
                 "no guest's time",
             )
         self.idle_scrub += 1
+        self.idle_scrub_changed(self.idle_scrub)

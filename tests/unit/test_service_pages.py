@@ -16,6 +16,7 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import Damaged, ExchangeReport
 from pgofflined.core.policy import DomainPolicy, Policy, RelocationPolicy
 from pgofflined.core.status import Fate
+from pgofflined.core.units import AmountOfMemory
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.sim.faults import Fault
 from pgofflined.sim.host import HostSpec
@@ -110,6 +111,34 @@ async def test_a_guest_that_xen_has_hit_is_known_without_xenstore(tmp_path: Path
         assert host.domain(pv).identity in whole.service.retirer.errors.wedged
 
 
+@pytest.mark.parametrize("marked", [True, False], ids=["marked before", "not marked"])
+async def test_a_page_that_xen_broke_without_our_being_told_is_never_read(
+    tmp_path: Path, *, marked: bool
+) -> None:
+    # As with the mcelog source, which passes on nothing of what Xen did.
+    policy = retiring(max_retired=AmountOfMemory(size=2 << 12))
+    target = RelocationPolicy(target="localhost", free_memory_reserve=0)
+    async with at_work(tmp_path, replace(policy, relocation=target)) as whole:
+        host, pvh = whole.small.host, whole.small.pvh
+        broken, other = host.frame_of(pvh, 5), host.frame_of(pvh, 6)
+        if marked:
+            host.offline(broken)
+        host.break_frame(broken)
+        await whole.corrected(broken)
+        await whole.page(broken, Phase.LEFT, reason="broken")
+        # Nor do its like use up the limit, or let its guest be read for another page.
+        assert whole.service.snapshot().retired_frames == 0
+        assert [one.mfn for one in whole.service.snapshot().attention] == [broken]
+        await whole.corrected(other)
+        entry = await whole.page(other, Phase.RELOCATION)
+        assert entry.domain == host.domain(pvh).identity
+        await whole.until(lambda: "uncorrected" in whole.service.snapshot().jobs[0].detail)
+        assert whole.migration.asked == []
+        await asyncio.to_thread(host.destroy, pvh)
+        await whole.page(broken, Phase.OFFLINED)
+        await whole.page(other, Phase.OFFLINED)
+
+
 # Pages that nothing is done about, and those that wait long.
 
 
@@ -174,6 +203,19 @@ async def test_errors_enough_retire_a_page_when_the_next_daemon_may(
         assert whole.entry(mfn) is None
     async with at_work(tmp_path, small=small) as whole:
         await whole.page(mfn, Phase.OFFLINED)
+
+
+async def test_pages_that_keep_a_cpu_awake_are_counted_over_a_restart(tmp_path: Path) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, small=small) as whole:
+        mfn = small.host.frame_of(small.pvh, 5)
+        await whole.corrected(mfn)
+        await whole.page(mfn, Phase.LEFT, reason="no_relocation")
+        await asyncio.to_thread(small.host.destroy, small.pvh)
+        await whole.page(mfn, Phase.OFFLINED)
+        assert whole.service.snapshot().idle_scrub == 1
+    async with at_work(tmp_path, small=small) as whole:
+        assert whole.service.snapshot().idle_scrub == 1
 
 
 # What is booked.
