@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from pgofflined.aftercare import StuckGuest
-from pgofflined.core.book import Cause, PageEntry, Phase
-from pgofflined.core.conditions import Condition, ConditionCode
+from pgofflined.core.book import NOT_RAM, Cause, PageEntry, Phase
+from pgofflined.core.conditions import Condition, ConditionCode, unreported_error
 from pgofflined.core.domains import DomainIdentity
-from pgofflined.core.frames import Domid
+from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.incidents import Incidents
 from pgofflined.core.machine import CpuVendor
 from pgofflined.core.outcomes import Damaged, ExchangeReport
@@ -85,6 +85,10 @@ class Attention:
                         domid=domid,
                     )
                 )
+
+    def note_broken(self, mfn: Mfn, detail: str) -> None:
+        """Take note of a page that Xen has broken, of whose error no source has told."""
+        self.incidents.note(unreported_error(mfn, detail, self._clock.now()))
 
     def note_recovered(self, reports: Iterable[RecoveryReport]) -> None:
         """Take note of jobs of an earlier process that could not be ended well."""
@@ -183,12 +187,12 @@ def is_unresolved(entry: PageEntry) -> bool:
     """Whether a page that was to go stays in use.
 
     Of a page with an uncorrected error there is an incident, and so there is of one whose guest
-    was damaged: it is not in use any more.
+    was damaged: it is not in use any more.  What is no memory is used by nobody.
     """
     return (
         entry.phase is Phase.LEFT
         and entry.cause in (Cause.CORRECTED, Cause.OPERATOR)
-        and entry.reason != "damaged"
+        and entry.reason not in ("damaged", NOT_RAM)
     )
 
 

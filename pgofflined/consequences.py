@@ -52,14 +52,19 @@ SOON = Backoff(first=2.0, last=300.0)
 _ANONYMOUS_TRIES = 3
 
 
-# Whose the page is now, and whether it keeps its mark, is for triage to say.
-_TRIAGE_TELLS = frozenset({RelocationReason.DOMAIN_GONE, RelocationReason.DENIED})
+# Whose the page is now, whether it keeps its mark, and what Xen did to it, is for triage to say.
+_TRIAGE_TELLS = frozenset(
+    {RelocationReason.DOMAIN_GONE, RelocationReason.DENIED, RelocationReason.BROKEN}
+)
+_TRIAGE_TELLS_OF_REFUSALS = frozenset({RefusalReason.DENIED, RefusalReason.BROKEN})
 
 
 class Consequences:
     """Enters what became of pages into the book, and gives those that are to be moved to whom can.
 
-    ``idle_scrub`` counts the pages that were retired in the way that leaves an idle CPU searching.
+    ``idle_scrub`` counts the pages that were retired in the way that leaves an idle CPU searching;
+    ``idle_scrub_changed`` is told of it.  ``found_broken`` is told, with a sentence, of pages that
+    Xen has broken and of whose error no source has told.
     """
 
     def __init__(
@@ -71,6 +76,8 @@ class Consequences:
         soon: Backoff = SOON,
     ) -> None:
         self.idle_scrub = 0
+        self.idle_scrub_changed: Callable[[int], None] = lambda _count: None
+        self.found_broken: Callable[[Mfn, str], None] = lambda _mfn, _detail: None
         self._ledger = ledger
         self._errors = errors
         self._policy = policy
@@ -85,19 +92,14 @@ class Consequences:
         self._relocations = relocations
 
     def has_left(self, mfn: Mfn) -> None:
-        """A page that was left in use is out of use now."""
-        self.note_freed_dirty()
-        self._ledger.offlined(mfn, "its owner has left it")
+        """A page that was left in use, or waited, is out of use now."""
+        self._is_offlined(mfn, "its owner has left it")
 
     def apply(self, mfn: Mfn, disposition: Disposition | PortError) -> None:
         """Enter what was found out about a page."""
         match disposition:
             case Offlined(detail=detail):
-                entry = self._ledger.book.get(mfn)
-                if entry is not None and entry.marked:
-                    # Somebody owned it while it was marked, and freed it since.
-                    self.note_freed_dirty()
-                self._ledger.offlined(mfn, detail)
+                self._is_offlined(mfn, detail)
             case ToExchange(domain=domain, marked=marked):
                 self._to_exchange(mfn, domain, marked=marked)
             case ToRelocate(domain=domain):
@@ -119,27 +121,34 @@ class Consequences:
             case _:
                 assert_never(disposition)
 
+    def _is_offlined(self, mfn: Mfn, detail: str) -> None:
+        entry = self._ledger.book.get(mfn)
+        if entry is not None and entry.marked:
+            # Somebody owned it while it was marked, and freed it since.
+            self.note_freed_dirty()
+        self._ledger.offlined(mfn, detail)
+
     def _leave(self, mfn: Mfn, left: Left) -> None:
         if left.reason is LeftReason.NOT_RAM and mfn in self._errors.poisoned:
             # An address of a device: nobody is kept from anything for it.
             self._errors.remove(mfn)
+        elif left.reason is LeftReason.BROKEN and mfn not in self._errors.poisoned:
+            # Not every source tells what Xen does by itself.
+            self._errors.add(mfn)
+            self._ledger.is_poisoned(mfn)
+            self.found_broken(mfn, left.detail)
         self._ledger.leave(
             mfn, left.reason.value, left.detail, marked=left.marked, domain=left.domain
         )
 
     def _to_exchange(self, mfn: Mfn, domain: DomainInfo, *, marked: bool) -> None:
-        if mfn in self._errors.poisoned:
-            # Since it was looked at.
-            self._ledger.look_again([mfn])
-        elif self._exchanges.submit(domain.identity, domain.name, mfn):
+        if self._exchanges.submit(domain.identity, domain.name, mfn):
             self._handed_over(mfn, domain, Phase.EXCHANGE, marked=marked)
         else:
             self._queue_full(mfn, "exchanges", marked=marked)
 
     def _to_relocate(self, mfn: Mfn, domain: DomainInfo) -> None:
-        if mfn in self._errors.poisoned:
-            self._ledger.look_again([mfn])
-        elif self._relocations is None or not self._policy().relocation.target:
+        if self._relocations is None or not self._policy().relocation.target:
             detail = (
                 "no migration is configured (relocation.target); it stays pending until "
                 f"d{domain.domid} ends or is migrated by hand"
@@ -213,13 +222,18 @@ class Consequences:
                     self._wait_for_xen(old)
             case Refusal():
                 self._refused(job, domain, result)
-            case Damaged(old=old, detail=detail):
+            case Damaged(old=old, new=new, detail=detail):
                 what = (
                     f"was exchanged, but d{domid} could not be put right: {detail}; restart it at "
                     "once, for its programs may read zeros there"
                 )
                 tell(logging.CRITICAL, Event.PAGE_DAMAGED, what, old, domid=domid, job=job)
-                self._ledger.leave(old, "damaged", detail, marked=True)
+                entry = self._ledger.book.get(old)
+                if new != old and entry is not None and not entry.marked:
+                    # It is free, and nothing keeps it from the next who needs a page.
+                    self._wait_for_xen(old)
+                else:
+                    self._ledger.leave(old, "damaged", detail, marked=True)
             case _:
                 assert_never(result)
 
@@ -239,8 +253,7 @@ class Consequences:
         tell(logging.WARNING, Event.PAGE_REFUSED, what, mfn, domid=domain.domid, job=job)
         entry = self._ledger.book.get(mfn)
         marked = entry is None or entry.marked
-        if mfn in self._errors.poisoned or reason is RefusalReason.DENIED:
-            # Whether it is marked, and stays so, is for triage to say.
+        if mfn in self._errors.poisoned or reason in _TRIAGE_TELLS_OF_REFUSALS:
             self._ledger.look_again([mfn])
             return
         tries = 1 if entry is None else entry.attempts + 1
@@ -287,3 +300,4 @@ class Consequences:
                 "no guest's time",
             )
         self.idle_scrub += 1
+        self.idle_scrub_changed(self.idle_scrub)

@@ -204,6 +204,10 @@ class Intake:
             domid=report.domid,
             fields=bank_fields(report.bank),
         )
+        if report.mfn is not None:
+            # At once, for nothing must read it.  Not marked before it is known whose it is: one
+            # more offline call for a page of a domain that Xen has hit could hang the host.
+            self._retirer.errors.add(report.mfn)
         domain = None
         if report.domid is not None:
             try:
@@ -224,6 +228,7 @@ class Intake:
     def _find(self, domid: Domid) -> DomainInfo | None:
         """Raises PortError where Xen cannot be asked; None for a domain that has gone."""
         try:
-            return self._xen.domain(domid)
+            # Without its name, which takes xenstore.
+            return self._xen.condition(domid)
         except DomainGone:
             return None

@@ -71,7 +71,8 @@ class Ledger:
                 cause=cause,
                 phase=Phase.TRIAGE,
                 since=self._clock.now(),
-                marked=known is not None and known.marked,
+                # Of one that was out of use it is not said once more what it left behind.
+                marked=known is not None and known.marked and known.phase is not Phase.OFFLINED,
                 domain=known.domain if known is not None else None,
                 domain_name=known.domain_name if known is not None else "",
                 detail=reason,

@@ -11,7 +11,7 @@ from errno import EINVAL
 from functools import partial
 from typing import Final, TypeVar, assert_never
 
-from pgofflined.core.book import PageEntry, Phase
+from pgofflined.core.book import NOT_RAM, PageEntry, Phase
 from pgofflined.core.conditions import Condition, ConditionCode
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import PortError, XenError
@@ -171,7 +171,7 @@ class Operations:
             case Phase.OFFLINED:
                 fate = Fate.OUT_OF_USE
             case Phase.LEFT:
-                fate = Fate.UNRESOLVED
+                fate = Fate.REFUSED if entry.reason == NOT_RAM else Fate.UNRESOLVED
             case Phase.TRIAGE | Phase.WAITING:
                 fate, detail = Fate.UNDER_WAY, f"{entry.phase.value}: {detail}"
             case Phase.EXCHANGE | Phase.RELOCATION:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.consequences import SOON, Consequences
-from pgofflined.core.book import Cause, Phase
+from pgofflined.core.book import NOT_RAM, Cause, Phase
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
@@ -47,15 +47,11 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# An owner that is ending, or a page that is being handed out, settles within moments; a host
-# that cannot be asked may take longer.
-_SOON = Backoff(first=2.0, last=300.0)
 _ROUND = 256
-# A page that is being handed to its owner has one a moment later.  One that Xen cannot name an
-# owner of after these tries (2 + 4 + 8 s) is Xen's own, allocated without an owner.
-_ANONYMOUS_TRIES = 3
 # Seconds between two looks at pages that stay in use, should nothing else tell of a change.
 _SLOWLY = 3600.0
+# Where nothing is done about a page for the time being.
+_RESTING = (Phase.LEFT, Phase.WAITING)
 
 
 class Retirer:
@@ -63,8 +59,7 @@ class Retirer:
 
     All methods but ``recover`` and ``poison_of`` belong to the loop's thread; ``exchanging`` is for
     the workers.  ``restored`` holds what came on this host of guests that we have moved: they have
-    followed a request to suspend, and announce nothing in their new domain.  ``ended`` says of
-    guests how they ended after our request.
+    followed a request to suspend, and announce nothing in their new domain.
     """
 
     def __init__(
@@ -85,7 +80,6 @@ class Retirer:
         self.policy = policy
         self.errors = errors
         self.restored: frozenset[DomainIdentity] = frozenset()
-        self.ended: dict[DomainIdentity, str] = {}
         self.host_frames = xen.total_frames()
         self.exchanging = Exchanging(
             xen=xen,
@@ -117,6 +111,8 @@ class Retirer:
         # pages overlap.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="triage")
         self._occasion: Occasion | None = None
+        self._soon = soon
+        self._missed_looks = 0
         self._slowly = slowly
         self._next_slow_look = clock.monotonic() + slowly
         self._was_full = False
@@ -142,16 +138,25 @@ class Retirer:
             self._wake.set()
 
     def take_poisoned(self, mfn: Mfn, reason: str) -> None:
-        """Keep a page with an uncorrected error from being read, and mark it."""
-        self.errors.add(mfn)
+        """Keep a page with an uncorrected error from being read, and mark it.
+
+        The same may be reported by the thousand: it is told once.
+        """
         entry = self.ledger.book.get(mfn)
-        if entry is None or entry.phase in (Phase.TRIAGE, Phase.WAITING, Phase.LEFT):
-            if entry is None or entry.cause is not Cause.UNCORRECTED or not entry.marked:
-                self.ledger.begin(mfn, Cause.UNCORRECTED, reason)
-            self._wake.set()
-        elif not entry.phase.is_final:
+        if entry is not None and entry.reason == NOT_RAM:
+            return
+        self.errors.add(mfn)
+        if entry is None:
+            self.ledger.begin(mfn, Cause.UNCORRECTED, reason)
+        elif entry.phase in (Phase.EXCHANGE, Phase.RELOCATION):
             # Its job sees that it must not be read, and gives it back.
             self.ledger.is_poisoned(mfn)
+        elif entry.phase is not Phase.OFFLINED:
+            if entry.cause is not Cause.UNCORRECTED:
+                self.ledger.begin(mfn, Cause.UNCORRECTED, reason)
+            elif not entry.marked:
+                self.ledger.look_again([mfn])
+        self._wake.set()
 
     def note_hypervisor_action(
         self, mfn: Mfn | None, domain: DomainInfo | None, detail: str
@@ -218,35 +223,54 @@ class Retirer:
             self._triage_began = self._clock.monotonic()
             settled = await self._in_thread(lambda: self._triage_all(due))
             self._triage_began = None
-            for mfn, disposition in settled:
-                self.consequences.apply(mfn, disposition)
-        elif self._clock.monotonic() >= self._next_slow_look or self._occasion is not None:
+            for mfn, poisoned, disposition in settled:
+                if poisoned or mfn not in self.errors.poisoned:
+                    self.consequences.apply(mfn, disposition)
+                else:  # since it was looked at
+                    self.ledger.look_again([mfn])
+        elif self._is_time_to_look():
             await self._look_at_unresolved()
         return bool(due)
+
+    def _is_time_to_look(self) -> bool:
+        is_time = self._clock.monotonic() >= self._next_slow_look
+        return is_time or (self._occasion is not None and not self._missed_looks)
 
     async def _look_at_unresolved(self) -> None:
         occasion = self._occasion or Occasion.SLOWLY
         self._occasion = None
         self._next_slow_look = self._clock.monotonic() + self._slowly
-        left = tuple(self.ledger.book.in_phase(Phase.LEFT))
-        if not left:
+        resting = tuple(self.ledger.book.in_phase(*_RESTING))
+        if not resting:
+            self._missed_looks = 0
             return
-        found = await self._in_thread(lambda: look_once_more(left, self._xen, occasion))
+        found = await self._in_thread(lambda: look_once_more(resting, self._xen, occasion))
+        if found is None:
+            self._look_is_missed(occasion)
+            return
+        self._missed_looks = 0
         # What has changed meanwhile is known better already.
-        current = [mfn for mfn in found.offlined if self._is_left(mfn)]
+        current = [mfn for mfn in found.offlined if self._rests(mfn)]
         for mfn in current:
             self.consequences.has_left(mfn)
         if self.on_hold() is None:
             self.ledger.look_again(mfn for mfn in found.to_triage if self._may_be_taken_up(mfn))
         self._wake.set()
 
-    def _is_left(self, mfn: Mfn) -> bool:
+    def _look_is_missed(self, occasion: Occasion) -> None:
+        """Xen could not be asked (xenstored may restart): the occasion comes again."""
+        self._occasion = max(occasion, self._occasion or occasion)
+        self._missed_looks += 1
+        wait = self._soon.delay(self._missed_looks) or self._soon.last
+        self._next_slow_look = self._clock.monotonic() + wait
+
+    def _rests(self, mfn: Mfn) -> bool:
         entry = self.ledger.book.get(mfn)
-        return entry is not None and entry.phase is Phase.LEFT
+        return entry is not None and entry.phase in _RESTING
 
     def _may_be_taken_up(self, mfn: Mfn) -> bool:
         entry = self.ledger.book.get(mfn)
-        if entry is None or entry.phase is not Phase.LEFT:
+        if entry is None or entry.phase not in _RESTING:
             return False
         return entry.is_counted or entry.cause is Cause.UNCORRECTED or self.has_room()
 
@@ -257,7 +281,7 @@ class Retirer:
         waits = [self.ledger.seconds_to_next()]
         if self.care:
             waits.append(self.care.times.interval)
-        if next(self.ledger.book.in_phase(Phase.LEFT), None) is not None:
+        if next(self.ledger.book.in_phase(*_RESTING), None) is not None:
             waits.append(max(0.0, self._next_slow_look - self._clock.monotonic()))
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
@@ -285,7 +309,6 @@ class Retirer:
             standing=report.standing,
         )
         if report.ended is not None:
-            self.ended[report.domain] = report.ended
             domid = report.domain.domid
             event(log, logging.CRITICAL, Event.GUEST_ENDED, report.ended, domid=domid, job=job)
         self.consequences.exchange_finished(job, report)
@@ -306,20 +329,24 @@ class Retirer:
         self.aftercare.note("save", domain, stuck=None, may_suspend_late=True, is_kept=False)
         self._wake.set()
 
-    def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, Disposition | PortError]]:
-        """Triage pages in one thread, so that the pages of one domain can go in one suspend."""
+    def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, bool, Disposition | PortError]]:
+        """Triage pages in one thread, so that the pages of one domain can go in one suspend.
+
+        With each, whether an uncorrected error of it was known of.
+        """
         rules = Rules(
             denial=self._exchange_denial,
             wedged=lambda domain: self.errors.is_wedged(domain.identity),
             mark_pv_later=self.policy.exchange.mark is Marking.AFTER_SCRUB,
         )
-        settled: list[tuple[Mfn, Disposition | PortError]] = []
+        settled: list[tuple[Mfn, bool, Disposition | PortError]] = []
         for mfn in mfns:
             poisoned = mfn in self.errors.poisoned
             try:
-                settled.append((mfn, triage(mfn, self._xen, rules, poisoned=poisoned)))
+                disposition = triage(mfn, self._xen, rules, poisoned=poisoned)
+                settled.append((mfn, poisoned, disposition))
             except PortError as error:
-                settled.append((mfn, error))
+                settled.append((mfn, poisoned, error))
         return settled
 
     def poison_of(self, domain: DomainInfo) -> str | None:

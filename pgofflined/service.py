@@ -121,11 +121,16 @@ class Service:
             chatter=self._chatter,
             times=world.times,
         )
-        self.retirer.consequences.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
+        consequences = self.retirer.consequences
+        consequences.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
+        consequences.idle_scrub_changed = lambda count: world.store.set_meta(
+            _IDLE_SCRUB, str(count)
+        )
         restored = identities_from_text(world.store.get_meta(_RESTORED) or "")
         self.retirer.restored |= frozenset(restored)
         self._attention = Attention(world.store, world.clock)
         self.incidents = self._attention.incidents
+        consequences.found_broken = self._attention.note_broken
         self.intake = Intake(
             xen=world.xen,
             clock=world.clock,
@@ -180,6 +185,8 @@ class Service:
         """
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
+        # About what was counted by an earlier daemon too, perhaps in a dry run.
+        self.intake.decide_again()
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
             intake = tasks.create_task(self._listen(), name="intake")
             work = [
@@ -237,7 +244,13 @@ class Service:
         ]
         if fixed:
             log.warning("%s take effect with the next start of the daemon", ", ".join(fixed))
-        self.policy = replace(policy, metrics=old.metrics, control=old.control, sources=old.sources)
+        self.policy = replace(
+            policy,
+            metrics=old.metrics,
+            control=old.control,
+            sources=old.sources,
+            exchange=replace(policy.exchange, workers=old.exchange.workers),
+        )
         self.pool.set_limits(
             max_pages=policy.exchange.pages_in_one_suspend,
             queue_limit=policy.exchange.max_queued,
@@ -412,17 +425,13 @@ class Service:
         self.metrics.observe_exchange(report)
         self._attention.note_exchange(report)
         self.retirer.exchange_finished(job, report)
-        self._keep_counters()
+        self._world.notifier.status(self.status_line())
 
     def _relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         self.metrics.observe_relocation(outcome)
         self.retirer.relocation_finished(domain, outcome)
         self._world.store.set_meta(_RESTORED, identities_to_text(self.retirer.restored))
         self._saves.look_again()
-        self._keep_counters()
-
-    def _keep_counters(self) -> None:
-        self._world.store.set_meta(_IDLE_SCRUB, str(self.retirer.consequences.idle_scrub))
         self._world.notifier.status(self.status_line())
 
     async def _feed_watchdog(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from errno import EINVAL
 
@@ -137,7 +137,7 @@ def triage(mfn: Mfn, xen: Hypervisor, rules: Rules, *, poisoned: bool = False) -
             log.critical("%s", problem)
         state = OfflineState.ONLINE
     settled = _settled_by_state(mfn, state) or (
-        _poison_settled_by_owner(mfn, xen, rules)
+        _poison_settled_by_owner(mfn, state, xen, rules)
         if poisoned
         else _settled_by_owner(mfn, state, xen, rules)
     )
@@ -146,7 +146,8 @@ def triage(mfn: Mfn, xen: Hypervisor, rules: Rules, *, poisoned: bool = False) -
     try:
         reply = xen.offline(mfn)
     except OfflineCallUnsafe as error:
-        return Left(mfn=mfn, reason=LeftReason.UNSAFE_CALL, detail=str(error))
+        marked = _is_marked(state)
+        return Left(mfn=mfn, reason=LeftReason.UNSAFE_CALL, detail=str(error), marked=marked)
     return _settled_by_reply(mfn, xen, rules, reply, poisoned=poisoned)
 
 
@@ -198,9 +199,9 @@ def _settled_by_owner(
         why = "it is free, or Xen's own" if is_free else "its guest would have to end"
         return _unfixed(mfn, why)
     if owner.is_dom0:
-        return _dom0(mfn, marked=False)
+        return _dom0(mfn, marked=_is_marked(state))
     if _is_ending(owner) or rules.wedged(owner):
-        return _ending(mfn, owner)
+        return _ending(mfn, owner, marked=_is_marked(state))
     denial = rules.denial(owner)
     if denial is not None:
         return _denied(mfn, state, xen, owner, denial)
@@ -212,15 +213,18 @@ def _settled_by_owner(
             return _unfixed(mfn, "its neighbour is free, and the two would be joined")
         return ToExchange(mfn=mfn, domain=owner, marked=False)
     if rules.mark_pv_later:
-        return ToExchange(mfn=mfn, domain=owner, marked=False)
+        return ToExchange(mfn=mfn, domain=owner, marked=_is_marked(state))
     return None
 
 
-def _poison_settled_by_owner(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposition | None:
+def _poison_settled_by_owner(
+    mfn: Mfn, state: OfflineState, xen: Hypervisor, rules: Rules
+) -> Disposition | None:
     """The same for a page with an uncorrected error."""
     owner = find_pv_owner(mfn, xen)
     if owner is not None and rules.wedged(owner):
-        return _dom0(mfn, marked=False) if owner.is_dom0 else _ending(mfn, owner)
+        marked = _is_marked(state)
+        return _dom0(mfn, marked=marked) if owner.is_dom0 else _ending(mfn, owner, marked=marked)
     if xen.version().offlines_free_frames_safely:
         return None
     whose = "it is in use or Xen's own" if owner is None else f"d{owner.domid} has it"
@@ -236,15 +240,20 @@ def _poison_settled_by_owner(mfn: Mfn, xen: Hypervisor, rules: Rules) -> Disposi
     )
 
 
+def _is_marked(state: OfflineState) -> bool:
+    return bool(state & OfflineState.OFFLINE_PENDING)
+
+
 def _is_ending(owner: DomainInfo) -> bool:
     return owner.dying or owner.shutdown is ShutdownReason.CRASH
 
 
-def _ending(mfn: Mfn, owner: DomainInfo) -> Later:
+def _ending(mfn: Mfn, owner: DomainInfo, *, marked: bool) -> Later:
     return Later(
         mfn=mfn,
         reason=LaterReason.OWNER_ENDING,
         detail=f"its owner d{owner.domid} has crashed or is ending",
+        marked=marked,
     )
 
 
@@ -314,7 +323,7 @@ def _settled_by_marked_owner(
             marked=True,
         )
     if _is_ending(domain):
-        return replace(_ending(mfn, domain), marked=True)
+        return _ending(mfn, domain, marked=True)
     if poisoned:
         return Left(
             mfn=mfn,

@@ -1,4 +1,4 @@
-"""Looks once more at pages that were left in use: has Xen, their owner or the policy changed?
+"""Looks once more at pages that rest in use: has Xen, their owner or the policy changed?
 
 Cheap: one query for each page, and one list of domains.  Nothing is marked or moved here; a page of
 which something has changed goes back to triage.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from pgofflined.core.book import Cause, PageEntry
+from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn
@@ -64,15 +64,18 @@ _BY_POLICY: Final = frozenset(
 _HELD_BACK: Final = OfflineState.OFFLINE_PENDING | OfflineState.BROKEN
 
 
-def look_once_more(entries: Iterable[PageEntry], xen: Hypervisor, occasion: Occasion) -> Found:
-    """What has become of pages that were left.  Makes hypercalls, for a thread.
+def look_once_more(
+    entries: Iterable[PageEntry], xen: Hypervisor, occasion: Occasion
+) -> Found | None:
+    """What has become of pages that were left, or that wait.  Makes hypercalls, for a thread.
 
-    A page of which Xen cannot be asked now is left as it is.
+    None where it cannot be told which domains there are.  A page of which Xen cannot be asked now
+    is left as it is.
     """
     try:
         living = frozenset(domain.identity for domain in xen.domains() if not domain.dying)
     except PortError:
-        return Found(offlined=(), to_triage=())
+        return None
     offlined: list[Mfn] = []
     to_triage: list[Mfn] = []
     for entry in entries:
@@ -93,6 +96,9 @@ def _has_changed(
     living: frozenset[DomainIdentity],
     occasion: Occasion,
 ) -> bool:
+    if entry.phase is Phase.WAITING:
+        # Its next try is due some time, but not for an owner that has gone.
+        return entry.domain is not None and entry.domain not in living
     if entry.cause is Cause.UNCORRECTED:
         # Held back, it goes when its owner ends, and there is nothing more to do.
         return not state & _HELD_BACK

@@ -116,7 +116,10 @@ def acknowledge(reply: AcknowledgeReply, now: float) -> list[str]:
 
 
 def _attention(reply: StatusReply, now: float) -> list[str]:
-    """What needs a person first; "All is well" only where there is nothing at all to say."""
+    """What needs a person first; "All is well" only where nothing else is to be said.
+
+    What is acknowledged is listed behind it.
+    """
     open_ones = [one for one in reply.attention if not one.acknowledged]
     known = [one for one in reply.attention if one.acknowledged]
     urgent = [one for one in open_ones if one.severity != Severity.INFO]

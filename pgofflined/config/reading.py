@@ -26,6 +26,7 @@ DEFAULT_PATH: Final = Path("/etc/pgofflined/pgofflined.toml")
 
 _MAX_SIZE: Final = 1 << 20
 _SHOWN: Final = 60
+_LONG_NUMBER: Final = 256
 _OTHERS_MAY_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -204,6 +205,8 @@ def _near(name: str, known: Mapping[str, object], shown: str) -> str:
 _SPELLED: Final[Mapping[type, Callable[[Any], str]]] = {
     bool: lambda value: "true" if value else "false",
     str: lambda value: f'"{value}"',
+    # Python writes no number of more than 4300 digits in tens.
+    int: lambda value: str(value) if value.bit_length() < _LONG_NUMBER else hex(value),
     list: lambda value: f"[{', '.join(map(_spell, value))}]",
     dict: lambda _: "a table",
 }

@@ -181,6 +181,12 @@ def uncorrected_error(report: ErrorReport, when: float) -> Condition | None:
             assert_never(report)
 
 
+def unreported_error(mfn: Mfn, detail: str, when: float) -> Condition:
+    """The incident that a page is which Xen has broken by itself; ``detail`` says what ends it."""
+    what = f"mfn {mfn:#x} has had an uncorrected error, of which no record came: {detail}"
+    return _uncorrected(what, when, mfn, None)
+
+
 def _uncorrected(what: str, when: float, mfn: Mfn | None, domid: Domid | None) -> Condition:
     look = (
         "which page is not known: look at `xl list` and the board's own log"

@@ -219,6 +219,9 @@ def test_longest_socket_path_and_highest_port_are_taken() -> None:
         ("[surprise]", "surprise", "an unknown section", "[retire]"),
         ("retire = 1", "retire", "1", "[retire]"),
         ("[[retire]]", "retire", "[a table]", "[retire]"),
+        # More digits than Python writes in tens.
+        (f"exchange.max_queued = 0x{'F' * 6000}", "exchange.max_queued", "0xfff", "1000000"),
+        (f"domains.deny = [0x{'F' * 6000}]", "domains.deny", "0xfff", "names"),
     ],
 )  # fmt: skip
 def test_mistake_names_key_finding_and_remedy(

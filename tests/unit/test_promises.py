@@ -427,7 +427,7 @@ async def test_a_page_with_an_uncorrected_error_is_not_exchanged_by_the_next_dae
 async def test_a_domain_that_xen_has_hit_is_not_marked_although_it_could_not_be_asked_for(
     tmp_path: Path,
 ) -> None:
-    fault = Fault(method="domain", error=XenError(EIO, op="getdomaininfo"))
+    fault = Fault(method="condition", error=XenError(EIO, op="getdomaininfo"))
     async with at_work(tmp_path, faults=[fault]) as whole:
         host, pv = whole.small.host, whole.small.pv
         broken, other = whole.plain(0), whole.plain(1)

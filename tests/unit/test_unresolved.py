@@ -11,7 +11,8 @@ import pytest
 from pgofflined.core.book import Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import XenError
-from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.frames import Domid
+from pgofflined.ports import Hypervisor
 from pgofflined.sim.faults import Fault, FaultyHypervisor
 from pgofflined.sim.scenarios import SmallHost, small_host
 from pgofflined.unresolved import Found, Occasion, look_once_more
@@ -20,6 +21,13 @@ NOTHING = Found(offlined=(), to_triage=())
 GONE = DomainIdentity(Domid(77), UUID(int=77))
 ALWAYS = set(Occasion)
 NEVER: set[Occasion] = set()
+
+
+def looked(entries: list[PageEntry], xen: Hypervisor, occasion: Occasion) -> Found:
+    """What was found out; Xen can be asked."""
+    found = look_once_more(entries, xen, occasion)
+    assert found is not None
+    return found
 
 
 def page(small: SmallHost, *, marked: bool) -> PageEntry:
@@ -58,7 +66,7 @@ def test_a_page_goes_back_to_triage_when_something_has_changed(
     for occasion in Occasion:
         small = small_host()
         entry = replace(page(small, marked=marked), **changes)  # type: ignore[arg-type]
-        found = look_once_more([entry], small.host, occasion)
+        found = looked([entry], small.host, occasion)
         wanted = (entry.mfn,) if occasion in occasions else ()
         assert found == Found(offlined=(), to_triage=wanted), occasion
 
@@ -66,9 +74,7 @@ def test_a_page_goes_back_to_triage_when_something_has_changed(
 def test_whose_owner_could_not_be_told_is_looked_for_slowly() -> None:
     small = small_host()
     entry = replace(page(small, marked=False), domain=None, reason="unfixed_xen")
-    asked = {
-        occasion for occasion in Occasion if look_once_more([entry], small.host, occasion).to_triage
-    }
+    asked = {occasion for occasion in Occasion if looked([entry], small.host, occasion).to_triage}
     assert asked == {Occasion.SLOWLY, Occasion.POLICY_CHANGED}
 
 
@@ -86,7 +92,7 @@ def test_a_mark_that_somebody_took_back_is_noticed(occasion: Occasion) -> None:
     small = small_host()
     entry = page(small, marked=True)
     small.host.online(entry.mfn)
-    assert look_once_more([entry], small.host, occasion).to_triage == (entry.mfn,)
+    assert looked([entry], small.host, occasion).to_triage == (entry.mfn,)
 
 
 @pytest.mark.parametrize("occasion", list(Occasion))
@@ -98,7 +104,7 @@ def test_a_page_with_an_uncorrected_error_is_to_be_held_back_always(
     entry = replace(page(small, marked=state == "marked"), cause=Cause.UNCORRECTED)
     if state == "broken":
         small.host.poison(entry.mfn, known=True)
-    found = look_once_more([entry], small.host, occasion)
+    found = looked([entry], small.host, occasion)
     assert found.to_triage == ((entry.mfn,) if state == "neither" else ())
 
 
@@ -108,8 +114,22 @@ def test_a_xen_that_cannot_be_asked_changes_nothing(method: str) -> None:
     entry = replace(page(small, marked=True), domain=GONE)
     fault = Fault(method=method, error=XenError(EIO, op=method))
     deaf = FaultyHypervisor(small.host, fault)
-    assert look_once_more([entry], deaf, Occasion.POLICY_CHANGED) == NOTHING
-    assert Mfn(entry.mfn) in look_once_more([entry], deaf, Occasion.POLICY_CHANGED).to_triage
+    told = look_once_more([entry], deaf, Occasion.POLICY_CHANGED)
+    assert told == (None if method == "domains" else NOTHING)
+    assert looked([entry], deaf, Occasion.POLICY_CHANGED).to_triage == (entry.mfn,)
+
+
+@pytest.mark.parametrize("occasion", list(Occasion))
+@pytest.mark.parametrize("domain", ["living", "gone", "unknown"])
+def test_a_page_that_waits_for_its_next_try_does_not_wait_for_an_owner_that_has_gone(
+    occasion: Occasion, domain: str
+) -> None:
+    small = small_host()
+    entry = replace(page(small, marked=True), phase=Phase.WAITING)
+    if domain != "living":
+        entry = replace(entry, domain=GONE if domain == "gone" else None)
+    found = looked([entry], small.host, occasion)
+    assert found.to_triage == ((entry.mfn,) if domain == "gone" else ())
 
 
 def test_a_page_that_xen_cannot_be_asked_about_keeps_no_other_from_being_looked_at() -> None:
@@ -117,5 +137,5 @@ def test_a_page_that_xen_cannot_be_asked_about_keeps_no_other_from_being_looked_
     entry = replace(page(small, marked=True), domain=GONE)
     xen = FaultyHypervisor(small.host, Fault(method="query", error=XenError(EIO, op="query")))
     other = replace(entry, mfn=small.host.frame_of(small.pvh, 5))
-    found = look_once_more([entry, other], xen, Occasion.SLOWLY)
+    found = looked([entry, other], xen, Occasion.SLOWLY)
     assert found == Found(offlined=(), to_triage=(other.mfn,))
