@@ -116,7 +116,7 @@ class Exchanging:
             report = exchange(
                 domain,
                 mfns,
-                never_read=self._poisoned(),
+                never_read=self._poisoned,
                 denial=self._denial,
                 xen=self._xen,
                 journal=self._journal,

@@ -12,10 +12,13 @@ from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import PteWrite, PteWrites
 from pgofflined.core.offline import OfflineState
-from pgofflined.core.outcomes import Exchanged, Refusal, RefusalReason
+from pgofflined.core.outcomes import Exchanged, ExchangeReport, Refusal, RefusalReason
 from pgofflined.core.pages import PTE_PRESENT
+from pgofflined.core.policy import ExchangePolicy
 from pgofflined.core.suspending import SuspendSupport
 from pgofflined.exchanger import exchange
+from pgofflined.exchanger.survey import survey
+from pgofflined.exchanging import Exchanging
 from pgofflined.jobstore import JobStore
 from pgofflined.ports import SuspendLimits
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
@@ -308,11 +311,79 @@ def test_a_page_that_only_we_know_to_be_poisoned_is_never_read(bench: Bench) -> 
         journal=bench.journal,
         clock=bench.host.clock,
         limits=SuspendLimits(),
-        never_read=frozenset({mfn}),
+        never_read=lambda: frozenset({mfn}),
     )
     [result] = report.results
     assert isinstance(result, Refusal)
     assert result.reason is RefusalReason.BROKEN
+
+
+@pytest.mark.parametrize("moment", ["granted_frames", "free_frames", "somebody_at"])
+def test_nothing_is_suspended_for_a_page_whose_error_is_reported_during_the_survey(
+    bench: Bench, moment: str
+) -> None:
+    [mfn] = bench.mark(bench.layout.plain[0])
+    poisoned: set[Mfn] = set()
+
+    def report_error() -> None:
+        bench.host.poison(mfn)  # only we know: to read it raises, as #MC would be on a host
+        poisoned.add(mfn)
+
+    xen = FaultyHypervisor(bench.host, Fault(method=moment, act=report_error))
+    [result] = _exchange_with(bench, xen, [mfn], poisoned).results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.BROKEN
+    assert "suspend" not in xen.trace.methods
+
+
+def test_a_page_whose_error_is_reported_as_the_guest_suspends_itself_stays_and_no_other(
+    bench: Bench,
+) -> None:
+    bad, good = bench.mark(*bench.layout.plain[:2])
+    poisoned: set[Mfn] = set()
+
+    def report_error() -> None:
+        bench.host.poison(bad)
+        poisoned.add(bad)
+
+    xen = FaultyHypervisor(bench.host, Fault(method="suspend", act=report_error))
+    refused, moved = _exchange_with(bench, xen, [bad, good], poisoned).results
+    assert isinstance(refused, Refusal)
+    assert refused.reason is RefusalReason.BROKEN
+    assert isinstance(moved, Exchanged)
+    assert bench.host.frame_of(bench.domid, bench.layout.plain[0]) == bad
+    assert bench.host.domain(bench.domid).shutdown is None
+    assert not bench.host.domain(bench.domid).paused
+
+
+def test_a_page_is_not_moved_whose_page_table_has_an_error_since_the_survey(bench: Bench) -> None:
+    [mfn] = bench.mark(bench.layout.plain[0])
+    [facts] = survey(bench.host, bench.host.domain(bench.domid), [mfn])
+    table = Mfn(int(facts.references.tables[0]))
+    poisoned: set[Mfn] = set()
+
+    def report_error() -> None:
+        bench.host.poison(table)
+        poisoned.add(table)
+
+    xen = FaultyHypervisor(bench.host, Fault(method="suspend", act=report_error))
+    [result] = _exchange_with(bench, xen, [mfn], poisoned).results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.BROKEN
+    assert bench.host.domain(bench.domid).shutdown is None
+
+
+def _exchange_with(
+    bench: Bench, xen: FaultyHypervisor, mfns: list[Mfn], poisoned: set[Mfn]
+) -> ExchangeReport:
+    work = Exchanging(
+        xen=xen,
+        journal=bench.journal,
+        clock=bench.host.clock,
+        policy=ExchangePolicy,
+        poisoned=lambda: frozenset(poisoned),
+    )
+    return work.run(bench.identity, tuple(mfns))
 
 
 def test_a_page_of_another_domain_is_refused(bench: Bench) -> None:
