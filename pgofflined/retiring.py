@@ -103,6 +103,7 @@ class Retirer:
             times=times,
             ended=self.exchanging.done_with,
             keep=self.exchanging.keep_asked,
+            under_way=self.exchanging.is_under_way,
         )
         self.care = GuestCare(self.exchanging, self.aftercare)
         self.consequences = Consequences(
