@@ -46,8 +46,8 @@ class Exchanging:
     to be suspended now, if it is not; ``was_restored`` says whether a domain is what came of a
     guest that has suspended itself when asked, and ``wedged`` whether Xen has broken a page of a
     domain by itself.  No method but ``run``, ``is_under_way``, ``hold_off``, ``done_with`` and
-    ``objection`` may be called from several threads.  A job of this process whose guest it can neither put right nor let
-    go is tried again as if an earlier process had left it.
+    ``objection`` may be called from several threads.  A job of this process whose guest it can
+    neither put right nor let go is tried again as if an earlier process had left it.
     """
 
     def __init__(

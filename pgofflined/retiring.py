@@ -123,6 +123,8 @@ class Retirer:
         self._was_full = False
         # Told when there is room for further pages again.
         self.room_again: Callable[[], None] = nothing
+        # Told of each page with an uncorrected error.
+        self.poison_reported: Callable[[], None] = nothing
 
     def connect(self, exchanges: Exchanges, relocations: Relocations | None) -> None:
         """Say who takes pages; ``relocations`` is None where the policy wants none."""
@@ -145,6 +147,7 @@ class Retirer:
     def take_poisoned(self, mfn: Mfn, reason: str) -> None:
         """Keep a page with an uncorrected error from being read, and mark it."""
         self.errors.add(mfn)
+        self.poison_reported()
         entry = self.ledger.book.get(mfn)
         if entry is None or entry.phase in (Phase.TRIAGE, Phase.WAITING, Phase.LEFT):
             if entry is None or entry.cause is not Cause.UNCORRECTED or not entry.marked:

@@ -8,9 +8,9 @@ the domid among its arguments.  xl itself is there before and after it, until th
 destroyed or resumed.  The xl that stays behind each guest to monitor it was started to create or to
 receive one, which is another verb.
 
-Once the target may start the guest, xl renames what is left here, and no process may be known by the
-new name.  If how that ended cannot be told, xl leaves it so, suspended, and is gone: to resume it
-then would have the guest run on both hosts.  So the name counts as somebody as well.
+Once the target may start the guest, xl renames what is left here, and no process may be known by
+the new name.  If how that ended cannot be told, xl leaves it so, suspended, and is gone: to resume
+it then would have the guest run on both hosts.  So the name counts as somebody as well.
 
 What else uses the library is seen as long as its helper runs, and no longer: not a libvirtd that is
 about to start one, nor between the helper's end and the domain's.
