@@ -248,6 +248,9 @@ class _Recovery:
         stand still for ever.
         """
         domid = self._domid
+        if self._unreadable is not None:
+            # Xen could not be asked for it until now.  It is held as soon as it can be.
+            return report
         try:
             info = self._xen.condition(domid)
             if not _is_same(info, self._record):
