@@ -101,6 +101,8 @@ class _Recovery:
         info = self._xen.condition(domid)
         if not _is_same(info, self._record):
             raise DomainGone(domid)
+        # Who resumed it may have died before xenstored was told.
+        told(self._xen, domid)
         if info.shutdown not in (None, ShutdownReason.SUSPEND):
             detail = f"d{domid} is shut down ({info.shutdown.name.lower()})"
             return self.report(Recovered.GONE, detail)

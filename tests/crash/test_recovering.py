@@ -37,8 +37,9 @@ from tests.crash.killing import (
     run,
 )
 
-# What concerns Xen alone: a mark that was set for the exchange is taken back from whosever it is.
-ONLY_MARKS = {"condition", "version", "query", "online"}
+# What concerns Xen and xenstored alone: a mark that was set for the exchange is taken back from
+# whosever it is.
+ONLY_MARKS = {"condition", "version", "query", "online", "tell_resumed"}
 
 
 def test_a_guest_that_stays_beyond_help_is_let_go_and_its_record_kept_for_a_person() -> None:
