@@ -103,7 +103,8 @@ class Aftercare:
 
     There is no need to look where there is no such guest.  ``ended`` is told of a guest that needs
     nothing more; no exchange may begin in it before.  ``keep`` records a guest of whom no later
-    process would know.  Both are called by ``look``.
+    process would know.  Both are called by ``look``.  ``under_way`` says which
+    guest an exchange of this process is at work on: it is left to that until it has ended.
 
     Any thread may call any method; ``look`` one at a time.
     """
@@ -116,11 +117,13 @@ class Aftercare:
         times: CareTimes,
         ended: Callable[[DomainIdentity], None],
         keep: Callable[[DomainInfo], None] = lambda _: None,
+        under_way: Callable[[DomainIdentity], bool] = lambda _: False,
     ) -> None:
         self.times = times
         self._xen = xen
         self._ended = ended
         self._keep = keep
+        self._under_way = under_way
         self._clock = clock
         self._lock = threading.Lock()
         # Never changed, only replaced: it is read on the loop while a thread looks at guests.
@@ -239,6 +242,8 @@ class Aftercare:
     def look(self) -> None:
         """Resume those that are suspended.  Makes hypercalls; for a thread."""
         for domain, case in self._cases.items():
+            if self._under_way(domain):
+                continue
             found, after = self._look_at(domain, case)
             is_over = self._clock.monotonic() >= case.until
             if found is _Found.ENDED or (found is _Found.RUNS and is_over):

@@ -40,6 +40,7 @@ from pgofflined.relocation import (
     choose_launcher,
     local_zone,
 )
+from pgofflined.relocation.relocator import BreakOff
 from pgofflined.saving import Saves
 from pgofflined.service import Service, World
 from pgofflined.serving import CannotListen
@@ -110,10 +111,10 @@ class _NoRelocator:
         self._reason = reason
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
         """Migrate nothing."""
-        del domain, name, target, time_limit
+        del domain, name, target, time_limit, off
         return NotMigrated(detail=self._reason)
 
     async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:

@@ -37,6 +37,7 @@ from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome, NotM
 from pgofflined.journal_log import FieldHandler
 from pgofflined.notify import NullNotifier
 from pgofflined.relocation import KernelLinks
+from pgofflined.relocation.relocator import BreakOff
 from pgofflined.saving import Saves
 from pgofflined.service import Service, World
 from pgofflined.serving import CannotListen
@@ -115,10 +116,10 @@ class SimulatedRelocator:
         return NotMigrated(detail="guests of the simulated host are not saved")
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
         """Move the guest; takes as long as a small one does on a real host."""
-        del name, target, time_limit
+        del name, target, time_limit, off
         await asyncio.sleep(2.0)
         try:
             self._host.migrate_to_self(domain.domid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -44,9 +45,9 @@ class Exchanging:
     ``poisoned`` gives the frames whose contents must never be read, ``denial`` why a domain is not
     to be suspended now, if it is not; ``was_restored`` says whether a domain is what came of a
     guest that has suspended itself when asked, and ``wedged`` whether Xen has broken a page of a
-    domain by itself.  No method but ``run`` and ``objection`` may be
-    called from several threads.  A job of this process whose guest it can neither put right nor let
-    go is tried again as if an earlier process had left it.
+    domain by itself.  No method but ``run``, ``is_under_way``, ``hold_off``, ``done_with`` and
+    ``objection`` may be called from several threads.  A job of this process whose guest it can
+    neither put right nor let go is tried again as if an earlier process had left it.
     """
 
     def __init__(
@@ -77,6 +78,9 @@ class Exchanging:
         # guest for us, and who is to let it go would do so in the middle of that.
         self._unended: set[DomainIdentity] = set()
         self._looked_after: set[DomainIdentity] = set()
+        # And the other way round: nobody looks after a guest that a job of this process may hold.
+        self._under_way: set[DomainIdentity] = set()
+        self._lock = threading.Lock()
         # Guests that ended after our request.  A toolstack that starts one again gives it the same
         # uuid, and nothing has changed that would let it survive the next request.
         self._ended: set[UUID] = set()
@@ -105,18 +109,35 @@ class Exchanging:
 
     def run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
         """Exchange pages; never raises for a single job's sake."""
+        with self._lock:
+            if domain in self._unended or domain in self._looked_after:
+                detail = f"what was left of an earlier exchange in d{domain.domid} comes first"
+                return _refused(domain, mfns, RefusalReason.DOMAIN_BUSY, detail)
+            self._under_way.add(domain)
+        try:
+            return self._run(domain, mfns)
+        finally:
+            with self._lock:
+                self._under_way.discard(domain)
+
+    def is_under_way(self, domain: DomainIdentity) -> bool:
+        """Whether a job is at work on the domain, and may hold it; its record must not be touched.
+
+        None begins after ``hold_off``, so that this stays False once it is.
+        """
+        with self._lock:
+            return domain in self._under_way
+
+    def _run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
         # numpy comes with it, which a daemon that has nothing to do need not hold.
         from pgofflined.exchanger import exchange
 
-        if domain in self._unended or domain in self._looked_after:
-            detail = f"what was left of an earlier exchange in d{domain.domid} comes first"
-            return _refused(domain, mfns, RefusalReason.DOMAIN_BUSY, detail)
         policy = self._policy()
         try:
             report = exchange(
                 domain,
                 mfns,
-                never_read=self._poisoned(),
+                never_read=self._poisoned,
                 denial=self._denial,
                 xen=self._xen,
                 journal=self._journal,
@@ -156,12 +177,14 @@ class Exchanging:
 
     def hold_off(self, domain: DomainIdentity) -> None:
         """Begin no job in a guest that is looked after, before ``done_with``."""
-        self._looked_after.add(domain)
+        with self._lock:
+            self._looked_after.add(domain)
 
     def done_with(self, domain: DomainIdentity) -> None:
         """Nobody has to look after the guest of an ended job any more."""
         self._journal.done_with(domain)
-        self._looked_after.discard(domain)
+        with self._lock:
+            self._looked_after.discard(domain)
 
     def keep_asked(self, info: DomainInfo) -> None:
         """Have a later process know of a guest that may follow a request that was no exchange's."""

@@ -40,6 +40,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from pgofflined.core.domains import DomainIdentity
@@ -109,7 +110,7 @@ class JobStore:
         for orphan in self._directory.glob(f"*{SUFFIX}-*"):
             owner = orphan.with_name(orphan.name.rpartition("-")[0])
             if not owner.exists():
-                remove(owner)
+                _tidy(owner, partial(remove, owner))
         paths = sorted(self._directory.glob(f"*{SUFFIX}"))
         return [found for path in paths if (found := self._load(path)) is not None]
 
@@ -117,7 +118,7 @@ class JobStore:
         try:
             found = load(path, on_left=self._keep)
         except NeverBegun:
-            remove(path)
+            _tidy(path, partial(remove, path))
             return None
         except InUse:
             _log.error("%s is in use by another process and left to it", path)
@@ -132,6 +133,14 @@ class JobStore:
                 error,
                 aside,
             )
-            move(path, aside)
+            _tidy(path, partial(move, path, aside))
             return None
         return found
+
+
+def _tidy(path: Path, act: Callable[[], None]) -> None:
+    """What cannot be put away must keep nobody from the records of guests that stand still."""
+    try:
+        act()
+    except OSError as error:
+        _log.error("%s and what belongs to it could not be put away: %s", path, error)

@@ -91,7 +91,8 @@ class Leftovers:
             xen=xen, journal=journal, clock=clock, policy=ExchangePolicy, poisoned=poisoned
         )
         self._care = GuestCare(
-            exchanging, Aftercare(xen, clock, times=times, ended=exchanging.done_with)
+            exchanging,
+            Aftercare(xen, clock, times=times, ended=exchanging.done_with),
         )
 
     def recover(self) -> None:

@@ -97,6 +97,7 @@ class Retirer:
             times=times,
             ended=self.exchanging.done_with,
             keep=self.exchanging.keep_asked,
+            under_way=self.exchanging.is_under_way,
         )
         self.care = GuestCare(self.exchanging, self.aftercare)
         self.consequences = Consequences(
@@ -118,6 +119,8 @@ class Retirer:
         self._was_full = False
         # Told when there is room for further pages again.
         self.room_again: Callable[[], None] = nothing
+        # Told of each page with an uncorrected error.
+        self.poison_reported: Callable[[], None] = nothing
 
     def connect(self, exchanges: Exchanges, relocations: Relocations | None) -> None:
         """Say who takes pages; ``relocations`` is None where the policy wants none."""
@@ -146,6 +149,7 @@ class Retirer:
         if entry is not None and entry.reason == NOT_RAM:
             return
         self.errors.add(mfn)
+        self.poison_reported()
         if entry is None:
             self.ledger.begin(mfn, Cause.UNCORRECTED, reason)
         elif entry.phase in (Phase.EXCHANGE, Phase.RELOCATION):

@@ -174,6 +174,7 @@ class Service:
             objection=self.retirer.exchanging.objection,
             saved_in_vain=self.retirer.save_failed,
         )
+        self.retirer.poison_reported = self.relocation.poison_reported
         self._saves = SaveWatch(world.clock, lambda: self.policy.relocation.time_limit)
         self._connect(policy)
 

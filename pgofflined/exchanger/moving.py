@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.moves import Group
+from pgofflined.core.moves import Group, frames_of
 from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import PageResult, Refusal, RefusalReason, page_of
 from pgofflined.exchanger.check import Look, Seen, check, look_at
@@ -19,17 +20,25 @@ from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.exchanger.transfer import Transfer
 from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
 
+if TYPE_CHECKING:
+    from pgofflined.core.moves import Chosen
+
 # What a step after the commit fails for (dom0 short of memory) mostly passes within so many
 # seconds.  The guest is held meanwhile: with a page missing it is worse off.  Not for longer: after
 # a minute libxl would take the suspend for its own.
 _SETTLE_SECONDS = 40.0
 _SECONDS_BETWEEN = 4.0
 # A survey tells these from pages that cannot be moved.
+_REPORTED = "an uncorrected error was reported meanwhile in it, or in a table that leads to it"
 _SURVEY_HELPS = frozenset({RefusalReason.OUT_OF_DATE, RefusalReason.OTHER_REFERENCES})
 
 
 class NotKept(PortError):
     """What is going to be changed could not be recorded."""
+
+
+class AllPoisoned(Exception):
+    """Nothing can be moved: uncorrected errors were reported since the pages were looked at."""
 
 
 class Mover:
@@ -45,7 +54,7 @@ class Mover:
         xen: Hypervisor,
         clock: Clock,
         job: OpenJob,
-        poisoned: frozenset[Mfn],
+        poisoned: Callable[[], frozenset[Mfn]],
         when: WhenMarked,
         limits: SuspendLimits,
         wedged: Callable[[], bool],
@@ -76,8 +85,11 @@ class Mover:
 
         What cannot be read now is left to ``move``.  Raises DomainGone, NotKept.
         """
+        group = plan.groups[0]
+        if self._touching(group).any():
+            return
         try:
-            self._seen = look_at(self._xen, domid, plan.groups[0])
+            self._seen = look_at(self._xen, domid, group)
         except DomainGone:
             raise
         except PortError:
@@ -88,6 +100,32 @@ class Mover:
                 self._job.keep(self._seen.group)
             except PortError as error:
                 raise NotKept(str(error)) from error
+
+    def refuse_poisoned(self, plan: Plan) -> None:
+        """Raises AllPoisoned where that leaves nothing for which to suspend the guest."""
+        if all(self._touching(group).all() for group in plan.groups):
+            raise AllPoisoned(f"{_REPORTED}; what it holds must not be read")
+
+    def _touching(self, group: Group) -> Chosen:
+        """Pages with an uncorrected error, or that a page with one leads to."""
+        touching: Chosen = np.zeros(len(group), dtype=np.bool_)
+        poisoned = self._poisoned()
+        if not poisoned:
+            return touching
+        bad = frames_of(sorted(poisoned))
+        references = group.references
+        touching |= np.isin(group.mfns, bad) | np.isin(group.slot_frames, bad)
+        touching[references.pages[np.isin(references.tables, bad)]] = True
+        return touching
+
+    def _without_poison(self, group: Group) -> Group:
+        """The pages that may be read still; refuses the others."""
+        touching = self._touching(group)
+        if not touching.any():
+            return group
+        mfns = [mfn for mfn, bad in zip(group.frames(), touching.tolist(), strict=True) if bad]
+        self._refuse(mfns, RefusalReason.BROKEN, f"{_REPORTED}; what it holds must not be read")
+        return group.only(~touching)
 
     def close(self) -> None:
         """Let go of what is mapped."""
@@ -115,7 +153,7 @@ class Mover:
             return
         try:
             moved = dict(zip(self._olds.tolist(), self._news.tolist(), strict=True))
-            facts = survey(self._xen, info, unsure, self._poisoned, moved)
+            facts = survey(self._xen, info, unsure, self._poisoned(), moved)
             again = make_plan(facts, when=self._when, blackout=self._limits.blackout)
         except (GuestLayoutError, PortError) as error:
             if isinstance(error, DomainGone):
@@ -152,6 +190,9 @@ class Mover:
                 self._move_group(domid, planned.renamed(self._olds, self._news), None)
 
     def _move_group(self, domid: Domid, group: Group, look: Look | None) -> None:
+        group = self._without_poison(group)
+        if not len(group):
+            return
         with ExitStack() as looks:
             try:
                 checked = check(self._xen, domid, group, looks, look)

@@ -101,6 +101,8 @@ class _Recovery:
         info = self._xen.condition(domid)
         if not _is_same(info, self._record):
             raise DomainGone(domid)
+        # Who resumed it may have died before xenstored was told.
+        told(self._xen, domid)
         if info.shutdown not in (None, ShutdownReason.SUSPEND):
             detail = f"d{domid} is shut down ({info.shutdown.name.lower()})"
             return self.report(Recovered.GONE, detail)
@@ -248,6 +250,9 @@ class _Recovery:
         stand still for ever.
         """
         domid = self._domid
+        if self._unreadable is not None:
+            # Xen could not be asked for it until now.  It is held as soon as it can be.
+            return report
         try:
             info = self._xen.condition(domid)
             if not _is_same(info, self._record):

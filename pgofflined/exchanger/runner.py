@@ -36,7 +36,7 @@ from pgofflined.core.outcomes import (
 from pgofflined.core.suspending import MayNotBeAsked, how_it_ended, unless_announced
 from pgofflined.exchanger.holding import UNCOLLECTED, Holding, kept
 from pgofflined.exchanger.marking import NEIGHBOUR, wedged_detail
-from pgofflined.exchanger.moving import Mover, NotKept
+from pgofflined.exchanger.moving import AllPoisoned, Mover, NotKept
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
 from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.marks import may_join
@@ -76,8 +76,9 @@ class ExchangeJob:
     """Pages of one PV domain, exchanged in one suspend.
 
     ``when`` says whether the pages are marked offline-pending already, are to be marked while their
-    guest is held, or become free without a mark.  Those in ``never_read`` are known to hold an
-    uncorrected error and are refused, whatever Xen knows of them.  ``denial`` says why the policy
+    guest is held, or become free without a mark.  ``never_read`` gives those that are known to hold
+    an uncorrected error and are refused, whatever Xen knows of them; it is asked again and again,
+    for such an error may be reported while the job is under way.  ``denial`` says why the policy
     does not let a domain be suspended; it is asked first, and once more right before the request.
     ``objection`` says why it must not be asked to suspend itself, ``wedged`` whether Xen has broken
     a page of it by itself, so that none may be marked.  ``unended`` is told of a job whose guest
@@ -93,7 +94,7 @@ class ExchangeJob:
         journal: Journal,
         clock: Clock,
         limits: SuspendLimits,
-        never_read: frozenset[Mfn],
+        never_read: Callable[[], frozenset[Mfn]],
         denial: Callable[[DomainInfo], str | None],
         objection: MayNotBeAsked,
         when: WhenMarked,
@@ -177,7 +178,7 @@ class ExchangeJob:
                 pass
         refusals: dict[Mfn, PageResult] = {}
         for mfn in mfns:
-            poisoned = mfn in self._never_read
+            poisoned = mfn in self._never_read()
             state = OfflineState.BROKEN if poisoned else self._xen.query(mfn)
             refusal = refuse_by_state(mfn, state, when=self._when)
             if refusal is None and self._when is WhenMarked.WHEN_HELD and may_join(self._xen, mfn):
@@ -219,7 +220,7 @@ class ExchangeJob:
 
     def _survey_once(self, info: DomainInfo, mfns: Sequence[Mfn]) -> Surveyed:
         began = self._clock.monotonic()
-        facts = survey(self._xen, info, mfns, self._never_read)
+        facts = survey(self._xen, info, mfns, self._never_read())
         return Surveyed(
             plan=make_plan(facts, when=self._when, blackout=self._limits.blackout),
             seconds=self._clock.monotonic() - began,
@@ -253,10 +254,13 @@ class ExchangeJob:
             mover.prepare(self._domain.domid, surveyed.plan)
             self._leave_to_others()
             self._obey(info)
+            mover.refuse_poisoned(surveyed.plan)
             with UNCOLLECTED, self._held.suspended(job, lambda: mover.is_whole):
                 self._move(mover, info, surveyed, job)
         except _InUseByOthers as error:
             why = RefusalReason.DOMAIN_BUSY, str(error)
+        except AllPoisoned as error:
+            why = RefusalReason.BROKEN, str(error)
         except _Denied as error:
             why = RefusalReason.DENIED, str(error)
         except PortError as error:
@@ -412,7 +416,7 @@ def exchange(
     journal: Journal,
     clock: Clock,
     limits: SuspendLimits,
-    never_read: frozenset[Mfn] = frozenset(),
+    never_read: Callable[[], frozenset[Mfn]] = frozenset,
     denial: Callable[[DomainInfo], str | None] = lambda _: None,
     objection: MayNotBeAsked = unless_announced,
     when: WhenMarked = WhenMarked.BEFORE,

@@ -177,9 +177,9 @@ class DomainControl(Protocol):
         ...
 
     def tell_resumed(self, domid: Domid) -> None:
-        """Tell xenstored of domains that were resumed, so that it notices their next shutdown.
+        """Tell xenstored that a domain was resumed, by whomever, so that it notices its next end.
 
-        What cannot be told is logged and told the next time: the guest runs.
+        Nothing is told of one that is suspended.  What cannot be told is logged: the guest runs.
         """
         ...
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.relocation_outcomes import MigrationOutcome
-from pgofflined.relocation.relocator import Relocator
+from pgofflined.relocation.relocator import BreakOff, Relocator
 
 
 class CountedRelocator:
@@ -17,10 +17,10 @@ class CountedRelocator:
         self._observe = observe
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
         """Migrate, and count what came of it."""
-        outcome = await self._inner.migrate(domain, name, target, time_limit)
+        outcome = await self._inner.migrate(domain, name, target, time_limit, off)
         self._observe(outcome)
         return outcome
 

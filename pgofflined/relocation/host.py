@@ -171,6 +171,11 @@ class MigrationHost:
             saved_guest=saves[0].text if saves else None,
         )
 
+    def poison_in(self, domain: DomainIdentity) -> str | None:
+        """The page of a domain that must not be read, if there is one.  Raises PortError."""
+        info, _ = self._find(domain)
+        return None if info is None else self._poison(info)
+
     def standing(
         self, jobs: Mapping[DomainIdentity, frozenset[Mfn]]
     ) -> dict[DomainIdentity, DomainInfo | None]:

@@ -49,6 +49,7 @@ from pgofflined.core.status import JobStatus
 from pgofflined.core.suspending import MayNotBeAsked
 from pgofflined.ports import Clock
 from pgofflined.relocation import telling
+from pgofflined.relocation.breaking import Breaking
 from pgofflined.relocation.following import Following, Sleep
 from pgofflined.relocation.host import Host, InThread, MigrationHost
 from pgofflined.relocation.links import Links
@@ -101,6 +102,7 @@ class RelocationService:
         self._host = MigrationHost(xen, poison, is_poisoned, objection, saves)
         self._relocator = relocator
         self._links = links
+        self._breaking = Breaking(self._host, in_thread)
         self._clock = clock
         self._finished = finished
         self._denial = denial
@@ -132,6 +134,10 @@ class RelocationService:
         self._queue.look_again(self._now())
         self._wake.set()
 
+    def poison_reported(self) -> None:
+        """See at once which migration has to be broken off: an uncorrected error was reported."""
+        self._breaking.look()
+
     def snapshot(self) -> tuple[JobStatus, ...]:
         """Every job that waits or runs."""
         return self._queue.statuses(self._now())
@@ -145,6 +151,7 @@ class RelocationService:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._waiting.run(), name="relocations-waiting")
+                tasks.create_task(self._breaking.run(), name="relocations-breaking")
                 while True:
                     self._wake.clear()
                     while (job := self._queue.take(self._now())) is not None:
@@ -240,9 +247,10 @@ class RelocationService:
         self._queue.note(domain, f"is being migrated to {policy.target}")
         telling.begun(job, policy)
         start = self._clock.monotonic()
-        outcome = await self._following.migration(
-            self._relocator.migrate(domain, job.name, policy.target, policy.time_limit)
-        )
+        with self._breaking.following(domain) as off:
+            outcome = await self._following.migration(
+                self._relocator.migrate(domain, job.name, policy.target, policy.time_limit, off)
+            )
         seconds = self._clock.monotonic() - start
         match outcome:
             case Migrated():

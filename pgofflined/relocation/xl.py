@@ -18,6 +18,7 @@ from pgofflined.core.frames import Domid
 from pgofflined.core.relocation_outcomes import InDoubt, Migrated, MigrationOutcome, NotMigrated
 from pgofflined.core.saves import EX_STAYS
 from pgofflined.relocation.processes import Found, Launcher, Run
+from pgofflined.relocation.relocator import BreakOff
 from pgofflined.relocation.transcript import Stage, Transcript
 from pgofflined.saving import NOTES, is_under_way, unfinished_save
 
@@ -59,9 +60,10 @@ _BETWEEN_LOOKS: Final = 5.0
 class XlRelocator:
     """Runs ``xl migrate``.
 
-    At the time limit only libxl's own helper that sends the memory is told to stop, as libxl
-    itself does to abort a save: xl then fails in the regular way and resumes the guest.  xl is
-    never killed, and once the target may start the guest nothing is stopped at all.
+    At the time limit, or when it is to be broken off, only libxl's own helper that sends the memory
+    is told to stop, as libxl itself does to abort a save: xl then fails in the regular way and
+    resumes the guest.  xl is never killed, and once the target may start the guest nothing is
+    stopped at all.
     """
 
     def __init__(
@@ -83,7 +85,12 @@ class XlRelocator:
         self._xl = xl
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self,
+        domain: DomainIdentity,
+        name: str,
+        target: str,
+        time_limit: float,
+        off: BreakOff | None = None,
     ) -> MigrationOutcome:
         """Migrate a guest; comes back when xl has ended.
 
@@ -101,7 +108,7 @@ class XlRelocator:
         except OSError as error:
             return NotMigrated(detail=f"{self._xl} cannot be started: {error}")
         try:
-            return await self._watch(run, transcript, domain.domid, time_limit)
+            return await self._watch(run, transcript, domain.domid, time_limit, off or BreakOff())
         except asyncio.CancelledError:
             log.warning(
                 "the migration of d%d goes on without us (process %d)", domain.domid, run.pid
@@ -173,31 +180,35 @@ class XlRelocator:
         return NotMigrated(detail=detail, was_asked=was_asked)
 
     async def _watch(
-        self, run: Run, transcript: Transcript, domid: Domid, time_limit: float
+        self, run: Run, transcript: Transcript, domid: Domid, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
         ended = asyncio.create_task(run.ended())
+        asked = asyncio.create_task(off.asked.wait())
+        timed_out = False
         try:
-            timed_out = not await self._within(ended, time_limit)
+            await self._within(time_limit, ended, asked)
             grace = _FIRST_GRACE
             while not ended.done():
-                self._stop(run, transcript, domid, time_limit)
-                await self._within(ended, grace)
+                timed_out = off.why is None
+                self._stop(run, transcript, domid, off.why or _exceeded(time_limit))
+                await self._within(grace, ended)
                 grace = min(2 * grace, _LAST_GRACE)
-            return _outcome(ended.result(), transcript, timed_out=timed_out, limit=time_limit)
+            why = _exceeded(time_limit) if timed_out else off.why
+            return _outcome(ended.result(), transcript, timed_out=timed_out, why=why)
         finally:
             ended.cancel()
+            asked.cancel()
 
-    async def _within(self, ended: asyncio.Future[Any], seconds: float) -> bool:
-        """Whether the end came within so many seconds."""
+    async def _within(self, seconds: float, *events: asyncio.Future[Any]) -> None:
+        """Wait for one of several events, but not longer than so many seconds."""
         limit: asyncio.Future[Any] = asyncio.ensure_future(self._sleep(seconds))
         try:
-            await asyncio.wait({ended, limit}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*events, limit}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             limit.cancel()
-        return ended.done()
 
-    def _stop(self, run: Run, transcript: Transcript, domid: Domid, time_limit: float) -> None:
-        """Stop a migration that takes too long, as far as that is safe."""
+    def _stop(self, run: Run, transcript: Transcript, domid: Domid, why: str) -> None:
+        """Stop a migration that must not go on, as far as that is safe."""
         victims: list[Found] = []
         if transcript.stage is Stage.CONNECTING:
             # xl waits for the other end; without its transport it gives up by itself.
@@ -206,25 +217,29 @@ class XlRelocator:
             victims = [found for found in run.processes() if _is_saver(found, domid)]
         if not victims:
             log.error(
-                "the migration of d%d has exceeded its time limit of %g s and cannot be stopped "
-                "safely now; xl says: %s",
+                "the migration of d%d is to be broken off (%s) and cannot be stopped safely now; "
+                "xl says: %s",
                 domid,
-                time_limit,
+                why,
                 transcript.last_words(),
             )
         for found in victims:
             log.warning(
-                "the migration of d%d has exceeded its time limit of %g s; ending process %d (%s)",
+                "the migration of d%d is broken off (%s); ending process %d (%s)",
                 domid,
-                time_limit,
+                why,
                 found.pid,
                 found.argv[0],
             )
             run.terminate(found)
 
 
+def _exceeded(time_limit: float) -> str:
+    return f"the time limit of {time_limit:g} s was exceeded"
+
+
 def _outcome(
-    status: int, transcript: Transcript, *, timed_out: bool, limit: float
+    status: int, transcript: Transcript, *, timed_out: bool, why: str | None
 ) -> MigrationOutcome:
     if status == 0:
         return Migrated()
@@ -232,8 +247,8 @@ def _outcome(
     detail = f"xl {how}; it said: {transcript.last_words()}"
     if transcript.is_in_doubt:
         return InDoubt(detail=detail)
-    if timed_out:
-        detail = f"the time limit of {limit:g} s was exceeded; {detail}"
+    if why is not None:
+        detail = f"{why}; {detail}"
     return NotMigrated(detail=detail, timed_out=timed_out, may_run_there=transcript.may_run_there)
 
 

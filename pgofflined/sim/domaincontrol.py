@@ -85,9 +85,11 @@ class SimulatedDomainControl(HostState):
                 self._let_run(domain)
 
     def tell_resumed(self, domid: Domid) -> None:
-        """XS_RESUME; nothing here depends on it."""
+        """XS_RESUME, for a domain that is not suspended."""
         with self.call("xs_resume_domain", domid):
-            self.simulated(domid)
+            domain = self.simulated(domid)
+            if not domain.suspended:
+                domain.thought_shut_down = False
 
     def pause(self, domid: Domid) -> None:
         """XEN_DOMCTL_pausedomain."""

@@ -74,7 +74,8 @@ class SimulatedDomain:
     """One domain.  ``gfns`` is the p2m that Xen keeps for PVH and HVM (mfn by gfn, ~0 missing).
 
     ``unread_request``: control/shutdown has a request to suspend.  ``somebody``: who saves or
-    migrates it.
+    migrates it.  ``thought_shut_down``: xenstored has seen it so, and notices no further end of it
+    before it is told otherwise.
     """
 
     domid: Domid
@@ -98,6 +99,7 @@ class SimulatedDomain:
     crash_reason: str | None = None
     has_devices: bool = False
     unread_request: bool = False
+    thought_shut_down: bool = False
     somebody: str | None = None
     cpu_time: int = 0
     activity: Callable[[], None] | None = None

@@ -275,6 +275,7 @@ class HostState:
         if domain.pv is not None:
             domain.pv.before_suspend()
         domain.shutdown = ShutdownReason.SUSPEND
+        domain.thought_shut_down = True
 
     def _pass_time(self) -> None:
         now, since = self.clock.monotonic(), self._dirty_since

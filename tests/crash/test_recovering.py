@@ -16,6 +16,7 @@ import pytest
 from pgofflined.core.frames import Mfn
 from pgofflined.core.moves import PteWrite, frames_of
 from pgofflined.core.recovery import Recovered
+from pgofflined.exchanger import recover
 from pgofflined.exchanging import RECOVERY_SECONDS, RECOVERY_TRIES
 from pgofflined.jobstore import JobStore
 from pgofflined.ports import SuspendLimits
@@ -36,8 +37,9 @@ from tests.crash.killing import (
     run,
 )
 
-# What concerns Xen alone: a mark that was set for the exchange is taken back from whosever it is.
-ONLY_MARKS = {"condition", "version", "query", "online"}
+# What concerns Xen and xenstored alone: a mark that was set for the exchange is taken back from
+# whosever it is.
+ONLY_MARKS = {"condition", "version", "query", "online", "tell_resumed"}
 
 
 def test_a_guest_that_stays_beyond_help_is_let_go_and_its_record_kept_for_a_person() -> None:
@@ -313,3 +315,16 @@ def test_a_guest_that_stands_still_long_after_our_request_is_left_to_the_operato
     assert f"xl resume {bench.domid}" in reports[0].detail
     assert "resume" not in xen.trace.methods
     assert bench.journal.kept == {}
+
+
+def test_giving_up_does_not_let_a_guest_go_whose_record_cannot_be_read() -> None:
+    bench = killed(Fault(method="exchange", moment=Moment.AFTER, kills=True))
+    [left] = bench.journal.unfinished()
+    left = replace(left, group=None, unreadable="it is of format 9")
+    xen = FaultyHypervisor(bench.host, Fault(method="condition"))
+    report = recover(left, xen, now=bench.host.clock.monotonic(), last_try=True)
+    assert report.outcome is Recovered.NOT_YET
+    assert not {"unpause", "resume"} & set(xen.trace.methods)
+    report = recover(left, xen, now=bench.host.clock.monotonic(), last_try=True)
+    assert report.outcome is Recovered.HELD
+    assert bench.host.domain(bench.domid).paused

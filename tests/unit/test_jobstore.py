@@ -346,6 +346,21 @@ def test_a_stage_without_a_record_is_removed(folder: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["d9-x.job-stage", "d0-x.job"])
+def test_what_cannot_be_removed_keeps_no_guest_from_being_found(
+    folder: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    JobStore(folder).open(RECORD).hold(5)
+    copy = left(folder)
+    # As a read-only mount would, and this for root, too.
+    (copy / name).mkdir()
+    if name.endswith("job"):
+        (copy / f"{name}-wal").mkdir()
+    [found] = JobStore(copy).unfinished()
+    assert found.record == RECORD
+    assert name in caplog.text
+
+
 def test_a_change_under_way_whose_record_lacks_a_page_cannot_be_read(folder: Path) -> None:
     begun(folder)
     found = left(folder)

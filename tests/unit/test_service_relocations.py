@@ -18,6 +18,7 @@ from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import DomainPolicy, Policy, RelocationPolicy, RetirePolicy
 from pgofflined.core.relocation_outcomes import MigrationOutcome, NotMigrated
 from pgofflined.core.schedule import MaintenanceWindow, parse_window
+from pgofflined.relocation.relocator import BreakOff
 from pgofflined.service import Service
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.scenarios import DemoHost, demo_host
@@ -40,15 +41,20 @@ class HostClock(WallClock):
 
 @dataclass
 class Toolstack:
-    """Fails at once, and says how often it was called."""
+    """Fails at once, or when it is broken off, and says how often it was called."""
 
     calls: list[str] = field(default_factory=list)
+    at_once: bool = True
+    broken_off: list[str | None] = field(default_factory=list)
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
         del domain, name, time_limit
         self.calls.append(target)
+        if not self.at_once:
+            await off.asked.wait()
+            self.broken_off.append(off.why)
         return FAILS
 
     async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
@@ -221,3 +227,21 @@ async def test_an_uncorrected_error_of_a_pv_guest_keeps_no_other(tmp_path: Path)
         bench.service.retirer.note_hypervisor_action(poison, None, "an error")
         bench.retire()
         await bench.until(lambda: bench.toolstack.calls == ["localhost"])
+
+
+async def test_a_guest_is_not_migrated_on_when_one_of_its_pages_has_an_uncorrected_error(
+    tmp_path: Path,
+) -> None:
+    async with bench_at(tmp_path, retry_first=0.2, retry_last=0.2, attempts=3) as bench:
+        bench.toolstack.at_once = False
+        bench.retire()
+        await bench.until(lambda: len(bench.toolstack.calls) == 1)
+        bad = bench.demo.host.frame_of(bench.demo.pvh, 6)
+        bench.demo.host.poison(bad)
+        bench.service.retirer.take_poisoned(bad, "as a test wishes")
+        await bench.until(lambda: len(bench.toolstack.broken_off) == 1)
+        [why] = bench.toolstack.broken_off
+        assert why is not None
+        assert f"{bad:#x}" in why
+        await bench.until_the_job_is("deferred")
+        assert len(bench.toolstack.calls) == 1

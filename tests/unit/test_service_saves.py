@@ -24,6 +24,7 @@ from pgofflined.core.policy import Policy, RelocationPolicy
 from pgofflined.core.relocation_outcomes import InDoubt, MigrationOutcome, NotMigrated
 from pgofflined.journal_log import FieldHandler
 from pgofflined.relocation import telling
+from pgofflined.relocation.relocator import BreakOff
 from pgofflined.savewatch import SaveWatch
 from pgofflined.saving import Saves, write_note
 from pgofflined.service import Service
@@ -50,9 +51,9 @@ class Mover:
         return self.outcome
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
-        raise AssertionError((domain, name, target, time_limit))
+        raise AssertionError((domain, name, target, time_limit, off))
 
 
 @dataclass

@@ -20,6 +20,7 @@ from pgofflined.core.policy import ExchangePolicy, Policy, RelocationPolicy
 from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome
 from pgofflined.core.suspending import SuspendSupport
 from pgofflined.relocation import Relocator
+from pgofflined.relocation.relocator import BreakOff
 from pgofflined.service import Service
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.guests import Answer, SimulatedDomain, SuspendBehaviour
@@ -79,9 +80,9 @@ class Here:
         self._demo = demo
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
-        del name, time_limit
+        del name, time_limit, off
         assert target == "localhost"
         self._demo.host.migrate_to_self(domain.domid)
         return Migrated()

@@ -37,6 +37,7 @@ from pgofflined.leftovers import Leftovers
 from pgofflined.notify import NullNotifier
 from pgofflined.ports import SuspendLimits
 from pgofflined.relocation import KernelLinks, Relocator
+from pgofflined.relocation.relocator import BreakOff
 from pgofflined.service import Service, World
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.guests import Answer, SimulatedDomain, SuspendBehaviour
@@ -79,9 +80,9 @@ class NoMover:
         return NotMigrated(detail="no", was_asked=True)
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
-        raise AssertionError((domain, name, target, time_limit))
+        raise AssertionError((domain, name, target, time_limit, off))
 
 
 @dataclass

@@ -27,6 +27,7 @@ from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome, NotM
 from pgofflined.core.units import AmountOfMemory
 from pgofflined.notify import NullNotifier
 from pgofflined.relocation import KernelLinks
+from pgofflined.relocation.relocator import BreakOff
 from pgofflined.saving import Saves
 from pgofflined.service import Service, World
 from pgofflined.sim.clock import WallClock
@@ -87,9 +88,9 @@ class SelfMigration:
     asked: list[DomainIdentity] = field(default_factory=list)
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
-        del name, target, time_limit
+        del name, target, time_limit, off
         self.asked.append(domain)
         await asyncio.to_thread(self.small.host.migrate_to_self, domain.domid)
         return Migrated()

@@ -7,20 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pgofflined.core.book import PageEntry
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.moves import PteWrite, PteWrites
 from pgofflined.core.offline import OfflineState
-from pgofflined.core.outcomes import Exchanged, Refusal, RefusalReason
+from pgofflined.core.outcomes import Exchanged, ExchangeReport, Refusal, RefusalReason
 from pgofflined.core.pages import PTE_PRESENT
+from pgofflined.core.policy import ExchangePolicy, Policy
 from pgofflined.core.suspending import SuspendSupport
 from pgofflined.exchanger import exchange
+from pgofflined.exchanger.survey import survey
+from pgofflined.exchanging import Exchanging
 from pgofflined.jobstore import JobStore
+from pgofflined.ledger import Ledger
 from pgofflined.ports import SuspendLimits
-from pgofflined.sim.faults import Fault, FaultyHypervisor, Moment
+from pgofflined.retiring import Retirer
+from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.guests import Answer, SuspendBehaviour
 from pgofflined.sim.linux import ARCH_MAX_PFN, ARCH_P2M_CR3, ARCH_P2M_GENERATION, ARCH_P2M_VADDR
+from pgofflined.uncorrected import UncorrectedErrors
 from tests.single import set_ptes
 from tests.unit.exchanger.conftest import Bench
 
@@ -308,11 +315,79 @@ def test_a_page_that_only_we_know_to_be_poisoned_is_never_read(bench: Bench) -> 
         journal=bench.journal,
         clock=bench.host.clock,
         limits=SuspendLimits(),
-        never_read=frozenset({mfn}),
+        never_read=lambda: frozenset({mfn}),
     )
     [result] = report.results
     assert isinstance(result, Refusal)
     assert result.reason is RefusalReason.BROKEN
+
+
+@pytest.mark.parametrize("moment", ["granted_frames", "free_frames", "somebody_at"])
+def test_nothing_is_suspended_for_a_page_whose_error_is_reported_during_the_survey(
+    bench: Bench, moment: str
+) -> None:
+    [mfn] = bench.mark(bench.layout.plain[0])
+    poisoned: set[Mfn] = set()
+
+    def report_error() -> None:
+        bench.host.poison(mfn)  # only we know: to read it raises, as #MC would be on a host
+        poisoned.add(mfn)
+
+    xen = FaultyHypervisor(bench.host, Fault(method=moment, act=report_error))
+    [result] = _exchange_with(bench, xen, [mfn], poisoned).results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.BROKEN
+    assert "suspend" not in xen.trace.methods
+
+
+def test_a_page_whose_error_is_reported_as_the_guest_suspends_itself_stays_and_no_other(
+    bench: Bench,
+) -> None:
+    bad, good = bench.mark(*bench.layout.plain[:2])
+    poisoned: set[Mfn] = set()
+
+    def report_error() -> None:
+        bench.host.poison(bad)
+        poisoned.add(bad)
+
+    xen = FaultyHypervisor(bench.host, Fault(method="suspend", act=report_error))
+    refused, moved = _exchange_with(bench, xen, [bad, good], poisoned).results
+    assert isinstance(refused, Refusal)
+    assert refused.reason is RefusalReason.BROKEN
+    assert isinstance(moved, Exchanged)
+    assert bench.host.frame_of(bench.domid, bench.layout.plain[0]) == bad
+    assert bench.host.domain(bench.domid).shutdown is None
+    assert not bench.host.domain(bench.domid).paused
+
+
+def test_a_page_is_not_moved_whose_page_table_has_an_error_since_the_survey(bench: Bench) -> None:
+    [mfn] = bench.mark(bench.layout.plain[0])
+    [facts] = survey(bench.host, bench.host.domain(bench.domid), [mfn])
+    table = Mfn(int(facts.references.tables[0]))
+    poisoned: set[Mfn] = set()
+
+    def report_error() -> None:
+        bench.host.poison(table)
+        poisoned.add(table)
+
+    xen = FaultyHypervisor(bench.host, Fault(method="suspend", act=report_error))
+    [result] = _exchange_with(bench, xen, [mfn], poisoned).results
+    assert isinstance(result, Refusal)
+    assert result.reason is RefusalReason.BROKEN
+    assert bench.host.domain(bench.domid).shutdown is None
+
+
+def _exchange_with(
+    bench: Bench, xen: FaultyHypervisor, mfns: list[Mfn], poisoned: set[Mfn]
+) -> ExchangeReport:
+    work = Exchanging(
+        xen=xen,
+        journal=bench.journal,
+        clock=bench.host.clock,
+        policy=ExchangePolicy,
+        poisoned=lambda: frozenset(poisoned),
+    )
+    return work.run(bench.identity, tuple(mfns))
 
 
 def test_a_page_of_another_domain_is_refused(bench: Bench) -> None:
@@ -627,3 +702,76 @@ def test_a_blackout_ends_when_the_guest_may_run_and_not_when_we_run_again(bench:
     report = bench.exchange(bench.mark(bench.layout.plain[0]), GuestFirst(bench.host))
     assert report.blackout is not None
     assert report.blackout.whole < 3
+
+
+@pytest.mark.parametrize("moment", ["pause", "exchange"])
+def test_who_looks_after_guests_keeps_off_one_that_an_exchange_holds(
+    bench: Bench, moment: str
+) -> None:
+    """A save has failed that was under way when the exchange began its survey."""
+    mfns = tuple(bench.mark(bench.layout.plain[0]))
+
+    def a_save_has_failed() -> None:
+        retirer.save_failed(bench.identity)
+        retirer.care.look()
+
+    xen = FaultyHypervisor(
+        bench.host,
+        Fault(method=moment, act=a_save_has_failed),
+        Fault(method="write_frames", kills=True),
+    )
+    memory = Facts()
+    retirer = Retirer(
+        xen=xen,
+        journal=bench.journal,
+        clock=bench.host.clock,
+        policy=Policy(),
+        ledger=Ledger(memory, bench.host.clock),
+        errors=UncorrectedErrors(memory),
+    )
+    with pytest.raises(Killed):
+        retirer.exchanging.run(bench.identity, mfns)
+    # What it was about to change is on record still, and the next process puts it right.
+    [report] = bench.end_jobs()
+    assert [type(result) for result in report.results] == [Exchanged]
+    bench.assert_guest_runs_unharmed()
+
+
+def test_a_guest_of_a_save_that_failed_is_looked_after_when_its_exchange_has_ended(
+    bench: Bench,
+) -> None:
+    mfns = tuple(bench.mark(bench.layout.plain[0]))
+    memory = Facts()
+    retirer = Retirer(
+        xen=FaultyHypervisor(
+            bench.host,
+            Fault(method="pause", act=lambda: retirer.save_failed(bench.identity)),
+        ),
+        journal=bench.journal,
+        clock=bench.host.clock,
+        policy=Policy(),
+        ledger=Ledger(memory, bench.host.clock),
+        errors=UncorrectedErrors(memory),
+    )
+    report = retirer.exchanging.run(bench.identity, mfns)
+    assert [type(result) for result in report.results] == [Exchanged]
+    bench.host.suspend(bench.domid, SuspendLimits())
+    retirer.care.look()
+    bench.assert_guest_runs_unharmed()
+
+
+class Facts:
+    """A store that keeps nothing."""
+
+    def get_meta(self, key: str) -> str | None:
+        del key
+        return None
+
+    def set_meta(self, key: str, value: str) -> None:
+        del key, value
+
+    def put_page(self, entry: PageEntry) -> None:
+        del entry
+
+    def remove_page(self, mfn: Mfn) -> None:
+        del mfn

@@ -18,6 +18,7 @@ from pgofflined.core.relocation_outcomes import Migrated, MigrationOutcome
 from pgofflined.core.suspending import SuspendSupport
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
+from pgofflined.relocation.relocator import BreakOff
 
 T = TypeVar("T")
 
@@ -207,6 +208,7 @@ class Call:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
     cancelled: bool = False
+    off: BreakOff = field(default_factory=BreakOff)
 
     async def end(self, outcome: MigrationOutcome | None = None) -> None:
         self.outcome.set_result(Migrated() if outcome is None else outcome)
@@ -220,10 +222,10 @@ class FakeRelocator:
         self.calls: list[Call] = []
 
     async def migrate(
-        self, domain: DomainIdentity, name: str, target: str, time_limit: float
+        self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
         del name
-        return await self._go_on(Call(domain, target, time_limit))
+        return await self._go_on(Call(domain, target, time_limit, off=off))
 
     async def save_and_restore(self, domain: DomainIdentity, directory: str) -> MigrationOutcome:
         return await self._go_on(Call(domain, directory, 0.0))

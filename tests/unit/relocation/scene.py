@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC
 from pathlib import Path
 
-from pgofflined.core.domains import DomainIdentity, GuestKind
+from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.frames import Mfn
 from pgofflined.core.policy import RelocationPolicy
 from pgofflined.core.relocation_outcomes import (
@@ -47,6 +47,7 @@ class World:
     denied: dict[int, str]
     outcomes: list[RelocationOutcome] = field(default_factory=list)
     saved_in_vain: list[DomainIdentity] = field(default_factory=list)
+    denied_asked: Callable[[], None] = lambda: None
 
     async def submit(self, domid: int, *mfns: int, uuid: int | None = None) -> DomainIdentity:
         if domid not in self.host.guests:
@@ -69,6 +70,11 @@ async def running(
     outcomes: list[RelocationOutcome] = []
     denied: dict[int, str] = {}
     saved_in_vain: list[DomainIdentity] = []
+
+    def denial(info: DomainInfo) -> str | None:
+        world.denied_asked()
+        return denied.get(info.domid)
+
     service = RelocationService(
         policy=policy,
         xen=host,
@@ -79,7 +85,7 @@ async def running(
         finished=lambda _, outcome: outcomes.append(outcome),
         poison=lambda info: host.poison.get(info.domid),
         is_poisoned=lambda mfn: mfn in host.poisoned,
-        denial=lambda info: denied.get(info.domid),
+        denial=denial,
         objection=unless_announced,
         saved_in_vain=saved_in_vain.append,
         sleep=time.sleep,

@@ -19,6 +19,7 @@ from tests.unit.relocation.doubles import (
 )
 from tests.unit.relocation.scene import (
     BROKEN_OFF,
+    HERE,
     SAVING,
     by_saving,
     running,
@@ -66,6 +67,32 @@ async def test_nothing_is_tried_again_when_an_uncorrected_error_is_reported_mean
         await world.time.advance(3600)
         assert len(world.relocator.calls) == 1
         assert "mfn 0x77" in world.service.snapshot()[0].detail
+
+
+async def test_a_migration_is_broken_off_when_an_uncorrected_error_is_reported_meanwhile() -> None:
+    async with running(replace(HERE, parallel=2)) as world:
+        await world.submit(7, 0x10)
+        await world.submit(8, 0x20)
+        assert world.relocator.running == [7, 8]
+        world.host.poison = {7: "mfn 0x77 of d7 has had an uncorrected error"}
+        world.service.poison_reported()
+        await quiet()
+        its, others = world.relocator.calls
+        assert its.off.why == "mfn 0x77 of d7 has had an uncorrected error"
+        assert others.off.why is None
+        await its.end(BROKEN_OFF)
+        await world.time.advance(3600)
+        # It is not begun again before that page is out of use.
+        assert world.relocator.running == [8]
+        assert "mfn 0x77" in world.service.snapshot()[0].detail
+
+
+async def test_a_migration_is_broken_off_for_an_error_that_came_as_it_was_begun() -> None:
+    async with running() as world:
+        poison = world.host.poison
+        world.denied_asked = lambda: poison.update({7: "mfn 0x77"})
+        await world.submit(7, 0x10)
+        assert [call.off.why for call in world.relocator.calls] == ["mfn 0x77"]
 
 
 async def test_an_uncorrected_error_of_another_guest_keeps_nobody() -> None:

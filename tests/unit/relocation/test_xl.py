@@ -22,6 +22,7 @@ from pgofflined.core.relocation_outcomes import InDoubt, Migrated, MigrationOutc
 from pgofflined.core.saves import EX_RUNS_ON, EX_STAYS
 from pgofflined.relocation import xl as xl_module
 from pgofflined.relocation.processes import SessionLauncher, UnitLauncher
+from pgofflined.relocation.relocator import BreakOff
 from pgofflined.relocation.transcript import Transcript
 from pgofflined.relocation.xl import MOVER_UNIT, XlRelocator
 from pgofflined.saving import note_path, only_one
@@ -52,10 +53,15 @@ class FakeXl:
         )
 
     def migrate(
-        self, scenario: str, *, target: str = "localhost", name: str = "web"
+        self,
+        scenario: str,
+        *,
+        target: str = "localhost",
+        name: str = "web",
+        off: BreakOff | None = None,
     ) -> asyncio.Task[MigrationOutcome]:
         (self.folder / "scenario").write_text(scenario)
-        return asyncio.create_task(self.relocator().migrate(GUEST, name, target, LIMIT))
+        return asyncio.create_task(self.relocator().migrate(GUEST, name, target, LIMIT, off))
 
     @property
     def argv(self) -> list[str]:
@@ -210,6 +216,37 @@ async def test_in_the_handshake_nothing_is_stopped_however_long_it_takes(
     await ready.wait()
     await fake.time.advance(LIMIT)
     await fake.time.advance(3600)
+    assert not migration.done()
+    assert "cannot be stopped safely" in caplog.text
+    (fake.folder / "release").open("w").close()
+    assert await migration == Migrated()
+
+
+async def test_a_migration_that_reads_an_uncorrected_error_is_broken_off_as_at_the_time_limit(
+    fake: FakeXl, ready: asyncio.Event
+) -> None:
+    off = BreakOff()
+    migration = fake.migrate("hangs_saving", off=off)
+    await ready.wait()
+    assert not migration.done()
+    off.ask("mfn 0x77 has had an uncorrected error")
+    outcome = await migration
+    assert isinstance(outcome, NotMigrated)
+    assert not outcome.timed_out
+    assert outcome.detail.startswith("mfn 0x77 has had an uncorrected error; ")
+    assert "resuming at sender" in outcome.detail
+    assert "the bystander was spared: True" in outcome.detail
+
+
+async def test_in_the_handshake_nothing_is_broken_off(
+    fake: FakeXl, ready: asyncio.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(fake.folder / "release")
+    off = BreakOff()
+    migration = fake.migrate("hangs_in_the_handshake", target="spare", off=off)
+    await ready.wait()
+    off.ask("mfn 0x77 has had an uncorrected error")
+    await quiet()
     assert not migration.done()
     assert "cannot be stopped safely" in caplog.text
     (fake.folder / "release").open("w").close()

@@ -405,16 +405,28 @@ def test_resume_tells_guest_then_xen_then_xenstored() -> None:
     # The guest runs before there is time for xenstored.
     assert guest.log == ["rax 1", "resumed"]
     resuming.tell_resumed(GUEST)
-    resuming.tell_resumed(GUEST)
     assert guest.log == ["rax 1", "resumed", "told xenstored"]
+
+
+@pytest.mark.parametrize("flags", [0, CRASHED])
+def test_xenstored_is_told_of_a_domain_that_a_process_has_resumed_which_has_died(
+    flags: int,
+) -> None:
+    guest = Guest(flags=flags)
+    suspension(guest).tell_resumed(GUEST)
+    assert guest.log == ["told xenstored"]
+
+
+def test_xenstored_is_not_told_of_a_domain_that_stands_still() -> None:
+    guest = Guest(flags=SUSPENDED)
+    suspension(guest).tell_resumed(GUEST)
+    assert guest.log == []
 
 
 @pytest.mark.parametrize("flags", [0, CRASHED, 1 << 2])
 def test_domain_that_is_not_suspended_is_left_alone(flags: int) -> None:
     guest = Guest(flags=flags)
-    resuming = suspension(guest)
-    resuming.resume(GUEST)
-    resuming.tell_resumed(GUEST)
+    suspension(guest).resume(GUEST)
     assert guest.log == []
 
 

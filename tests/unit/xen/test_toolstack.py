@@ -84,6 +84,20 @@ def test_others_are_nobody(tmp_path: Path, command: list[str]) -> None:
         assert somebody_at(GUEST, NAME) is None
 
 
+def test_a_guest_that_may_run_elsewhere_is_a_migrations_also_when_xl_has_gone() -> None:
+    found = somebody_at(GUEST, NAME + b"--migratedaway")
+    assert found is not None
+    assert f"{SHOWN}--migratedaway" in found
+    assert somebody_at(GUEST, NAME + b"--incoming") is None
+
+
+def test_xl_is_found_by_its_number_before_the_name_is_looked_at(tmp_path: Path) -> None:
+    with process(tmp_path, "xl", "migrate", "31999", "spare") as pid:
+        found = somebody_at(GUEST, NAME + b"--migratedaway")
+        assert found is not None
+        assert found.startswith(f"process {pid} (")
+
+
 def test_a_domain_without_a_name_is_not_everybodys(tmp_path: Path) -> None:
     with process(tmp_path, "xl", "migrate", "-s", "", "5", "xl migrate-receive"):
         assert somebody_at(GUEST, b"") is None
