@@ -17,7 +17,7 @@ NAMED = POLICY.replace("[exchange]", '[exchange]\nask_unannounced = ["quiet*"]')
 ASKED = "/run/rig-guests/asked"
 
 # What Linux logs when it is asked to suspend itself.
-SUSPENDS = re.compile("Freezing user space processes")
+SUSPENDS = re.compile("Freezing user space processes(?! completed)")
 
 pytestmark = [pytest.mark.e2e, pytest.mark.hosts("intel-native-noservice")]
 
