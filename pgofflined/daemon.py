@@ -42,10 +42,11 @@ from pgofflined.relocation import (
 )
 from pgofflined.relocation.relocator import BreakOff
 from pgofflined.saving import Saves
-from pgofflined.service import Service, World
+from pgofflined.service import Service
 from pgofflined.serving import CannotListen
 from pgofflined.store import Store, StoreInUse, read_boot_id
 from pgofflined.uncorrected import stored_poison
+from pgofflined.world import World
 from pgofflined.xen.abi.mca import VIRQ_MCA
 from pgofflined.xen.ends import XenstoreEnds
 from pgofflined.xen.hypervisor import XenHypervisor, release_monitors, restore_affinity

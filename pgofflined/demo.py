@@ -39,7 +39,7 @@ from pgofflined.notify import NullNotifier
 from pgofflined.relocation import KernelLinks
 from pgofflined.relocation.relocator import BreakOff
 from pgofflined.saving import Saves
-from pgofflined.service import Service, World
+from pgofflined.service import Service
 from pgofflined.serving import CannotListen
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.dimm import FailingDimm
@@ -47,6 +47,7 @@ from pgofflined.sim.ends import SimulatedEnds
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import DemoHost, demo_host
 from pgofflined.store import Store
+from pgofflined.world import World
 
 _ERROR_EVERY: Final = 0.4
 # Every so many errors strike the PVH guest, whichever rows of the module are weak.

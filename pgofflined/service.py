@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import tzinfo
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from pgofflined import __version__
-from pgofflined.aftercare import CareTimes
 from pgofflined.attention import Attention, Circumstances, policy_digest
 from pgofflined.control import ControlServer
 from pgofflined.core.conditions import Condition, ConditionCode
@@ -26,11 +24,11 @@ from pgofflined.core.events import Event
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.history import History
 from pgofflined.core.incidents import Acknowledged
-from pgofflined.core.machine import Machine
 from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.policy import Policy, effective
 from pgofflined.core.relocation_outcomes import RelocationOutcome
 from pgofflined.core.status import FrameAnswer, OfflineAnswer, ReloadStatus, Snapshot, SourceStatus
+from pgofflined.endwatch import watch_ends
 from pgofflined.guestcare import see_out
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
@@ -40,20 +38,17 @@ from pgofflined.mce_listener import (
     IntakeCounters,
     MceListener,
     SourceChoice,
-    SourceFactory,
     keep_source,
 )
 from pgofflined.metrics import Metrics, MetricsServer
-from pgofflined.notify import Notifier
 from pgofflined.operations import Operations
-from pgofflined.ports import Clock, DomainEnds, Hypervisor, Journal, TelemetrySource
-from pgofflined.relocation import Links, RelocationService, Relocator
+from pgofflined.ports import TelemetrySource
+from pgofflined.relocation import RelocationService
 from pgofflined.relocation.counting import CountedRelocator
 from pgofflined.retiring import Retirer
 from pgofflined.savewatch import SaveWatch
-from pgofflined.saving import Saves
-from pgofflined.store import Store
 from pgofflined.uncorrected import UncorrectedErrors
+from pgofflined.world import World
 
 log = logging.getLogger(__name__)
 
@@ -62,34 +57,6 @@ _STUCK_MARGIN = 180.0
 
 
 Serve = Callable[[], Coroutine[object, object, NoReturn]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class World:
-    """Everything outside that the service works with.
-
-    ``ends`` opens word of domains that end; without it pages are asked about slowly only.
-    ``source_opened`` and ``source_broken`` are told of every source, so that its descriptor can
-    be kept over a restart.  ``exchanges_off`` says why no exchange can be begun now; None where
-    one can.
-    """
-
-    xen: Hypervisor
-    clock: Clock
-    machine: Machine
-    sources: Sequence[SourceFactory]
-    relocator: Relocator
-    links: Links
-    zone: tzinfo
-    store: Store
-    journal: Journal
-    notifier: Notifier
-    saves: Saves = field(default_factory=Saves)
-    ends: Callable[[], DomainEnds] | None = None
-    times: CareTimes = field(default_factory=CareTimes)
-    source_opened: Callable[[TelemetrySource], None] = lambda _source: None
-    source_broken: Callable[[TelemetrySource], None] = lambda _source: None
-    exchanges_off: Callable[[], str | None] = lambda: None
 
 
 class Service:
@@ -205,7 +172,10 @@ class Service:
                     ),
                     name="saves",
                 ),
-                tasks.create_task(self._watch_ends(), name="ends"),
+                tasks.create_task(
+                    watch_ends(self._world.ends, self.policy.sources.retry, self._domain_ended),
+                    name="ends",
+                ),
                 *(tasks.create_task(serve(), name="server") for serve in servers),
             ]
             self._world.notifier.ready(self.status_line())
@@ -320,35 +290,9 @@ class Service:
         relocates = policy.relocation.enabled and bool(wanted)
         self.retirer.connect(self.pool, self.relocation if relocates else None)
 
-    async def _watch_ends(self) -> None:
-        """Have pages looked at whose owner may have ended, for as long as we are told of that."""
-        if self._world.ends is None:
-            return
-        retry = self.policy.sources.retry
-        failures = 0
-        while True:
-            try:
-                with contextlib.closing(self._world.ends()) as ends:
-                    failures = 0
-                    await self._follow(ends)
-            except PortError as error:
-                failures += 1
-                log.warning("no word of domains that end, until it can be had again: %s", error)
-            await asyncio.sleep(retry.delay(failures) or retry.last)
-
-    async def _follow(self, ends: DomainEnds) -> NoReturn:
-        loop = asyncio.get_running_loop()
-        readable = asyncio.Event()
-        loop.add_reader(ends.fileno(), readable.set)
-        try:
-            while True:
-                await readable.wait()
-                readable.clear()
-                ends.drain()
-                self.retirer.domain_ended()
-                self.relocation.look_again()
-        finally:
-            loop.remove_reader(ends.fileno())
+    def _domain_ended(self) -> None:
+        self.retirer.domain_ended()
+        self.relocation.look_again()
 
     def _conditions(self, snapshot: Snapshot) -> tuple[Condition, ...]:
         about = Circumstances(

@@ -26,12 +26,13 @@ from pgofflined.notify import NullNotifier
 from pgofflined.relocation import KernelLinks, Relocator
 from pgofflined.savewatch import TELL_AGAIN, SaveWatch
 from pgofflined.saving import Saves, only_one, write_note
-from pgofflined.service import Service, World
+from pgofflined.service import Service
 from pgofflined.sim.clock import ManualClock, WallClock
 from pgofflined.sim.ends import SimulatedEnds
 from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import DemoHost, demo_host
 from pgofflined.store import Store
+from pgofflined.world import World
 
 NOTE = SaveNote(
     domain=DomainIdentity(Domid(7), UUID(int=7)),

@@ -24,7 +24,7 @@ from pgofflined.journal_log import FieldHandler
 from pgofflined.notify import NullNotifier
 from pgofflined.relocation import KernelLinks
 from pgofflined.saving import Saves
-from pgofflined.service import Service, World
+from pgofflined.service import Service
 from pgofflined.sim.activity import MemoryChecker
 from pgofflined.sim.clock import ManualClock
 from pgofflined.sim.dimm import FailingDimm
@@ -32,6 +32,7 @@ from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import DemoHost, SmallHost, small_host
 from pgofflined.sim.telemetry import SimulatedTelemetry
 from pgofflined.store import Store
+from pgofflined.world import World
 
 EVERY_FIELD = {"BANK", "STATUS", "ADDR", "MISC", "SOCKET", "APICID", "MCG_STATUS", "MCG_CAP"}
 WITH_SER_P, WITHOUT_SER_P = 0x0F00_0C14, 0x1C09

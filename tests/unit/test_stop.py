@@ -38,12 +38,13 @@ from pgofflined.notify import NullNotifier
 from pgofflined.ports import SuspendLimits
 from pgofflined.relocation import KernelLinks, Relocator
 from pgofflined.relocation.relocator import BreakOff
-from pgofflined.service import Service, World
+from pgofflined.service import Service
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.guests import Answer, SimulatedDomain, SuspendBehaviour
 from pgofflined.sim.scenarios import SmallHost, small_host
 from pgofflined.sim.telemetry import SimulatedTelemetry
 from pgofflined.store import Store
+from pgofflined.world import World
 from tests.crash.killing import MortalJournal
 from tests.unit.test_service_saves import saves_in
 

@@ -29,7 +29,7 @@ from pgofflined.notify import NullNotifier
 from pgofflined.relocation import KernelLinks
 from pgofflined.relocation.relocator import BreakOff
 from pgofflined.saving import Saves
-from pgofflined.service import Service, World
+from pgofflined.service import Service
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.ends import SimulatedEnds
 from pgofflined.sim.faults import Fault, FaultyHypervisor
@@ -38,6 +38,7 @@ from pgofflined.sim.journal import MemoryJournal
 from pgofflined.sim.scenarios import SmallHost, small_host
 from pgofflined.sim.telemetry import SimulatedTelemetry
 from pgofflined.store import Store
+from pgofflined.world import World
 
 PATIENCE = 30.0
 
