@@ -142,6 +142,9 @@ def _write(unfinished: UnfinishedJob, version: int) -> None:
     if version == _VERSION_3:
         _fill_3(connection, unfinished)
     else:
+        # Whose it is stands there in every format; of the rest nobody knows anything.
+        connection.executescript(_SCHEMA_3.partition(";")[0] + ";")
+        _fill_job(connection, unfinished)
         connection.execute("CREATE TABLE other (nobody INTEGER, knows BLOB)")
     connection.execute(f"PRAGMA user_version = {version}")
     connection.commit()
@@ -156,9 +159,8 @@ def _stage_3(unfinished: UnfinishedJob) -> bytes:
     return b"%b%016x" % (letter, unfinished.hold.cpu_time or 0)
 
 
-def _fill_3(connection: sqlite3.Connection, unfinished: UnfinishedJob) -> None:
-    connection.executescript(_SCHEMA_3)
-    record, group = unfinished.record, unfinished.group
+def _fill_job(connection: sqlite3.Connection, unfinished: UnfinishedJob) -> None:
+    record = unfinished.record
     connection.execute(
         "INSERT INTO job VALUES (?, ?, ?, ?, ?)",
         (
@@ -169,6 +171,12 @@ def _fill_3(connection: sqlite3.Connection, unfinished: UnfinishedJob) -> None:
             record.began,
         ),
     )
+
+
+def _fill_3(connection: sqlite3.Connection, unfinished: UnfinishedJob) -> None:
+    connection.executescript(_SCHEMA_3)
+    _fill_job(connection, unfinished)
+    group = unfinished.group
     if group is None:
         return
     references = group.references
