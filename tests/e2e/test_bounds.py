@@ -46,6 +46,7 @@ def test_a_burst_of_errors_on_thirty_pages_retires_no_more_than_the_cap(host: Ho
     guest.assert_clean()
 
 
+@pytest.mark.slow
 def test_an_operator_who_asks_for_thirty_pages_at_once_gets_no_more_than_the_cap(
     host: Host,
 ) -> None:

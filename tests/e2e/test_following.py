@@ -75,7 +75,13 @@ def wait_for_tries(daemon: Daemon, mfn: int) -> None:
 
 
 @pytest.mark.hosts(NATIVE)
-@pytest.mark.parametrize("moved", [True, False], ids=["moved-by-hand", "ended"])
+@pytest.mark.parametrize(
+    "moved",
+    [
+        pytest.param(True, marks=pytest.mark.slow, id="moved-by-hand"),
+        pytest.param(False, id="ended"),
+    ],
+)
 def test_a_page_that_was_left_is_known_to_be_offline_when_its_guest_has_gone_off_it(
     host: Host, *, moved: bool
 ) -> None:

@@ -47,7 +47,10 @@ def stops(host: Host, policy: str, count: int | str, guests: list[Guest]) -> lis
 @pytest.mark.parametrize(
     "count", [4, pytest.param(15, marks=pytest.mark.slow)], ids=["a-few", "many"]
 )
-@pytest.mark.parametrize("policy", [POLICY, LATE], ids=["in-time", "late"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(POLICY, id="in-time"), pytest.param(LATE, id="late", marks=pytest.mark.slow)],
+)
 def test_no_guest_stands_still_when_the_service_has_stopped_at_any_moment_of_a_job(
     host: Host, policy: str, count: int
 ) -> None:
@@ -61,6 +64,7 @@ def test_no_guest_stands_still_when_the_service_has_stopped_at_any_moment_of_a_j
         guest.assert_clean()
 
 
+@pytest.mark.slow
 def test_a_stop_waits_for_a_guest_that_has_taken_the_request_and_not_followed_it(
     host: Host,
 ) -> None:
@@ -71,7 +75,10 @@ def test_a_stop_waits_for_a_guest_that_has_taken_the_request_and_not_followed_it
     guest.assert_clean()
 
 
-@pytest.mark.parametrize("policy", [DRY, NOT_THESE], ids=["dry-run", "denied"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(DRY, id="dry-run"), pytest.param(NOT_THESE, id="denied", marks=pytest.mark.slow)],
+)
 def test_no_guest_is_suspended_for_a_queued_job_after_the_policy_has_forbidden_it(
     host: Host, policy: str
 ) -> None:

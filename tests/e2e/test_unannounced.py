@@ -61,8 +61,10 @@ def watched(host: Host, guest: Guest) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("policy", "announcements"),
-    [(POLICY, (None, "", "0")), (NAMED, ("0",))],
-    ids=["not-named", "named"],
+    [
+        pytest.param(POLICY, (None, "", "0"), id="not-named"),
+        pytest.param(NAMED, ("0",), id="named", marks=pytest.mark.slow),
+    ],
 )
 def test_a_guest_that_does_not_announce_it_is_never_asked_to_suspend(
     host: Host, policy: str, announcements: tuple[str | None, ...]

@@ -53,6 +53,7 @@ def test_a_guest_that_the_release_before_left_standing_still_runs_on_whole(host:
             guest.assert_clean()
 
 
+@pytest.mark.slow
 def test_a_guest_of_an_unknown_record_runs_on_where_its_memory_is_whole(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
     with running(host):
