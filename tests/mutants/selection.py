@@ -55,7 +55,19 @@ GROUPS: Final = (
         modules=_core("classify", "machine", "reports", "telemetry", "xenversion"),
         tests=_unit(
             *("core/test_classify.py", "core/test_classify_recovery.py", "core/test_machine.py"),
-            *("core/test_telemetry.py", "core/test_xenversion.py"),
+            *("core/test_public_reports.py", "core/test_telemetry.py", "core/test_xenversion.py"),
+        ),
+    ),
+    Group(
+        name="people",
+        modules=(
+            *_core("conditions", "incidents", "suspending"),
+            *_beside("attention", "endwatch", "marks", "operations"),
+        ),
+        tests=_unit(
+            *("core/test_conditions.py", "core/test_incidents.py", "core/test_suspending.py"),
+            *("exchanger/test_marks.py", "test_attention.py", "test_promises.py"),
+            "test_service_people.py",
         ),
     ),
     Group(
@@ -82,6 +94,7 @@ GROUPS: Final = (
         tests=_unit(
             *("test_consequences.py", "test_dispositions.py", "test_intake.py", "test_promises.py"),
             *("test_retirer.py", "test_retirer_guests.py", "test_retiring.py"),
+            *("test_service_errors.py", "test_service_pages.py"),
         ),
     ),
     Group(
