@@ -101,6 +101,7 @@ def test_a_page_that_was_left_is_known_to_be_offline_when_its_guest_has_gone_off
         assert daemon.attention(f"{ring:#x}") == []
 
 
+@pytest.mark.slow
 @pytest.mark.hosts(NATIVE)
 def test_a_page_that_xen_has_allocated_to_nobody_is_xens(host: Host) -> None:
     guest = host.start_guest(GuestSpec(name="pv", vcpus=2, memory_mib=96))

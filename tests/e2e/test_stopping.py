@@ -75,10 +75,8 @@ def test_a_stop_waits_for_a_guest_that_has_taken_the_request_and_not_followed_it
     guest.assert_clean()
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [pytest.param(DRY, id="dry-run"), pytest.param(NOT_THESE, id="denied", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [DRY, NOT_THESE], ids=["dry-run", "denied"])
 def test_no_guest_is_suspended_for_a_queued_job_after_the_policy_has_forbidden_it(
     host: Host, policy: str
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_guest_that_does_not_announce_it_is_never_asked_to_suspend(
     guest.assert_clean()
 
 
+@pytest.mark.slow
 def test_a_guest_that_does_not_announce_it_is_asked_where_the_policy_names_it(host: Host) -> None:
     guest = quiet(host)
     mfns = frames(host, "data", guest.domid, 2)

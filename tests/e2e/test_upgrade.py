@@ -66,6 +66,7 @@ def test_a_guest_of_an_unknown_record_runs_on_where_its_memory_is_whole(host: Ho
             guest.assert_clean()
 
 
+@pytest.mark.slow
 def test_a_guest_of_an_unknown_record_is_held_where_its_memory_was_being_changed(
     host: Host,
 ) -> None:
