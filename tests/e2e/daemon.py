@@ -121,6 +121,18 @@ class Daemon:
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
         return float(values[series])
 
+    def wait_for_the_next(self, before: int) -> None:
+        """Wait until another process than that serves."""
+        wait_until(
+            lambda: (
+                self.host.run(["systemctl", "is-active", UNIT], check=False).out.strip() == "active"
+                and self.pid() not in (0, before)
+            ),
+            timeout=180,
+            what="the next daemon",
+            interval=1,
+        )
+
     def pid(self) -> int:
         """The daemon's process."""
         return int(self.host.run(["systemctl", "show", "-P", "MainPID", UNIT]).out)

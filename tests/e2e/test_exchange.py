@@ -157,8 +157,9 @@ def test_a_daemon_that_is_killed_while_a_guest_stands_still_is_followed_by_one_t
     guest = host.start_guest(GuestSpec(name="pv", vcpus=2))
     [mfn] = frames(host, "data", guest.domid, 1)
     with running(host) as daemon:
+        before = daemon.pid()
         killer = (
-            f"{TESTS}.kill_when_suspended {guest.domid} {daemon.pid()} > /tmp/killed & "
+            f"{TESTS}.kill_when_suspended {guest.domid} {before} > /tmp/killed & "
             "until grep -q watching /tmp/killed; do sleep 0.1; done; "
             f"pgofflined offline {mfn:#x} || true; wait"
         )
@@ -167,8 +168,10 @@ def test_a_daemon_that_is_killed_while_a_guest_stands_still_is_followed_by_one_t
         wait_until(
             lambda: "an exchange was cut off" in daemon.journal(),
             timeout=120,
-            what="the next daemon's word on what it found",
+            what="the word on what the killed one has left",
         )
+        # Already before the next one starts is the guest let go.
+        daemon.wait_for_the_next(before)
         daemon.wait_for(mfn, "offlined")
         assert daemon.state(mfn) == "OFFLINED"
         assert host.run("ls /run/pgofflined/jobs").out == ""
