@@ -280,7 +280,8 @@ class Aftercare:
 
         By its uuid, for a migration may have left two of them, or it may be another by now.
         """
-        same = [info for info in self._xen.domains() if info.uuid == domain.uuid and not info.dying]
+        here = self._xen.conditions()
+        same = [info for info in here if info.uuid == domain.uuid and not info.dying]
         return not same or (len(same) == 1 and same[0].shutdown is None and not same[0].paused)
 
     def _let_go(self, info: DomainInfo, case: _Case) -> tuple[_Found, _Case]:

@@ -20,7 +20,7 @@ from pgofflined.core.outcomes import (
     Refusal,
     RefusalReason,
 )
-from pgofflined.core.policy import Backoff, Denied, Policy, domain_allowed
+from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
 from pgofflined.core.relocation_outcomes import (
     NotRelocated,
     Relocated,
@@ -228,8 +228,7 @@ class Consequences:
                     "once, for its programs may read zeros there"
                 )
                 tell(logging.CRITICAL, Event.PAGE_DAMAGED, what, old, domid=domid, job=job)
-                entry = self._ledger.book.get(old)
-                if new != old and entry is not None and not entry.marked:
+                if new != old and not self._ledger.book[old].marked:
                     # It is free, and nothing keeps it from the next who needs a page.
                     self._wait_for_xen(old)
                 else:
@@ -239,8 +238,9 @@ class Consequences:
 
     def _wait_for_xen(self, mfn: Mfn) -> None:
         """A page has left its guest, and is not out of use yet."""
-        entry = self._ledger.book.get(mfn)
-        if entry is None or entry.marked:
+        # What was marked while its guest was held is not booked as such.
+        marked = self._ledger.book[mfn].marked
+        if marked or self._policy().exchange.mark is not Marking.AFTER_SCRUB:
             self._ledger.wait(mfn, self._soon, "not_confirmed", "Xen has yet to take it out")
             return
         seconds = self._policy().exchange.scrub_wait
@@ -251,13 +251,12 @@ class Consequences:
         mfn, reason, detail = refusal.mfn, refusal.reason, refusal.detail
         what = f"was not exchanged: {detail}"
         tell(logging.WARNING, Event.PAGE_REFUSED, what, mfn, domid=domain.domid, job=job)
-        entry = self._ledger.book.get(mfn)
-        marked = entry is None or entry.marked
+        entry = self._ledger.book[mfn]
+        marked = entry.marked
         if mfn in self._errors.poisoned or reason in _TRIAGE_TELLS_OF_REFUSALS:
             self._ledger.look_again([mfn])
             return
-        tries = 1 if entry is None else entry.attempts + 1
-        rung = next_rung(reason, tries, self._policy(), marked=marked)
+        rung = next_rung(reason, entry.attempts + 1, self._policy(), marked=marked)
         match rung:
             case LookAgain():
                 self._ledger.wait(mfn, self._soon, reason.value, detail, marked=marked)
@@ -273,8 +272,7 @@ class Consequences:
 
     def _to_save(self, mfn: Mfn, domain: DomainIdentity, refusal: Refusal) -> None:
         """Have a PV guest saved and restored, for its page cannot be exchanged."""
-        entry = self._ledger.book.get(mfn)
-        name = "" if entry is None else entry.domain_name
+        name = self._ledger.book[mfn].domain_name
         reason, detail = refusal.reason.value, refusal.detail
         answer = domain_allowed(self._policy().domains, name, domain.uuid)
         if isinstance(answer, Denied):

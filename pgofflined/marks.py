@@ -45,7 +45,7 @@ def take_marks_back(xen: FrameControl, mfns: Iterable[Mfn]) -> list[str]:
     """
     problems = []
     for mfn in mfns:
-        problem = _take_back(xen, mfn)
+        problem = take_mark_back(xen, mfn)
         if problem is not None:
             problems.append(
                 f"the mark of mfn {mfn:#x} could not be taken back ({problem}); if its owner ends "
@@ -55,7 +55,8 @@ def take_marks_back(xen: FrameControl, mfns: Iterable[Mfn]) -> list[str]:
     return problems
 
 
-def _take_back(xen: FrameControl, mfn: Mfn) -> PortError | None:
+def take_mark_back(xen: FrameControl, mfn: Mfn) -> PortError | None:
+    """Take the mark of one page back, if it is still owned; what kept it from that, if anything."""
     problem: PortError | None = None
     for _ in range(_TRIES):
         try:

@@ -23,8 +23,8 @@ from pgofflined.core.status import Fate, FrameAnswer, OfflineAnswer
 from pgofflined.intake import Intake
 from pgofflined.journal_log import event
 from pgofflined.ledger import Ledger
+from pgofflined.owners import find_pv_owner, named_if_possible
 from pgofflined.ports import Clock, Hypervisor
-from pgofflined.triage import find_pv_owner
 
 log = logging.getLogger(__name__)
 
@@ -194,13 +194,13 @@ def _look(mfn: Mfn, xen: Hypervisor) -> tuple[OfflineState | None, str, str]:
         return state, "nobody: it is out of use", ""
     owner = find_pv_owner(mfn, xen)
     if owner is not None:
-        return state, _named(owner), ""
+        return state, _told(named_if_possible(owner, xen)), ""
     if xen.m2p(mfn) is None:
         return state, "free, or Xen's own", ""
     return state, "an HVM or PVH guest", "Xen names it only when the page is marked"
 
 
-def _named(owner: DomainInfo) -> str:
+def _told(owner: DomainInfo) -> str:
     return f"d{owner.domid} ({owner.kind.value}) {owner.name}".strip()
 
 

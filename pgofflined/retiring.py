@@ -41,7 +41,7 @@ from pgofflined.triage import (
     triage,
 )
 from pgofflined.uncorrected import UncorrectedErrors, known_owners, poison_of
-from pgofflined.unresolved import Occasion, look_once_more
+from pgofflined.unresolved import Found, Occasion, look_once_more
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ class Retirer:
             clock=clock,
             policy=lambda: self.policy.exchange,
             poisoned=lambda: self.errors.poisoned,
-            denial=self._exchange_denial,
+            denial=self.denial,
             wedged=self.errors.is_wedged,
             was_restored=lambda domain: domain in self.restored,
         )
@@ -119,6 +119,8 @@ class Retirer:
         self._was_full = False
         # Told when there is room for further pages again.
         self.room_again: Callable[[], None] = nothing
+        # Told when all pages were looked at under the policy that is in force.
+        self.policy_taken_up: Callable[[], None] = nothing
         # Told of each page with an uncorrected error.
         self.poison_reported: Callable[[], None] = nothing
 
@@ -197,7 +199,7 @@ class Retirer:
     async def run(self) -> None:
         """Look after the pages until stopped; begins with what an earlier run left."""
         self.ledger.begin_again()
-        self._look_once_more(Occasion.STARTED)
+        self._look_once_more(Occasion.DOMAIN_ENDED)
         try:
             while not self._stopping:
                 self._wake.clear()
@@ -245,10 +247,9 @@ class Retirer:
         self._occasion = None
         self._next_slow_look = self._clock.monotonic() + self._slowly
         resting = tuple(self.ledger.book.in_phase(*_RESTING))
-        if not resting:
-            self._missed_looks = 0
-            return
-        found = await self._in_thread(lambda: look_once_more(resting, self._xen, occasion))
+        found: Found | None = Found(offlined=(), to_triage=())
+        if resting:
+            found = await self._in_thread(lambda: look_once_more(resting, self._xen, occasion))
         if found is None:
             self._look_is_missed(occasion)
             return
@@ -259,6 +260,8 @@ class Retirer:
             self.consequences.has_left(mfn)
         if self.on_hold() is None:
             self.ledger.look_again(mfn for mfn in found.to_triage if self._may_be_taken_up(mfn))
+        if occasion is Occasion.POLICY_CHANGED:
+            self.policy_taken_up()
         self._wake.set()
 
     def _look_is_missed(self, occasion: Occasion) -> None:
@@ -339,7 +342,7 @@ class Retirer:
         With each, whether an uncorrected error of it was known of.
         """
         rules = Rules(
-            denial=self._exchange_denial,
+            denial=self.denial,
             wedged=lambda domain: self.errors.is_wedged(domain.identity),
             mark_pv_later=self.policy.exchange.mark is Marking.AFTER_SCRUB,
         )
@@ -364,10 +367,8 @@ class Retirer:
         if hold is not None:
             return hold
         answer = domain_allowed(self.policy.domains, domain.name, domain.uuid)
-        return answer.reason if isinstance(answer, Denied) else None
-
-    def _exchange_denial(self, domain: DomainInfo) -> str | None:
-        denial = self.denial(domain)
-        if denial is None and domain.kind is GuestKind.PV and not self.policy.exchange.enabled:
+        if isinstance(answer, Denied):
+            return answer.reason
+        if domain.kind is GuestKind.PV and not self.policy.exchange.enabled:
             return "exchanging pages of PV guests is switched off (exchange.enabled = false)"
-        return denial
+        return None

@@ -142,6 +142,11 @@ class Service:
             saved_in_vain=self.retirer.save_failed,
         )
         self.retirer.poison_reported = self.relocation.poison_reported
+        self.retirer.policy_taken_up = lambda: world.store.set_meta(
+            _POLICY, policy_digest(self.policy)
+        )
+        if world.store.get_meta(_POLICY) != policy_digest(policy):
+            self.retirer.policy_changed(policy)  # while no daemon ran
         self._saves = SaveWatch(world.clock, lambda: self.policy.relocation.time_limit)
         self._connect(policy)
 
@@ -412,3 +417,4 @@ class Service:
 
 _IDLE_SCRUB = "idle_scrub"
 _RESTORED = "restored"
+_POLICY = "policy"

@@ -21,8 +21,8 @@ from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, XenError
 from pgofflined.core.frames import DOM0, DOMID_COW, DOMID_IO, DOMID_XEN, Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineReply, OfflineState
-from pgofflined.core.pages import PageKind, decode_page_type
-from pgofflined.marks import may_join, take_marks_back
+from pgofflined.marks import may_join, take_mark_back, take_marks_back
+from pgofflined.owners import find_pv_owner, named, named_if_possible
 from pgofflined.ports import Hypervisor
 
 log = logging.getLogger(__name__)
@@ -133,9 +133,11 @@ def triage(mfn: Mfn, xen: Hypervisor, rules: Rules, *, poisoned: bool = False) -
         return Left(mfn=mfn, reason=LeftReason.NOT_RAM, detail="it is no memory of this host")
     if state is OfflineState.OFFLINE_PENDING and not xen.version().offlines_free_frames_safely:
         # Set by an earlier release or by hand; its owner may end at any moment.
-        for problem in take_marks_back(xen, [mfn]):
+        problems = take_marks_back(xen, [mfn])
+        for problem in problems:
             log.critical("%s", problem)
-        state = OfflineState.ONLINE
+        if not problems:
+            state = OfflineState.ONLINE
     settled = _settled_by_state(mfn, state) or (
         _poison_settled_by_owner(mfn, state, xen, rules)
         if poisoned
@@ -149,26 +151,6 @@ def triage(mfn: Mfn, xen: Hypervisor, rules: Rules, *, poisoned: bool = False) -
         marked = _is_marked(state)
         return Left(mfn=mfn, reason=LeftReason.UNSAFE_CALL, detail=str(error), marked=marked)
     return _settled_by_reply(mfn, xen, rules, reply, poisoned=poisoned)
-
-
-def find_pv_owner(mfn: Mfn, xen: Hypervisor) -> DomainInfo | None:
-    """The PV domain that owns a page, dom0 included; None for free, Xen's and HVM owners' pages.
-
-    Asks Xen for the frame's type as each PV domain's: for all but the owner that is XTAB.
-    """
-    import numpy as np
-
-    frame = np.array([mfn], dtype=np.uint64)
-    for domain in xen.domains():
-        if domain.kind is not GuestKind.PV:
-            continue
-        try:
-            word = int(xen.page_types(domain.domid, frame)[0])
-        except DomainGone:
-            continue
-        if decode_page_type(word).kind is not PageKind.NOT_THE_DOMAINS:
-            return domain
-    return None
 
 
 def _settled_by_state(mfn: Mfn, state: OfflineState) -> Disposition | None:
@@ -197,23 +179,27 @@ def _settled_by_owner(
             return None
         is_free = xen.m2p(mfn) is None
         why = "it is free, or Xen's own" if is_free else "its guest would have to end"
-        return _unfixed(mfn, why)
+        return _unfixed(mfn, why, marked=_is_marked(state))
     if owner.is_dom0:
         return _dom0(mfn, marked=_is_marked(state))
     if _is_ending(owner) or rules.wedged(owner):
         return _ending(mfn, owner, marked=_is_marked(state))
-    denial = rules.denial(owner)
+    domain = named(owner, xen)
+    if domain is None:
+        return _owner_gone(mfn, owner.domid, marked=_is_marked(state))
+    denial = rules.denial(domain)
     if denial is not None:
-        return _denied(mfn, state, xen, owner, denial)
+        return _denied(mfn, state, xen, domain, denial)
     if not fixed:
         # A freed frame joins its neighbour only where that one is free too, and it is the join
         # that this allocator takes apart wrongly.  Should the guest end while the page waits for
         # its job, both are freed: the mark is set when the guest is held, and not before.
         if may_join(xen, mfn):
-            return _unfixed(mfn, "its neighbour is free, and the two would be joined")
-        return ToExchange(mfn=mfn, domain=owner, marked=False)
+            why = "its neighbour is free, and the two would be joined"
+            return _unfixed(mfn, why, marked=_is_marked(state))
+        return ToExchange(mfn=mfn, domain=domain, marked=_is_marked(state))
     if rules.mark_pv_later:
-        return ToExchange(mfn=mfn, domain=owner, marked=_is_marked(state))
+        return ToExchange(mfn=mfn, domain=domain, marked=_is_marked(state))
     return None
 
 
@@ -236,7 +222,17 @@ def _poison_settled_by_owner(
         detail=f"it has had an uncorrected error, {whose}, and this Xen's allocator is damaged by "
         "taking it out, so that it is not marked: whoever is given it next may be hit.  Reboot the "
         f"host with badpage={mfn:#x} on Xen's command line, and do not end its owner before that",
+        marked=_is_marked(state),
         domain=None if owner is None or owner.is_dom0 else owner,
+    )
+
+
+def _owner_gone(mfn: Mfn, owner: Domid, *, marked: bool) -> Later:
+    return Later(
+        mfn=mfn,
+        reason=LaterReason.OWNER_CHANGED,
+        detail=f"its owner d{owner} has just gone",
+        marked=marked,
     )
 
 
@@ -259,9 +255,21 @@ def _ending(mfn: Mfn, owner: DomainInfo, *, marked: bool) -> Later:
 
 def _denied(mfn: Mfn, state: OfflineState, xen: Hypervisor, owner: DomainInfo, denial: str) -> Left:
     """The page of a domain that the policy excludes has no mark, or none any more."""
+    marked = False
     if state is OfflineState.OFFLINE_PENDING:
-        xen.online(mfn)
-    return Left(mfn=mfn, reason=LeftReason.DENIED, detail=denial, domain=owner)
+        problem = take_mark_back(xen, mfn)
+        if problem is not None:
+            marked = True
+            log.error(
+                "mfn %#x of d%d stays marked, although %s: the mark could not be taken back (%s); "
+                "`xen-hptool mem-online %x` does it",
+                mfn,
+                owner.domid,
+                denial,
+                problem,
+                mfn,
+            )
+    return Left(mfn=mfn, reason=LeftReason.DENIED, detail=denial, marked=marked, domain=owner)
 
 
 def _settled_by_reply(
@@ -314,16 +322,11 @@ def _settled_by_marked_owner(
             marked=True,
         )
     try:
-        domain = xen.domain(owner)
+        unnamed = xen.condition(owner)
     except DomainGone:
-        return Later(
-            mfn=mfn,
-            reason=LaterReason.OWNER_CHANGED,
-            detail=f"its owner d{owner} has just gone",
-            marked=True,
-        )
-    if _is_ending(domain):
-        return _ending(mfn, domain, marked=True)
+        return _owner_gone(mfn, owner, marked=True)
+    if _is_ending(unnamed):
+        return _ending(mfn, unnamed, marked=True)
     if poisoned:
         return Left(
             mfn=mfn,
@@ -331,8 +334,11 @@ def _settled_by_marked_owner(
             detail="it has had an uncorrected error, must not be copied, and is marked: it goes "
             f"out of use when d{owner} ends; restart that guest, do not save or migrate it",
             marked=True,
-            domain=domain,
+            domain=named_if_possible(unnamed, xen),
         )
+    domain = named(unnamed, xen)
+    if domain is None:
+        return _owner_gone(mfn, owner, marked=True)
     denial = rules.denial(domain)
     if denial is not None:
         return _denied(mfn, OfflineState.OFFLINE_PENDING, xen, domain, denial)
@@ -359,10 +365,11 @@ def _xens(mfn: Mfn, *, marked: bool) -> Left:
     )
 
 
-def _unfixed(mfn: Mfn, why: str) -> Left:
+def _unfixed(mfn: Mfn, why: str, *, marked: bool) -> Left:
     return Left(
         mfn=mfn,
         reason=LeftReason.UNFIXED_XEN,
+        marked=marked,
         detail=f"{why}: this Xen's allocator is damaged by taking such a page out; "
         "update Xen (4.20.4, 4.21.2, 4.22 or later), or plan a reboot with badpage=",
     )

@@ -18,8 +18,8 @@ from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
+from pgofflined.owners import find_pv_owner
 from pgofflined.ports import Hypervisor
-from pgofflined.triage import find_pv_owner
 
 log = logging.getLogger(__name__)
 

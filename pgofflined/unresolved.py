@@ -27,9 +27,7 @@ class Occasion(IntEnum):
     SLOWLY = 0
     """Nothing is known to have changed."""
     DOMAIN_ENDED = 1
-    STARTED = 2
-    """The configuration may be another than that of the daemon before."""
-    POLICY_CHANGED = 3
+    POLICY_CHANGED = 2
     """By somebody who has perhaps seen to what was in the way."""
 
 
@@ -51,16 +49,6 @@ _FINAL: Final = frozenset(
         "damaged",
     }
 )
-# What the policy alone has decided.
-_BY_POLICY: Final = frozenset(
-    {
-        LeftReason.DENIED.value,
-        RelocationReason.DISABLED.value,
-        RelocationReason.NO_TARGET.value,
-        RelocationReason.TARGET_IS_THIS_HOST.value,
-        "no_relocation",
-    }
-)
 _HELD_BACK: Final = OfflineState.OFFLINE_PENDING | OfflineState.BROKEN
 
 
@@ -73,7 +61,7 @@ def look_once_more(
     is left as it is.
     """
     try:
-        living = frozenset(domain.identity for domain in xen.domains() if not domain.dying)
+        living = frozenset(domain.identity for domain in xen.conditions() if not domain.dying)
     except PortError:
         return None
     offlined: list[Mfn] = []
@@ -110,7 +98,5 @@ def _has_changed(
         return True  # somebody has taken the mark back
     if occasion is Occasion.POLICY_CHANGED:
         return True
-    if entry.reason in _BY_POLICY:
-        return occasion is Occasion.STARTED
     # Whose it is could not be told, or the call could not be made safely.
     return entry.domain is None and not entry.marked and occasion is Occasion.SLOWLY

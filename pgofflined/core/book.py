@@ -110,6 +110,10 @@ class Book:
     def __contains__(self, mfn: object) -> bool:
         return mfn in self._entries
 
+    def __getitem__(self, mfn: Mfn) -> PageEntry:
+        """The entry of a page that has one.  Raises KeyError."""
+        return self._entries[mfn]
+
     def get(self, mfn: Mfn) -> PageEntry | None:
         """The entry of a page, if it has one."""
         return self._entries.get(mfn)

@@ -132,6 +132,13 @@ class DomainControl(Protocol):
         """One domain.  Raises DomainGone."""
         ...
 
+    def conditions(self) -> Sequence[DomainInfo]:
+        """All domains as ``domains`` gives them, only without their names.
+
+        Xen alone is asked, so that it can be told while xenstored is down.
+        """
+        ...
+
     def condition(self, domid: Domid) -> DomainInfo:
         """One domain as ``domain`` gives it, only quicker and without its name.
 

@@ -34,6 +34,10 @@ class SimulatedDomainControl(HostState):
         with self.call("getdomaininfo", domid):
             return self.simulated(domid).info()
 
+    def conditions(self) -> Sequence[DomainInfo]:
+        """All domains, without their names."""
+        return [replace(info, name="") for info in self.domains()]
+
     def condition(self, domid: Domid) -> DomainInfo:
         """One domain, without its name."""
         with self.call("getdomaininfo", domid):

@@ -174,6 +174,10 @@ class FaultyHypervisor:
         """See ``ports.DomainControl``."""
         return self._call("domain", (domid,), lambda: self.inner.domain(domid))
 
+    def conditions(self) -> Sequence[DomainInfo]:
+        """See ``ports.DomainControl``."""
+        return self._call("conditions", (), self.inner.conditions)
+
     def condition(self, domid: Domid) -> DomainInfo:
         """See ``ports.DomainControl``."""
         return self._call("condition", (domid,), lambda: self.inner.condition(domid))

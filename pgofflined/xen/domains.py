@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 from uuid import UUID
 
@@ -58,18 +58,23 @@ class Domains:
 
     def domains(self) -> Sequence[DomainInfo]:
         """All domains in the order of their domids, hence dom0 first."""
-        found: list[DomainInfo] = []
-        first = 0
         with self._stores() as store:
-            while first < DOMID_FIRST_RESERVED:
-                batch = self._list(first)
-                found += [
-                    _decode(info, _name(store.read(_name_path(info.domain)))) for info in batch
-                ]
-                if len(batch) < _BATCH:
-                    break
-                first = batch[-1].domain + 1
-        return found
+            return [
+                _decode(info, _name(store.read(_name_path(info.domain)))) for info in self._all()
+            ]
+
+    def conditions(self) -> Sequence[DomainInfo]:
+        """All domains without their names, which take xenstore."""
+        return [_decode(info, "") for info in self._all()]
+
+    def _all(self) -> Iterator[GetDomainInfo | GetDomainInfoBefore416]:
+        first = 0
+        while first < DOMID_FIRST_RESERVED:
+            batch = self._list(first)
+            yield from batch
+            if len(batch) < _BATCH:
+                break
+            first = batch[-1].domain + 1
 
     def domain(self, domid: Domid) -> DomainInfo:
         """One domain.  Raises DomainGone."""

@@ -152,6 +152,10 @@ class XenHypervisor:
         """One domain."""
         return self._domains.domain(domid)
 
+    def conditions(self) -> Sequence[DomainInfo]:
+        """All domains, without their names."""
+        return self._domains.conditions()
+
     def condition(self, domid: Domid) -> DomainInfo:
         """One domain, without its name."""
         return self._domains.condition(domid)

@@ -33,6 +33,13 @@ def test_list_and_single_answers_agree(hypervisor: Hypervisor, host: ContractHos
     assert listed.kind == hypervisor.domain(host.pv).kind
 
 
+def test_domains_are_listed_without_their_names_as_well(hypervisor: Hypervisor) -> None:
+    listed = {info.identity: info.kind for info in hypervisor.domains()}
+
+    assert {info.identity: info.kind for info in hypervisor.conditions()} == listed
+    assert {info.name for info in hypervisor.conditions()} == {""}
+
+
 def test_pv_guest_is_known_as_pv(hypervisor: Hypervisor, host: ContractHost) -> None:
     info = hypervisor.domain(host.pv)
 

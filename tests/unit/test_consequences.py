@@ -18,10 +18,10 @@ from pgofflined.core.outcomes import (
     Exchanged,
     RefusalReason,
 )
-from pgofflined.core.policy import DomainPolicy
+from pgofflined.core.policy import DomainPolicy, Marking
 from pgofflined.core.relocation_outcomes import NotRelocated, Relocated, RelocationReason
 
-from .whole import Whole, at_work
+from .whole import Whole, at_work, exchanging
 from .whole_pages import SLOW, entry_of, fields, finish, in_hand, poison, refusal, told
 
 # How an exchange ended.
@@ -30,7 +30,8 @@ from .whole_pages import SLOW, entry_of, fields, finish, in_hand, poison, refusa
 async def test_an_exchanged_page_is_out_of_use_when_xen_has_said_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with at_work(tmp_path, SLOW) as whole:
+    later = exchanging(SLOW, mark=Marking.AFTER_SCRUB)
+    async with at_work(tmp_path, later) as whole:
         done, marked, unmarked = (whole.plain(which) for which in range(3))
         in_hand(whole, done)
         in_hand(whole, marked)
@@ -57,6 +58,16 @@ async def test_an_exchanged_page_is_out_of_use_when_xen_has_said_so(
         # Only what Xen took out unscrubbed keeps an idle CPU searching.
         assert whole.service.snapshot().idle_scrub == 1
         assert len(told(caplog, Event.IDLE_SCRUB_HAZARD)) == 1
+
+
+async def test_a_page_that_was_marked_while_its_guest_was_held_is_not_said_to_be_scrubbed(
+    tmp_path: Path,
+) -> None:
+    async with at_work(tmp_path, SLOW) as whole:
+        mfn = whole.plain()
+        in_hand(whole, mfn, marked=False)
+        finish(whole, Exchanged(old=mfn, new=Mfn(9), pfn=Pfn(1), references=1, offlined=False))
+        assert entry_of(whole, mfn).reason == "not_confirmed"
 
 
 async def test_what_keeps_an_idle_cpu_searching_is_counted_and_told_once(

@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 from pgofflined.core.book import Cause, PageEntry, Phase
-from pgofflined.core.errors import XenError
+from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.events import Event
-from pgofflined.core.frames import maddr_of
+from pgofflined.core.frames import Mfn, maddr_of
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import DomainPolicy, Marking, Policy, RelocationPolicy
 from pgofflined.core.status import Fate
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.core.units import AmountOfMemory
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.sim.faults import Fault
-from pgofflined.sim.frames import INVALID_M2P
+from pgofflined.sim.frames import INVALID_M2P, FrameState
 from pgofflined.sim.guests import SuspendBehaviour
 from pgofflined.sim.host import HostSpec
 from pgofflined.sim.layout import PvSpec
@@ -437,3 +438,59 @@ async def test_a_domain_that_xen_has_hit_is_not_marked_although_it_could_not_be_
         await whole.corrected(other)
         assert (await whole.page(other, Phase.WAITING)).reason == "owner_ending"
         assert whole.calls("offline", other) == 0
+
+
+async def test_a_page_with_an_uncorrected_error_is_marked_while_xenstored_is_down(
+    tmp_path: Path,
+) -> None:
+    down = PortError("xenstored does not answer")
+    names = [Fault(method=method, times=10**6, error=down) for method in ("domain", "domains")]
+    async with at_work(tmp_path, faults=names) as whole:
+        frames = whole.small.host.frames
+        free = next(Mfn(mfn) for mfn in range(frames.count) if frames.state[mfn] == FrameState.FREE)
+        owned, pvh = whole.plain(), whole.small.host.frame_of(whole.small.pvh, 5)
+        for mfn in (free, owned, pvh):
+            whole.telemetry.push_ucna(maddr_of(mfn))
+        await whole.page(free, Phase.OFFLINED)
+        for mfn, domid in ((owned, whole.small.pv), (pvh, whole.small.pvh)):
+            entry = await whole.page(mfn, Phase.LEFT, reason="uncorrected")
+            assert entry.marked
+            assert entry.domain is not None
+            assert entry.domain.domid == domid
+        # Whom the policy excludes is told by names.
+        predicted = whole.plain(1)
+        await whole.corrected(predicted)
+        await whole.page(predicted, Phase.WAITING, reason="cannot_ask_xen")
+        assert whole.calls("offline", predicted) == 0
+        assert whole.suspended() == []
+        whole.xen.plan.clear()
+        await whole.page(predicted, Phase.OFFLINED)
+
+
+async def test_a_guest_that_is_named_before_a_restart_is_asked_after_it(tmp_path: Path) -> None:
+    small = small_host(clock=SettableClock(), guest=PvSpec(name="silent"))
+    small.host.simulated(small.pv).suspend_support = SuspendSupport.SILENT
+    async with at_work(tmp_path, exchanging(attempts=1), small=small) as whole:
+        mfn = whole.plain()
+        await whole.corrected(mfn)
+        await whole.page(mfn, Phase.LEFT, reason="suspend_unannounced")
+    async with at_work(tmp_path, exchanging(ask_unannounced=("silent",)), small=small) as whole:
+        await whole.page(mfn, Phase.OFFLINED)
+
+
+async def test_a_restart_alone_asks_no_guest_again(tmp_path: Path) -> None:
+    small = small_host(clock=SettableClock())
+    once = exchanging(attempts=1)
+    async with at_work(tmp_path, once, small=small) as whole:
+        refused = whole.granted()
+        await whole.corrected(refused)
+        await whole.page(refused, Phase.LEFT, reason="granted")
+        small.host.simulated(small.pv).grants.clear()
+    async with at_work(tmp_path, once, small=small) as whole:
+        other = whole.plain(1)
+        await whole.corrected(other)
+        await whole.page(other, Phase.OFFLINED)
+        assert whole.suspended() == [small.pv]
+        assert whole.pages([refused, other], Phase.LEFT) == [refused]
+    async with at_work(tmp_path, exchanging(attempts=2), small=small) as whole:
+        await whole.page(refused, Phase.OFFLINED)

@@ -94,6 +94,9 @@ class Bench:
             case "dry run":
                 retire = replace(self.policy.retire, dry_run=True)
                 self.service.apply(replace(self.policy, retire=retire))
+            case "no exchange":
+                exchange = replace(self.policy.exchange, enabled=False)
+                self.service.apply(replace(self.policy, exchange=exchange))
             case "note":
                 write_note(replace(NOTE, domain=self.guest), self.mover.notes, new=True)
             case _:
@@ -155,7 +158,7 @@ async def bench_at(folder: Path, outcome: MigrationOutcome) -> AsyncIterator[Ben
             stop.set()
 
 
-@pytest.mark.parametrize("how", ["poison", "deny", "dry run", "note"])
+@pytest.mark.parametrize("how", ["poison", "deny", "dry run", "no exchange", "note"])
 async def test_no_save_is_begun_where_the_service_knows_better(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, how: str
 ) -> None:

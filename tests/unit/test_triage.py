@@ -6,6 +6,7 @@ from pgofflined.core.domains import DomainInfo
 from pgofflined.core.frames import DOM0, Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.xenversion import XenVersion
+from pgofflined.owners import find_pv_owner
 from pgofflined.ports import Hypervisor
 from pgofflined.sim.faults import FaultyHypervisor
 from pgofflined.sim.frames import FrameState
@@ -22,7 +23,6 @@ from pgofflined.triage import (
     Rules,
     ToExchange,
     ToRelocate,
-    find_pv_owner,
     triage,
 )
 

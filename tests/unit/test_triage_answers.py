@@ -11,6 +11,7 @@ import pytest
 from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, XenError
 from pgofflined.core.frames import DOM0, DOMID_COW, DOMID_IO, DOMID_XEN, Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineReply, OfflineState
+from pgofflined.owners import find_pv_owner
 from pgofflined.sim.faults import Fault, FaultyHypervisor
 from pgofflined.sim.frames import INVALID_M2P
 from pgofflined.sim.machine import SimulatedHost
@@ -24,7 +25,6 @@ from pgofflined.triage import (
     Offlined,
     Rules,
     ToExchange,
-    find_pv_owner,
     triage,
 )
 
@@ -333,3 +333,46 @@ def test_no_further_page_of_dom0_is_marked_after_xen_has_broken_one_of_it() -> N
     disposition = triage(mfn, traced, rules, poisoned=True)
     assert _described(disposition) == (LeftReason.DOM0, False)
     assert "offline" not in traced.trace.methods
+
+
+def test_a_page_whose_mark_cannot_be_taken_back_is_said_to_be_marked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for owner in ("pv", "neighbour", "pvh", "poisoned"):
+        small = small_host(UNFIXED)
+        mfn = small.host.frame_of(small.pvh, 5) if owner == "pvh" else pv_frame(small)
+        if (small.host.m2p(Mfn(mfn ^ 1)) is None) is not (owner == "neighbour"):
+            small.host.set_m2p(Mfn(mfn ^ 1), int(INVALID_M2P) if owner == "neighbour" else 1)
+        small.host.offline(mfn)
+        xen = FaultyHypervisor(small.host, Fault(method="online", times=10**6, errno=EPERM))
+        disposition = triage(mfn, xen, OPEN, poisoned=owner == "poisoned")
+        assert isinstance(disposition, ToExchange if owner == "pv" else Left)
+        assert disposition.marked
+        assert "offline" not in xen.trace.methods
+        assert f"xen-hptool mem-online {mfn:x}" in caplog.records[-1].getMessage()
+
+
+def test_a_denied_page_whose_mark_cannot_be_taken_back_is_said_to_be_marked(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rules = replace(OPEN, denial=lambda domain: f"{domain.name} is denied")
+    for of_pv in (True, False):
+        small = small_host()
+        mfn = pv_frame(small) if of_pv else small.host.frame_of(small.pvh, 5)
+        small.host.offline(mfn)
+        xen = FaultyHypervisor(small.host, Fault(method="online", times=10**6, errno=EPERM))
+        assert _described(triage(mfn, xen, rules)) == (LeftReason.DENIED, True)
+        assert f"xen-hptool mem-online {mfn:x}" in caplog.records[-1].getMessage()
+
+
+def test_the_mark_of_a_denied_page_that_has_gone_out_of_use_meanwhile_is_left() -> None:
+    small = small_host()
+    mfn = pv_frame(small)
+    small.host.offline(mfn)
+
+    def ends(_domain: object) -> str:
+        small.host.destroy(small.pv)
+        return "it is denied"
+
+    triage(mfn, small.host, replace(OPEN, denial=ends))
+    assert small.host.query(mfn) is OfflineState.OFFLINED

@@ -51,8 +51,8 @@ def page(small: SmallHost, *, marked: bool) -> PageEntry:
     ("changes", "occasions"),
     [
         ({}, {Occasion.POLICY_CHANGED}),
-        ({"reason": "denied"}, {Occasion.STARTED, Occasion.POLICY_CHANGED}),
-        ({"reason": "no_relocation"}, {Occasion.STARTED, Occasion.POLICY_CHANGED}),
+        ({"reason": "denied"}, {Occasion.POLICY_CHANGED}),
+        ({"reason": "no_relocation"}, {Occasion.POLICY_CHANGED}),
         ({"domain": GONE}, ALWAYS),
         ({"domain": GONE, "reason": "damaged"}, ALWAYS),
         ({"reason": "damaged"}, NEVER),
@@ -108,14 +108,14 @@ def test_a_page_with_an_uncorrected_error_is_to_be_held_back_always(
     assert found.to_triage == ((entry.mfn,) if state == "neither" else ())
 
 
-@pytest.mark.parametrize("method", ["domains", "query"])
+@pytest.mark.parametrize("method", ["conditions", "query"])
 def test_a_xen_that_cannot_be_asked_changes_nothing(method: str) -> None:
     small = small_host()
     entry = replace(page(small, marked=True), domain=GONE)
     fault = Fault(method=method, error=XenError(EIO, op=method))
     deaf = FaultyHypervisor(small.host, fault)
     told = look_once_more([entry], deaf, Occasion.POLICY_CHANGED)
-    assert told == (None if method == "domains" else NOTHING)
+    assert told == (None if method == "conditions" else NOTHING)
     assert looked([entry], deaf, Occasion.POLICY_CHANGED).to_triage == (entry.mfn,)
 
 

@@ -20,7 +20,7 @@ from pgofflined.core.domains import GuestKind
 from pgofflined.core.frames import DOM0, Domid, Mfn
 from pgofflined.core.pagetable import guest_frames, table_levels
 from pgofflined.exchanger.survey import read_p2m
-from pgofflined.triage import find_pv_owner
+from pgofflined.owners import find_pv_owner
 from pgofflined.xen.hypervisor import XenHypervisor
 
 _TRIES = 20_000

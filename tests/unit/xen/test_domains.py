@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 
 from pgofflined.core.domains import GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone, XenError
+from pgofflined.core.errors import DomainGone, PortError, XenError
 from pgofflined.core.frames import Domid
 from pgofflined.xen.abi.domctl import GetDomainInfo
 from pgofflined.xen.abi.sysctl import GetDomainInfoList
@@ -20,19 +20,24 @@ from .recorder import INTERFACE, calling, domain_info, domctl_at, put, sysctl_at
 
 
 class Names:
-    """A xenstore with names only."""
+    """A xenstore with names only, or, without, one that does not answer."""
 
-    def __init__(self, names: dict[int, bytes]) -> None:
+    def __init__(self, names: dict[int, bytes] | None) -> None:
         self.names = names
 
     def read(self, path: str) -> bytes | None:
         _, top, *rest = path.split("/")
         if top != "local" or rest[2] != "name":
             return None
+        if self.names is None:
+            raise PortError("xenstored does not answer")
         return self.names.get(int(rest[1]))
 
 
-def domains_of(infos: list[GetDomainInfo], names: dict[int, bytes] | None = None) -> Domains:
+NO_NAMES: dict[int, bytes] = {}
+
+
+def domains_of(infos: list[GetDomainInfo], names: dict[int, bytes] | None = NO_NAMES) -> Domains:
     def answer(number: int, arguments: tuple[int, ...]) -> int:
         if number == HYPERVISOR_domctl:
             request, place = domctl_at(arguments[0])
@@ -49,7 +54,7 @@ def domains_of(infos: list[GetDomainInfo], names: dict[int, bytes] | None = None
 
     @contextmanager
     def stores() -> Iterator[Names]:
-        yield Names(names or {})
+        yield Names(names)
 
     call, _ = calling(answer)
     return Domains(call, Control(call, INTERFACE), stores=stores)  # type: ignore[arg-type]
@@ -58,6 +63,15 @@ def domains_of(infos: list[GetDomainInfo], names: dict[int, bytes] | None = None
 def test_domains_come_in_order_over_several_calls() -> None:
     infos = [domain_info(domid) for domid in range(0, 600, 2)]
     assert [info.domid for info in domains_of(infos).domains()] == list(range(0, 600, 2))
+
+
+def test_domains_are_listed_although_xenstore_cannot_be_read() -> None:
+    domains = domains_of([domain_info(domid) for domid in range(300)], None)
+    assert [(info.domid, info.name) for info in domains.conditions()] == [
+        (domid, "") for domid in range(300)
+    ]
+    with pytest.raises(PortError, match="xenstored"):
+        domains.domains()
 
 
 def test_domain_is_decoded() -> None:
