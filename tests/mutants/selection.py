@@ -81,7 +81,7 @@ GROUPS: Final = (
     ),
     Group(
         name="pages",
-        modules=_beside("jobs", "ledger", "triage", "uncorrected", "unresolved"),
+        modules=_beside("jobs", "ledger", "owners", "triage", "uncorrected", "unresolved"),
         tests=_unit(
             *("test_jobs.py", "test_ledger.py", "test_triage.py", "test_triage_answers.py"),
             *("test_uncorrected.py", "test_unresolved.py"),
