@@ -90,6 +90,27 @@ class Attention:
         """Take note of a page that Xen has broken, of whose error no source has told."""
         self.incidents.note(unreported_error(mfn, detail, self._clock.now()))
 
+    def note_freed_marked(self, mfn: Mfn) -> None:
+        """Take note of a page that was freed with its mark, which damages an old allocator."""
+        text = (
+            f"mfn {mfn:#x} was freed while it was marked or broken, which may have damaged this "
+            "Xen's allocator: the host may stop, or one frame be given to two guests; move the "
+            "guests away and reboot it, then update Xen"
+        )
+        self.incidents.note(
+            Condition(code=ConditionCode.HEAP_IN_DOUBT, text=text, since=self._clock.now(), mfn=mfn)
+        )
+
+    def note_state_lost(self, lost: str, found: str) -> None:
+        """Take note that what was known of this boot of the host is lost; ``found`` by Xen."""
+        text = (
+            f"{lost}: {found}; of these the ones in use count as pages with an uncorrected error, "
+            "errors are counted anew, and what was known of guests and jobs is in the journal only"
+        )
+        self.incidents.note(
+            Condition(code=ConditionCode.STATE_LOST, text=text, since=self._clock.now())
+        )
+
     def note_recovered(self, reports: Iterable[RecoveryReport]) -> None:
         """Take note of jobs of an earlier process that could not be ended well."""
         for report in reports:

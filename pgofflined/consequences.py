@@ -64,7 +64,8 @@ class Consequences:
 
     ``idle_scrub`` counts the pages that were retired in the way that leaves an idle CPU searching;
     ``idle_scrub_changed`` is told of it.  ``found_broken`` is told, with a sentence, of pages that
-    Xen has broken and of whose error no source has told.
+    Xen has broken and of whose error no source has told.  ``freed_marked`` is told of pages that
+    their owner has freed with their mark on a Xen of which not ``frees_safely``.
     """
 
     def __init__(
@@ -74,8 +75,14 @@ class Consequences:
         policy: Callable[[], Policy],
         chatter: Chatter,
         soon: Backoff = SOON,
+        *,
+        frees_safely: bool = True,
     ) -> None:
         self.idle_scrub = 0
+        self.freed_marked: Callable[[Mfn], None] = lambda _mfn: None
+        self._frees_safely = frees_safely
+        # Whose guest will not be moved off them by an exchange, so that they are marked now.
+        self.to_mark: frozenset[Mfn] = frozenset()
         self.idle_scrub_changed: Callable[[int], None] = lambda _count: None
         self.found_broken: Callable[[Mfn, str], None] = lambda _mfn, _detail: None
         self._ledger = ledger
@@ -126,17 +133,25 @@ class Consequences:
         if entry is not None and entry.marked:
             # Somebody owned it while it was marked, and freed it since.
             self.note_freed_dirty()
+        is_poisoned = mfn in self._errors.poisoned
+        if not self._frees_safely and entry is not None and (entry.marked or is_poisoned):
+            self.freed_marked(mfn)
         self._ledger.offlined(mfn, detail)
 
     def _leave(self, mfn: Mfn, left: Left) -> None:
         if left.reason is LeftReason.NOT_RAM and mfn in self._errors.poisoned:
             # An address of a device: nobody is kept from anything for it.
             self._errors.remove(mfn)
-        elif left.reason is LeftReason.BROKEN and mfn not in self._errors.poisoned:
+        elif left.reason is LeftReason.BROKEN:
             # Not every source tells what Xen does by itself.
-            self._errors.add(mfn)
-            self._ledger.is_poisoned(mfn)
-            self.found_broken(mfn, left.detail)
+            if left.domain is not None:
+                self._errors.add_wedged(left.domain.identity)
+            else:
+                self._ledger.disown(mfn)
+            if mfn not in self._errors.poisoned:
+                self._errors.add(mfn)
+                self._ledger.is_poisoned(mfn)
+                self.found_broken(mfn, left.detail)
         self._ledger.leave(
             mfn, left.reason.value, left.detail, marked=left.marked, domain=left.domain
         )
@@ -256,7 +271,17 @@ class Consequences:
         if mfn in self._errors.poisoned or reason in _TRIAGE_TELLS_OF_REFUSALS:
             self._ledger.look_again([mfn])
             return
-        rung = next_rung(reason, entry.attempts + 1, self._policy(), marked=marked)
+        # Where it is not marked, it is once it is known what follows, so as to go with its guest.
+        policy = self._policy()
+        rung = next_rung(reason, entry.attempts + 1, policy, marked=marked or self._frees_safely)
+        is_last = isinstance(rung, SaveRestore | HandOver) or (
+            isinstance(rung, TryAgain) and policy.exchange.retry.delay(entry.attempts + 1) is None
+        )
+        if is_last and not marked and self._frees_safely and mfn not in self.to_mark:
+            self.to_mark |= {mfn}
+            self._ledger.look_again([mfn])
+            return
+        self.to_mark -= {mfn}
         match rung:
             case LookAgain():
                 self._ledger.wait(mfn, self._soon, reason.value, detail, marked=marked)

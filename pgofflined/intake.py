@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import Protocol, assert_never
 
 from pgofflined.core.book import Cause, Phase
-from pgofflined.core.conditions import uncorrected_error
-from pgofflined.core.domains import DomainInfo
-from pgofflined.core.errors import DomainGone, PortError
+from pgofflined.core.conditions import Condition, uncorrected_error
+from pgofflined.core.domains import GuestKind
+from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
-from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.frames import DOM0, Mfn
 from pgofflined.core.history import History
 from pgofflined.core.incidents import Incidents
 from pgofflined.core.policy import CapReached, DryRun, Ignore, Policy, Retire, Watch, decide
@@ -63,7 +63,10 @@ class Intake:
         self._retirer = retirer
         self._store = store
         self._incidents = incidents
+        # What was reported of pages that are out of use, until it is known that they still are.
+        self._doubted: dict[Mfn, Condition] = {}
         retirer.room_again = self.decide_again
+        retirer.doubt_settled = self._doubt_settled
 
     async def take(self, sighting: Sighting) -> None:
         """Act on one report."""
@@ -140,8 +143,11 @@ class Intake:
         # One hit for each record: the count in it is the bank's, the address the last error's.
         hits = self.history.record(mfn, when, 1)
         self._store.add_hits([StoredHit(mfn, when, 1)])
-        if mfn not in self._retirer.ledger.book:
+        entry = self._retirer.ledger.book.get(mfn)
+        if entry is None:
             self._decide(mfn, hits, tell_kept=told)
+        elif entry.phase is Phase.OFFLINED:
+            self._retirer.doubt(mfn)
 
     def _decide(self, mfn: Mfn, hits: int, *, tell_kept: bool = True) -> None:
         verdict = decide(
@@ -208,27 +214,45 @@ class Intake:
             # At once, for nothing must read it.  Not marked before it is known whose it is: one
             # more offline call for a page of a domain that Xen has hit could hang the host.
             self._retirer.errors.add(report.mfn)
-        domain = None
         if report.domid is not None:
-            try:
-                domain = await asyncio.to_thread(self._find, report.domid)
-            except PortError:
-                self._retirer.errors.add_wedged_domid(report.domid)
-        self._retirer.note_hypervisor_action(report.mfn, domain, report.describe())
+            self._retirer.errors.add_wedged_domid(report.domid)
+        if report.may_be_anybodys:
+            await self._wedge_all()
+        if report.mfn is not None:
+            self._retirer.take_poisoned(report.mfn, report.describe())
 
     def _note_incident(self, sighting: Sighting) -> None:
         incident = uncorrected_error(sighting.report, sighting.when)
         if incident is None:
             return
         entry = None if incident.mfn is None else self._retirer.ledger.book.get(incident.mfn)
-        # A scrubber goes on reporting a page that is out of use, which does no harm any more.
         if entry is None or entry.phase is not Phase.OFFLINED:
             self._incidents.note(incident)
+        else:
+            # A scrubber goes on reporting a page that is out of use, which does no harm any more.
+            self._doubted[entry.mfn] = incident
 
-    def _find(self, domid: Domid) -> DomainInfo | None:
-        """Raises PortError where Xen cannot be asked; None for a domain that has gone."""
+    def _doubt_settled(self, mfn: Mfn, is_offlined: bool) -> None:  # noqa: FBT001 - told, not asked
+        incident = self._doubted.pop(mfn, None)
+        if is_offlined:
+            return
+        if incident is not None:
+            self._incidents.note(incident)
+        if mfn in self._retirer.errors.poisoned:
+            self._retirer.take_poisoned(mfn, "it has had an uncorrected error, and is used again")
+        else:
+            self._decide(mfn, self.history.hits(mfn, self._clock.monotonic()))
+
+    async def _wedge_all(self) -> None:
+        """Of all domains that there are now no page is to be marked."""
+        errors = self._retirer.errors
+        errors.add_wedged_domid(DOM0)  # at once, for triage may be at it
         try:
-            # Without its name, which takes xenstore.
-            return self._xen.condition(domid)
-        except DomainGone:
-            return None
+            domains = await asyncio.to_thread(self._xen.conditions)
+        except PortError:
+            errors.add_every_domain_wedged()
+            return
+        for domain in domains:
+            # The lock is sound in the others, and none of their pages is known to be bad.
+            if domain.kind is GuestKind.PV:
+                errors.add_wedged(domain.identity)

@@ -88,6 +88,19 @@ class Ledger:
         for mfn in mfns:
             self._enter(mfn, phase=Phase.TRIAGE, next_try=None)
 
+    def unmark(self, mfn: Mfn) -> None:
+        """A page has lost its mark, whatever else is true of it."""
+        self._enter(mfn, marked=False)
+
+    def disown(self, mfn: Mfn) -> None:
+        """Whose a page is, is not known any more."""
+        self._enter(mfn, domain=None, domain_name="")
+
+    def forget(self, mfn: Mfn) -> None:
+        """A page that was out of use is used again: what was known of it is not true any more."""
+        self.book.remove(mfn)
+        self._store.remove_page(mfn)
+
     def is_poisoned(self, mfn: Mfn) -> None:
         """A page that is in hand has had an uncorrected error: it is no predicted one any more."""
         self._enter(mfn, cause=Cause.UNCORRECTED)

@@ -23,7 +23,7 @@ from pgofflined.core.status import Fate, FrameAnswer, OfflineAnswer
 from pgofflined.intake import Intake
 from pgofflined.journal_log import event
 from pgofflined.ledger import Ledger
-from pgofflined.owners import find_pv_owner, named_if_possible
+from pgofflined.owners import find_pv_owner, named_if_possible, what_of_broken
 from pgofflined.ports import Clock, Hypervisor
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class Operations:
         is_poisoned = self._is_poisoned(mfn)
         is_broken = state is not None and bool(state & OfflineState.BROKEN)
         if state is not None and (is_poisoned or is_broken):
-            note = _of_uncorrected(mfn, state, known=is_poisoned)
+            note = _of_uncorrected(mfn, state, note, known=is_poisoned)
         return FrameAnswer(
             mfn=mfn,
             state="NOT_RAM" if state is None else state.name or "UNKNOWN",
@@ -193,10 +193,13 @@ def _look(mfn: Mfn, xen: Hypervisor) -> tuple[OfflineState | None, str, str]:
     if state & OfflineState.OFFLINED:
         return state, "nobody: it is out of use", ""
     owner = find_pv_owner(mfn, xen)
+    note = what_of_broken(owner, xen) if state & OfflineState.BROKEN else ""
     if owner is not None:
-        return state, _told(named_if_possible(owner, xen)), ""
+        return state, _told(named_if_possible(owner, xen)), note
     if xen.m2p(mfn) is None:
-        return state, "free, or Xen's own", ""
+        return state, "free, or Xen's own", note
+    if note:
+        return state, "an HVM or PVH guest", note
     return state, "an HVM or PVH guest", "Xen names it only when the page is marked"
 
 
@@ -204,7 +207,7 @@ def _told(owner: DomainInfo) -> str:
     return f"d{owner.domid} ({owner.kind.value}) {owner.name}".strip()
 
 
-def _of_uncorrected(mfn: Mfn, state: OfflineState, *, known: bool) -> str:
+def _of_uncorrected(mfn: Mfn, state: OfflineState, of_broken: str, *, known: bool) -> str:
     """What is true of a page with an uncorrected error, and what ends it."""
     who = "" if known else ", which this daemon was not told of"
     what = f"the page has had an uncorrected error{who}; "
@@ -213,10 +216,7 @@ def _of_uncorrected(mfn: Mfn, state: OfflineState, *, known: bool) -> str:
     reboot = f"put badpage={mfn:#x} on Xen's command line for the next boot"
     never = "until then its owner is neither saved nor migrated"
     if state & OfflineState.BROKEN:
-        return (
-            f"{what}Xen has marked it broken, and takes it out of use when its owner ends: restart "
-            f"that guest; {never}"
-        )
+        return f"{what}Xen has marked it broken; {of_broken}; {never}"
     if state & OfflineState.OFFLINE_PENDING:
         return (
             f"{what}it is marked, and goes out of use when its owner ends: restart that guest; "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pgofflined.core.domains import DomainInfo, GuestKind
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Mfn
@@ -30,6 +32,30 @@ def find_pv_owner(mfn: Mfn, xen: Hypervisor) -> DomainInfo | None:
     return None
 
 
+def find_special_owner(
+    mfn: Mfn, xen: Hypervisor, suspected: Callable[[DomainInfo], bool]
+) -> DomainInfo | None:
+    """Which of the ``suspected`` PV domains has a page that Xen has lent it from its own heap.
+
+    Xen names no type of its shared_info and grant table (XTAB), but an offline call for one takes
+    that domain's lock.  One whose frames Xen does not tell counts as the owner.  Of dom0 only the
+    shared_info is known: Xen tells a domain's frames to another domain only (acquire_resource).
+    """
+    for domain in xen.conditions():
+        if domain.kind is not GuestKind.PV or not suspected(domain):
+            continue
+        if domain.shared_info == mfn:
+            return domain
+        try:
+            if not domain.is_dom0 and mfn in xen.shared_frames(domain.domid):
+                return domain
+        except DomainGone:
+            continue
+        except PortError:
+            return domain
+    return None
+
+
 def named(owner: DomainInfo, xen: Hypervisor) -> DomainInfo | None:
     """A domain with its name, which the policy goes by; None where it has gone.
 
@@ -48,3 +74,18 @@ def named_if_possible(owner: DomainInfo, xen: Hypervisor) -> DomainInfo:
         return named(owner, xen) or owner
     except PortError:
         return owner
+
+
+def what_of_broken(owner: DomainInfo | None, xen: Hypervisor) -> str:
+    """What is to be done about a page that Xen has broken, by its PV owner (docs/xen-bugs.md)."""
+    reboot = "move the other guests away and reboot the host"
+    if owner is not None and owner.is_dom0:
+        return f"it is dom0's: {reboot}"
+    if owner is not None:
+        return (
+            f"it is d{owner.domid}'s, and to destroy a PV guest of which Xen has broken a page may "
+            f"hang the host: leave it as it is, {reboot}"
+        )
+    if not xen.version().offlines_free_frames_safely:
+        return f"when its owner ends, this Xen's allocator may be damaged: before that, {reboot}"
+    return "it goes out of use when its owner ends: restart that guest"

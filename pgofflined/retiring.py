@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.consequences import SOON, Consequences
-from pgofflined.core.book import NOT_RAM, Cause, Phase
+from pgofflined.core.book import NOT_RAM, Cause, PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
+from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import (
     ExchangeReport,
 )
@@ -33,10 +34,13 @@ from pgofflined.exchanging import Exchanging
 from pgofflined.guestcare import GuestCare
 from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger
+from pgofflined.marks import take_marks_back
 from pgofflined.ports import Clock, Hypervisor, Journal, nothing
 from pgofflined.takers import Exchanges, Relocations
 from pgofflined.triage import (
     Disposition,
+    Left,
+    LeftReason,
     Rules,
     triage,
 )
@@ -101,13 +105,18 @@ class Retirer:
         )
         self.care = GuestCare(self.exchanging, self.aftercare)
         self.consequences = Consequences(
-            ledger, errors, lambda: self.policy, chatter or Chatter(clock.monotonic), soon
+            ledger,
+            errors,
+            lambda: self.policy,
+            chatter or Chatter(clock.monotonic),
+            soon,
+            frees_safely=xen.version().offlines_free_frames_safely,
         )
         self._xen = xen
         self._clock = clock
         self._wake = asyncio.Event()
         self._stopping = False
-        self._triage_began: float | None = None
+        self._call_began: float | None = None
         # Of its own: whoever else waits for Xen must not keep pages waiting, and no two looks at
         # pages overlap.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="triage")
@@ -115,12 +124,17 @@ class Retirer:
         self._soon = soon
         self._missed_looks = 0
         self._slowly = slowly
+        # Seconds to the look after the next one.
+        self._pause = slowly
         self._next_slow_look = clock.monotonic() + slowly
         self._was_full = False
         # Told when there is room for further pages again.
         self.room_again: Callable[[], None] = nothing
         # Told when all pages were looked at under the policy that is in force.
         self.policy_taken_up: Callable[[], None] = nothing
+        # Told of pages that were out of use, and whether they are still.
+        self.doubt_settled: Callable[[Mfn, bool], None] = lambda _mfn, _is_offlined: None
+        self._doubted: set[Mfn] = set()
         # Told of each page with an uncorrected error.
         self.poison_reported: Callable[[], None] = nothing
 
@@ -157,21 +171,43 @@ class Retirer:
         elif entry.phase in (Phase.EXCHANGE, Phase.RELOCATION):
             # Its job sees that it must not be read, and gives it back.
             self.ledger.is_poisoned(mfn)
-        elif entry.phase is not Phase.OFFLINED:
-            if entry.cause is not Cause.UNCORRECTED:
-                self.ledger.begin(mfn, Cause.UNCORRECTED, reason)
-            elif not entry.marked:
-                self.ledger.look_again([mfn])
+        elif entry.phase is Phase.OFFLINED:
+            self.doubt(mfn)
+        elif entry.cause is not Cause.UNCORRECTED:
+            self.ledger.begin(mfn, Cause.UNCORRECTED, reason)
+        elif not entry.marked:
+            self.ledger.look_again([mfn])
         self._wake.set()
 
-    def note_hypervisor_action(
-        self, mfn: Mfn | None, domain: DomainInfo | None, detail: str
-    ) -> None:
-        """Note that Xen broke a page by itself: it is never read, its owner never marked again."""
-        if domain is not None:
-            self.errors.add_wedged(domain.identity)
-        if mfn is not None:
-            self.take_poisoned(mfn, detail)
+    def take_held_back(self, found: Mapping[Mfn, OfflineState]) -> None:
+        """Book pages that Xen holds back and of which nothing is known any more.
+
+        Those in use may have had an uncorrected error, and are never read.
+        """
+        for mfn, state in found.items():
+            if not state & OfflineState.OFFLINED:
+                reason = (
+                    "Xen holds it back, and what was stored of it is lost, so it may have had one"
+                )
+                self.take_poisoned(mfn, reason)
+            elif mfn not in self.ledger.book:
+                entry = PageEntry(
+                    mfn=mfn,
+                    cause=Cause.CORRECTED,
+                    phase=Phase.OFFLINED,
+                    since=self._clock.now(),
+                    marked=True,
+                    detail="it was out of use when the stored state was lost",
+                )
+                self.ledger.put(entry)
+
+    def doubt(self, mfn: Mfn) -> None:
+        """Ask Xen whether a page is still out of use, of which an error was reported.
+
+        Somebody may have given it back (`xen-hptool mem-online`).  ``doubt_settled`` is told.
+        """
+        self._doubted.add(mfn)
+        self._wake.set()
 
     def policy_changed(self, policy: Policy) -> None:
         """Follow another policy, also with what waits and with what was left under the old one."""
@@ -181,7 +217,13 @@ class Retirer:
         self._look_once_more(Occasion.POLICY_CHANGED)
 
     def domain_ended(self) -> None:
-        """Some domain has ended, perhaps the owner of a page that was left to it."""
+        """Some domain has ended, perhaps the owner of a page that was left to it.
+
+        That is heard when it begins to be taken apart.  What Xen has allocated for it, or somebody
+        else still maps, is freed later, and nobody tells: so there are looks after this one too,
+        with growing pauses.
+        """
+        self._pause = min(self._soon.first, self._slowly)
         self._look_once_more(Occasion.DOMAIN_ENDED)
 
     def _look_once_more(self, occasion: Occasion) -> None:
@@ -199,6 +241,7 @@ class Retirer:
     async def run(self) -> None:
         """Look after the pages until stopped; begins with what an earlier run left."""
         self.ledger.begin_again()
+        await self._take_dangerous_marks_back()
         self._look_once_more(Occasion.DOMAIN_ENDED)
         try:
             while not self._stopping:
@@ -220,15 +263,14 @@ class Retirer:
 
     async def _look_at_pages(self) -> bool:
         """Look at those that are due; whether there were any."""
+        await self._look_at_doubted()
         due = self.ledger.due(_ROUND)
         hold = self.on_hold()
         if due and hold is not None:
             for mfn in due:
                 self.ledger.hold(mfn, f"nothing is done about it: {hold}")
         elif due:
-            self._triage_began = self._clock.monotonic()
             settled = await self._in_thread(lambda: self._triage_all(due))
-            self._triage_began = None
             for mfn, poisoned, disposition in settled:
                 if poisoned or mfn not in self.errors.poisoned:
                     self.consequences.apply(mfn, disposition)
@@ -238,14 +280,36 @@ class Retirer:
             await self._look_at_unresolved()
         return bool(due)
 
+    async def _look_at_doubted(self) -> None:
+        if not self._doubted:
+            return
+        doubted, self._doubted = self._doubted, set()
+        in_use = await self._in_thread(lambda: {mfn for mfn in doubted if self._is_in_use(mfn)})
+        for mfn in doubted:
+            entry = self.ledger.book.get(mfn)
+            if mfn in in_use and entry is not None and entry.phase is Phase.OFFLINED:
+                log.warning("mfn %#x was out of use, and somebody has given it back to Xen", mfn)
+                self.ledger.forget(mfn)
+            self.doubt_settled(mfn, mfn not in in_use)
+
+    def _is_in_use(self, mfn: Mfn) -> bool:
+        try:
+            return not self._xen.query(mfn) & OfflineState.OFFLINED
+        except PortError:
+            return False  # the next error of it asks again
+
     def _is_time_to_look(self) -> bool:
         is_time = self._clock.monotonic() >= self._next_slow_look
         return is_time or (self._occasion is not None and not self._missed_looks)
 
     async def _look_at_unresolved(self) -> None:
-        occasion = self._occasion or Occasion.SLOWLY
+        await self._take_dangerous_marks_back()
+        is_after_an_end = self._pause < self._slowly
+        rest = Occasion.DOMAIN_ENDED if is_after_an_end else Occasion.SLOWLY
+        occasion = self._occasion or rest
         self._occasion = None
-        self._next_slow_look = self._clock.monotonic() + self._slowly
+        self._next_slow_look = self._clock.monotonic() + self._pause
+        self._pause = min(2 * self._pause, self._slowly)
         resting = tuple(self.ledger.book.in_phase(*_RESTING))
         found: Found | None = Found(offlined=(), to_triage=())
         if resting:
@@ -263,6 +327,25 @@ class Retirer:
         if occasion is Occasion.POLICY_CHANGED:
             self.policy_taken_up()
         self._wake.set()
+
+    async def _take_dangerous_marks_back(self) -> None:
+        """Of pages that no job has, whatever the policy says: see ``marks``.
+
+        Another release has left them, or they could not be taken back when it was time.
+        """
+        if self._xen.version().offlines_free_frames_safely:
+            return
+        book = self.ledger.book
+        resting = book.in_phase(Phase.TRIAGE, *_RESTING)
+        marked = [entry.mfn for entry in resting if entry.marked]
+        problems = await self._in_thread(
+            lambda: {mfn: take_marks_back(self._xen, [mfn]) for mfn in marked}
+        )
+        for mfn, told in problems.items():
+            for problem in told:
+                log.critical("%s", problem)
+            if not told:
+                self.ledger.unmark(mfn)
 
     def _look_is_missed(self, occasion: Occasion) -> None:
         """Xen could not be asked (xenstored may restart): the occasion comes again."""
@@ -282,7 +365,11 @@ class Retirer:
         return entry.is_counted or entry.cause is Cause.UNCORRECTED or self.has_room()
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        self._call_began = self._clock.monotonic()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        finally:
+            self._call_began = None
 
     def _seconds_to_sleep(self) -> float | None:
         waits = [self.ledger.seconds_to_next()]
@@ -292,9 +379,9 @@ class Retirer:
             waits.append(max(0.0, self._next_slow_look - self._clock.monotonic()))
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
-    def seconds_in_triage(self) -> float:
-        """For how long the triage under way has waited for Xen; 0 without one."""
-        began = self._triage_began
+    def seconds_in_a_call(self) -> float:
+        """For how long what is asked of Xen just now has been waited for; 0 without anything."""
+        began = self._call_began
         return 0.0 if began is None else self._clock.monotonic() - began
 
     def stop(self) -> None:
@@ -341,16 +428,24 @@ class Retirer:
 
         With each, whether an uncorrected error of it was known of.
         """
+        broken: set[DomainIdentity] = set()
         rules = Rules(
             denial=self.denial,
-            wedged=lambda domain: self.errors.is_wedged(domain.identity),
-            mark_pv_later=self.policy.exchange.mark is Marking.AFTER_SCRUB,
+            wedged=lambda domain: (
+                domain.identity in broken or self.errors.is_wedged(domain.identity)
+            ),
+            mark_pv_later=lambda mfn: (
+                self.policy.exchange.mark is Marking.AFTER_SCRUB
+                and mfn not in self.consequences.to_mark
+            ),
         )
         settled: list[tuple[Mfn, bool, Disposition | PortError]] = []
         for mfn in mfns:
             poisoned = mfn in self.errors.poisoned
             try:
                 disposition = triage(mfn, self._xen, rules, poisoned=poisoned)
+                if isinstance(disposition, Left) and disposition.reason is LeftReason.BROKEN:
+                    broken |= set() if disposition.domain is None else {disposition.domain.identity}
                 settled.append((mfn, poisoned, disposition))
             except PortError as error:
                 settled.append((mfn, poisoned, error))

@@ -98,6 +98,7 @@ class Service:
         self._attention = Attention(world.store, world.clock)
         self.incidents = self._attention.incidents
         consequences.found_broken = self._attention.note_broken
+        consequences.freed_marked = self._attention.note_freed_marked
         self.intake = Intake(
             xen=world.xen,
             clock=world.clock,
@@ -158,6 +159,8 @@ class Service:
         """
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
+        if self._world.store.lost is not None:
+            await self._find_again(self._world.store.lost)
         # About what was counted by an earlier daemon too, perhaps in a dry run.
         self.intake.decide_again()
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
@@ -290,6 +293,17 @@ class Service:
 
     # Inner workings.
 
+    async def _find_again(self, lost: str) -> None:
+        """Ask Xen what was forgotten."""
+        try:
+            found = await asyncio.to_thread(self._world.xen.held_back)
+        except PortError as error:
+            self._attention.note_state_lost(lost, f"Xen could not be asked ({error})")
+            return
+        if found:
+            self.retirer.take_held_back(found)
+            self._attention.note_state_lost(lost, f"Xen holds {len(found)} pages back")
+
     def _connect(self, policy: Policy) -> None:
         wanted = policy.relocation.target or policy.relocation.save_restore
         relocates = policy.relocation.enabled and bool(wanted)
@@ -399,7 +413,7 @@ class Service:
     def _stuck_worker(self) -> str | None:
         exchange = self.policy.exchange
         limit = exchange.acknowledge_timeout + exchange.suspend_timeout + _STUCK_MARGIN
-        busy = max(self.pool.longest_busy(), self.retirer.seconds_in_triage())
+        busy = max(self.pool.longest_busy(), self.retirer.seconds_in_a_call())
         if busy <= limit:
             return None
         return (

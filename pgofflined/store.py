@@ -1,6 +1,6 @@
 """State that outlives the daemon but not the host: a small SQLite database under /run.
 
-Losing it costs little (marked pages are found again by asking Xen, hits are counted anew), so
+Losing it costs little (pages that Xen holds back are found by asking it, hits are counted anew), so
 nothing about it ever keeps the daemon from its work: what cannot be written stays in memory and
 is tried again with the next write, and ``trouble`` says so meanwhile.
 """
@@ -88,6 +88,8 @@ class Store:
         self._meta: dict[str, str] = {}
         self._hits: list[StoredHit] = []
         self._without_file = trouble
+        # Why what an earlier daemon of this boot may have stored cannot be had.
+        self.lost: str | None = trouble
         self._trouble: str | None = None
 
     @classmethod
@@ -105,6 +107,7 @@ class Store:
         """
         if epoch is None:
             epoch = clock.time() - clock.monotonic()
+        lost = None
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
@@ -112,6 +115,7 @@ class Store:
             except (sqlite3.DatabaseError, _Unusable) as error:
                 if _is_busy(error):
                     raise
+                lost = f"the state in {path} could not be used ({error})"
                 _move_aside(path, error)
                 connection = _open(path, boot_id, epoch)
         except (sqlite3.Error, _Unusable, OSError) as error:
@@ -120,7 +124,9 @@ class Store:
             trouble = f"no state can be kept in {path} ({error}); a restart will lose it"
             event(_log, logging.ERROR, Event.STATE_NOT_STORED, trouble)
             return cls(_begin(":memory:", boot_id), max_hits=max_hits, trouble=trouble)
-        return cls(connection, max_hits=max_hits)
+        store = cls(connection, max_hits=max_hits)
+        store.lost = lost
+        return store
 
     @property
     def trouble(self) -> str | None:

@@ -22,7 +22,13 @@ from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, XenError
 from pgofflined.core.frames import DOM0, DOMID_COW, DOMID_IO, DOMID_XEN, Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineReply, OfflineState
 from pgofflined.marks import may_join, take_mark_back, take_marks_back
-from pgofflined.owners import find_pv_owner, named, named_if_possible
+from pgofflined.owners import (
+    find_pv_owner,
+    find_special_owner,
+    named,
+    named_if_possible,
+    what_of_broken,
+)
 from pgofflined.ports import Hypervisor
 
 log = logging.getLogger(__name__)
@@ -81,7 +87,7 @@ class ToRelocate:
 class Left:
     """Not to be moved by us; ``marked`` says whether Xen holds it pending all the same.
 
-    ``domain`` is its owner, where that is a guest.
+    ``domain`` is its owner, where that is known: a guest, or the PV domain of a broken page.
     """
 
     mfn: Mfn
@@ -111,12 +117,12 @@ class Rules:
     ``denial`` gives the reason why a domain's pages are to be left alone, None where they are
     not.  ``wedged`` says whether Xen itself has broken a page of that domain: the lock that such
     a pass may have left behind would make the next offline call hang the host.
-    ``mark_pv_later``: a page of a PV guest is marked when the guest has left it, not before.
+    ``mark_pv_later``: this page of a PV guest is marked when the guest has left it, not before.
     """
 
     denial: Callable[[DomainInfo], str | None]
     wedged: Callable[[DomainInfo], bool]
-    mark_pv_later: bool = False
+    mark_pv_later: Callable[[Mfn], bool] = lambda _mfn: False
 
 
 def triage(mfn: Mfn, xen: Hypervisor, rules: Rules, *, poisoned: bool = False) -> Disposition:
@@ -138,7 +144,7 @@ def triage(mfn: Mfn, xen: Hypervisor, rules: Rules, *, poisoned: bool = False) -
             log.critical("%s", problem)
         if not problems:
             state = OfflineState.ONLINE
-    settled = _settled_by_state(mfn, state) or (
+    settled = _settled_by_state(mfn, state, xen) or (
         _poison_settled_by_owner(mfn, state, xen, rules)
         if poisoned
         else _settled_by_owner(mfn, state, xen, rules)
@@ -153,16 +159,17 @@ def triage(mfn: Mfn, xen: Hypervisor, rules: Rules, *, poisoned: bool = False) -
     return _settled_by_reply(mfn, xen, rules, reply, poisoned=poisoned)
 
 
-def _settled_by_state(mfn: Mfn, state: OfflineState) -> Disposition | None:
+def _settled_by_state(mfn: Mfn, state: OfflineState, xen: Hypervisor) -> Disposition | None:
     if state & OfflineState.OFFLINED:
         return Offlined(mfn=mfn, detail="it is out of use")
     if state & OfflineState.BROKEN:
+        owner = find_pv_owner(mfn, xen)
         return Left(
             mfn=mfn,
             reason=LeftReason.BROKEN,
-            detail="Xen holds it for broken while somebody owns it; "
-            "it goes when its owner ends, restart that guest",
+            detail=f"Xen holds it for broken while somebody owns it; {what_of_broken(owner, xen)}",
             marked=True,
+            domain=None if owner is None else named_if_possible(owner, xen),
         )
     return None
 
@@ -172,8 +179,7 @@ def _settled_by_owner(
 ) -> Disposition | None:
     """What can be said before the mark; None when the page is to be marked."""
     fixed = xen.version().offlines_free_frames_safely
-    # Whatever the M2P says of it: a PV guest writes the entries of its own frames.
-    owner = find_pv_owner(mfn, xen)
+    owner = _find_owner(mfn, xen, rules)
     if owner is None:
         if fixed:
             return None
@@ -198,7 +204,7 @@ def _settled_by_owner(
             why = "its neighbour is free, and the two would be joined"
             return _unfixed(mfn, why, marked=_is_marked(state))
         return ToExchange(mfn=mfn, domain=domain, marked=_is_marked(state))
-    if rules.mark_pv_later:
+    if rules.mark_pv_later(mfn):
         return ToExchange(mfn=mfn, domain=domain, marked=_is_marked(state))
     return None
 
@@ -207,8 +213,11 @@ def _poison_settled_by_owner(
     mfn: Mfn, state: OfflineState, xen: Hypervisor, rules: Rules
 ) -> Disposition | None:
     """The same for a page with an uncorrected error."""
-    owner = find_pv_owner(mfn, xen)
-    if owner is not None and rules.wedged(owner):
+    owner = _find_owner(mfn, xen, rules)
+    if owner is not None and owner.is_dom0 and owner.shared_info == mfn:
+        return _dom0(mfn, marked=_is_marked(state))
+    if owner is not None and (rules.wedged(owner) or _is_ending(owner)):
+        # One that has crashed may have by what Xen did about another page of it.
         marked = _is_marked(state)
         return _dom0(mfn, marked=marked) if owner.is_dom0 else _ending(mfn, owner, marked=marked)
     if xen.version().offlines_free_frames_safely:
@@ -224,6 +233,14 @@ def _poison_settled_by_owner(
         f"host with badpage={mfn:#x} on Xen's command line, and do not end its owner before that",
         marked=_is_marked(state),
         domain=None if owner is None or owner.is_dom0 else owner,
+    )
+
+
+def _find_owner(mfn: Mfn, xen: Hypervisor, rules: Rules) -> DomainInfo | None:
+    """The PV domain of a page, also of one of Xen's that nobody may mark for its sake."""
+    # Whatever the M2P says of it: a PV guest writes the entries of its own frames.
+    return find_pv_owner(mfn, xen) or find_special_owner(
+        mfn, xen, lambda domain: domain.is_dom0 or rules.wedged(domain) or _is_ending(domain)
     )
 
 
@@ -245,12 +262,13 @@ def _is_ending(owner: DomainInfo) -> bool:
 
 
 def _ending(mfn: Mfn, owner: DomainInfo, *, marked: bool) -> Later:
-    return Later(
-        mfn=mfn,
-        reason=LaterReason.OWNER_ENDING,
-        detail=f"its owner d{owner.domid} has crashed or is ending",
-        marked=marked,
-    )
+    detail = f"its owner d{owner.domid} has crashed or is ending"
+    if not _is_ending(owner):
+        detail = (
+            f"Xen has broken a page of its owner d{owner.domid} by itself, or may have, and to "
+            f"mark another one could hang the host: it waits until d{owner.domid} has ended"
+        )
+    return Later(mfn=mfn, reason=LaterReason.OWNER_ENDING, detail=detail, marked=marked)
 
 
 def _denied(mfn: Mfn, state: OfflineState, xen: Hypervisor, owner: DomainInfo, denial: str) -> Left:

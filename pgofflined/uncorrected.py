@@ -16,7 +16,7 @@ import msgspec
 from pgofflined.core.book import Book
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import XenError
-from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.frames import DOMID_INVALID, Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.owners import find_pv_owner
 from pgofflined.ports import Hypervisor
@@ -27,6 +27,7 @@ _POISONED = "poisoned"
 _WEDGED = "wedged"
 # Stands for whichever domain has a number.
 _ANY = UUID(int=(1 << 128) - 1)
+_EVERY_DOMAIN = DomainIdentity(DOMID_INVALID, _ANY)
 
 
 class FactStore(Protocol):
@@ -64,11 +65,16 @@ class UncorrectedErrors:
 
     def is_wedged(self, domain: DomainIdentity) -> bool:
         """Whether Xen has broken a page of a domain, or may have."""
-        return domain in self.wedged or DomainIdentity(domain.domid, _ANY) in self.wedged
+        meant = {domain, DomainIdentity(domain.domid, _ANY), _EVERY_DOMAIN}
+        return not meant.isdisjoint(self.wedged)
 
     def add_wedged_domid(self, domid: Domid) -> None:
-        """Xen has broken a page of a domain, and which one has that number cannot be asked."""
+        """Xen has broken a page of the domain that has this number, and perhaps another later."""
         self.add_wedged(DomainIdentity(domid, _ANY))
+
+    def add_every_domain_wedged(self) -> None:
+        """Xen has broken a page of a domain, and of which cannot be told."""
+        self.add_wedged(_EVERY_DOMAIN)
 
     def add_wedged(self, domain: DomainIdentity) -> None:
         """Xen has broken a page of a domain."""
@@ -99,7 +105,7 @@ def _stored_wedged(store: FactStore) -> frozenset[DomainIdentity]:
         found = msgspec.json.decode(store.get_meta(_WEDGED) or "[]", type=list[DomainIdentity])
     except msgspec.MsgspecError as error:
         log.error("what was stored of domains that Xen has hit cannot be read: %s", error)
-        return frozenset()
+        return frozenset({_EVERY_DOMAIN})
     return frozenset(found)
 
 
@@ -130,7 +136,8 @@ def _whose(
         return None  # no memory of this host
     if state & OfflineState.OFFLINED:
         return None
-    if known is None:
+    if known is None or not state & (OfflineState.OFFLINE_PENDING | OfflineState.BROKEN):
+        # Somebody has taken the mark back, and the page may have another owner since.
         owner = find_pv_owner(mfn, xen)
         known = None if owner is None else owner.identity
     if known is not None:

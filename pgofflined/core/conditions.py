@@ -45,11 +45,13 @@ class ConditionCode(StrEnum):
     PAGE_DAMAGED = "page_damaged"
     JOB_NOT_RECOVERED = "job_not_recovered"
     UNCORRECTED_ERROR = "uncorrected_error"
+    HEAP_IN_DOUBT = "heap_in_doubt"
     NO_SOURCE = "no_source"
     PAGE_UNRESOLVED = "page_unresolved"
     CAP_REACHED = "cap_reached"
     RECORDS_LOST = "records_lost"
     CONFIG_REJECTED = "config_rejected"
+    STATE_LOST = "state_lost"
     STATE_NOT_STORED = "state_not_stored"
     EXCHANGES_OFF = "exchanges_off"
     PAGE_PUT_OFF = "page_put_off"
@@ -83,6 +85,7 @@ _CRITICAL: Final = (
     ConditionCode.PAGE_DAMAGED,
     ConditionCode.JOB_NOT_RECOVERED,
     ConditionCode.UNCORRECTED_ERROR,
+    ConditionCode.HEAP_IN_DOUBT,
     ConditionCode.NO_SOURCE,
 )
 _WARNING: Final = (
@@ -90,6 +93,7 @@ _WARNING: Final = (
     ConditionCode.CAP_REACHED,
     ConditionCode.RECORDS_LOST,
     ConditionCode.CONFIG_REJECTED,
+    ConditionCode.STATE_LOST,
     ConditionCode.STATE_NOT_STORED,
     ConditionCode.EXCHANGES_OFF,
 )

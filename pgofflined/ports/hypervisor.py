@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -81,6 +81,13 @@ class FrameControl(Protocol):
 
     def query(self, mfn: Mfn) -> OfflineState:
         """Offline state of a frame; changes nothing, takes no lock of a domain."""
+        ...
+
+    def held_back(self) -> Mapping[Mfn, OfflineState]:
+        """Every frame of the host that is marked, broken or out of use.
+
+        Asks about each frame, which takes seconds for each TiB.
+        """
         ...
 
     def offline(self, mfn: Mfn) -> OfflineReply:

@@ -26,6 +26,13 @@ class PoisonRead(SimulationError):
         super().__init__(f"poisoned mfn {mfn:#x} was touched: a real host would take an #MC")
 
 
+class HostHangs(SimulationError):
+    """A lock was waited for that Xen itself has left broken: a real host stands still for good."""
+
+    def __init__(self, domid: int) -> None:
+        super().__init__(f"an offline call for a page of d{domid}, of which Xen has broken one")
+
+
 class UnsafeUpdate(SimulationError):
     """Page tables of a running domain were changed from outside.
 

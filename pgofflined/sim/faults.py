@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -140,6 +140,10 @@ class FaultyHypervisor:
     def query(self, mfn: Mfn) -> OfflineState:
         """See ``ports.FrameControl``."""
         return self._call("query", (mfn,), lambda: self.inner.query(mfn))
+
+    def held_back(self) -> Mapping[Mfn, OfflineState]:
+        """See ``ports.FrameControl``."""
+        return self._call("held_back", (), self.inner.held_back)
 
     def offline(self, mfn: Mfn) -> OfflineReply:
         """See ``ports.FrameControl``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from errno import EINVAL
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from pgofflined.core.domains import GuestKind
 from pgofflined.core.frames import DOMID_INVALID, DOMID_XEN, Domid, Mfn, Pfn
 from pgofflined.core.offline import OfflineFlag, OfflineReply, OfflineState, OnlineFlag
 from pgofflined.core.xenversion import XenVersion
-from pgofflined.sim.errors import Refused
+from pgofflined.sim.errors import HostHangs, Refused
 from pgofflined.sim.frames import INVALID_M2P, NOBODY, FrameState
 from pgofflined.sim.host import HostState
 
@@ -56,6 +56,14 @@ class SimulatedFrameControl(HostState):
                 state |= OfflineState.OFFLINED
             return state
 
+    def held_back(self) -> Mapping[Mfn, OfflineState]:
+        """query_page_offline() of one frame after the other."""
+        frames = self.frames
+        held = np.isin(frames.state, (FrameState.OFFLINING, FrameState.OFFLINED)) | frames.broken
+        return {
+            Mfn(mfn): self.query(Mfn(mfn)) for mfn in np.flatnonzero(held & frames.ram).tolist()
+        }
+
     def offline(self, mfn: Mfn) -> OfflineReply:
         """offline_page(), in the order of its checks."""
         with self.call("page_offline_op(offline)", mfn=mfn):
@@ -76,6 +84,9 @@ class SimulatedFrameControl(HostState):
                 return _reply(OfflineFlag.OFFLINED)
             frames.state[mfn] = FrameState.OFFLINING
             if owner != NOBODY and frames.refs[mfn]:
+                domain = self.by_domid.get(Domid(owner))
+                if domain is not None and domain.pod_lock_is_broken:
+                    raise HostHangs(owner)
                 return _reply(OfflineFlag.OWNED | OfflineFlag.PENDING, Domid(owner))
             if frames.special[mfn]:
                 return _reply(OfflineFlag.XENPAGE | OfflineFlag.PENDING, DOMID_XEN)

@@ -75,7 +75,8 @@ class SimulatedDomain:
 
     ``unread_request``: control/shutdown has a request to suspend.  ``somebody``: who saves or
     migrates it.  ``thought_shut_down``: xenstored has seen it so, and notices no further end of it
-    before it is told otherwise.
+    before it is told otherwise.  ``pod_lock_is_broken``: the next offline call for a page of it
+    hangs the host.
     """
 
     domid: Domid
@@ -100,6 +101,7 @@ class SimulatedDomain:
     has_devices: bool = False
     unread_request: bool = False
     thought_shut_down: bool = False
+    pod_lock_is_broken: bool = False
     somebody: str | None = None
     cpu_time: int = 0
     activity: Callable[[], None] | None = None

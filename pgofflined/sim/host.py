@@ -237,6 +237,10 @@ class HostState:
         """Make the memory of a frame bad; ``known`` where Xen saw the error (PGC_broken)."""
         self.frames.poisoned[mfn] = True
         self.frames.broken[mfn] |= known
+        owner = self.by_domid.get(Domid(int(self.frames.owner[mfn])))
+        if known and owner is not None and owner.kind is GuestKind.PV:
+            # As if Xen had handled it on pCPU 0 (docs/xen-bugs.md).
+            owner.pod_lock_is_broken = True
 
     def set_m2p(self, mfn: int, pfn: int) -> None:
         """Change an M2P entry, as a PV guest may for its own frames (MMU_MACHPHYS_UPDATE)."""

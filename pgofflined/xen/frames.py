@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from pgofflined.core.errors import PortError, XenError
@@ -50,6 +50,8 @@ _CHUNK: Final = 2 << 20
 # A pfn has at most 40 bits; INVALID_M2P_ENTRY (all ones), SHARED_M2P_ENTRY (all ones but the last
 # bit) and fill patterns of debug builds lie above (arch/x86/include/asm/mm.h).
 _PFN_LIMIT: Final = 1 << 40
+# Frames that one call asks about; Xen allocates a word for each, and is not interrupted meanwhile.
+_QUERIES: Final = 1024
 # page_offline_op carries frames in 32 bits.
 _MFN_LIMIT: Final = 1 << 32
 
@@ -103,6 +105,41 @@ class Frames:
         """Offline state of a frame.  Raises XenError (EINVAL: no conventional RAM of this host)."""
         word = self._page_op(sysctl_query_page_offline, mfn, op="query_page_offline")
         return _decode(decode_query, word, mfn)
+
+    def held_back(self) -> Mapping[Mfn, OfflineState]:
+        """Every frame that is marked, broken or out of use.
+
+        Xen stops at the first frame of a call that is no memory (EINVAL), and gives the words of
+        those before it (do_sysctl, xen/common/sysctl.c).
+        """
+        found: dict[Mfn, OfflineState] = {}
+        start, last = 0, min(self.max_mfn(), _MFN_LIMIT - 1)
+        while start <= last:
+            words = self._query_words(start, min(last, start + _QUERIES - 1))
+            for mfn, word in enumerate(words, start):
+                if word:
+                    found[Mfn(mfn)] = _decode(decode_query, word, Mfn(mfn))
+            start += max(1, len(words))
+        return found
+
+    def _query_words(self, first: int, last: int) -> list[int]:
+        """Status words of frames in a row, up to one that is no memory."""
+        count = last - first + 1
+        with self._call.buffer(count * ctypes.sizeof(ctypes.c_uint32)) as address:
+            words = (ctypes.c_uint32 * count).from_address(address)
+            ctypes.memset(address, 0xFF, ctypes.sizeof(words))
+            argument = PageOfflineOp(
+                cmd=sysctl_query_page_offline, start=first, end=last, status=address
+            )
+            try:
+                self._control.sysctl(
+                    XEN_SYSCTL_page_offline_op, argument, op="query_page_offline", mfn=Mfn(first)
+                )
+            except XenError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            told = list(words)
+        return told[: told.index(NOT_HANDLED)] if NOT_HANDLED in told else told
 
     def offline(self, mfn: Mfn) -> OfflineReply:
         """Mark a frame for offlining; see ``ports.FrameControl.offline`` and ``placement.py``."""

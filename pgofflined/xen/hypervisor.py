@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -118,6 +118,10 @@ class XenHypervisor:
     def query(self, mfn: Mfn) -> OfflineState:
         """Offline state of a frame."""
         return self._frames.query(mfn)
+
+    def held_back(self) -> Mapping[Mfn, OfflineState]:
+        """Every frame of the host that is marked, broken or out of use."""
+        return self._frames.held_back()
 
     def offline(self, mfn: Mfn) -> OfflineReply:
         """Mark a frame for offlining, off pCPU 0."""

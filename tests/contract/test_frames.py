@@ -106,6 +106,21 @@ def test_many_pages_of_one_guest_can_be_marked(
     assert owners == {guest.domid}
 
 
+def test_marked_pages_are_found_among_all_frames(
+    hypervisor: Hypervisor, guest: GuestMemory
+) -> None:
+    before = hypervisor.held_back()
+    mfn = guest.data_pages()[0].mfn
+    assert mfn not in before
+    hypervisor.offline(mfn)
+
+    found = hypervisor.held_back()
+
+    assert found == {**before, mfn: OfflineState.OFFLINE_PENDING}
+    hypervisor.online(mfn)
+    assert hypervisor.held_back() == before
+
+
 def test_online_takes_a_mark_back(hypervisor: Hypervisor, guest: GuestMemory) -> None:
     page = guest.data_pages()[0]
     hypervisor.offline(page.mfn)

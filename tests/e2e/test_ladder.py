@@ -180,8 +180,9 @@ def test_who_ends_all_guests_at_a_shutdown_waits_for_a_save(host: Host) -> None:
     with before_xl(host, WAITS_AT_THE_SAVE), xendomains(host), running(host, SAVING) as daemon:
         daemon.offline(ring)
         wait_until(lambda: "begun" in left_in(host, BIN), timeout=300, what="the save", interval=1)
-        # In one transaction, as a shutdown stops them.
-        host.run("systemctl stop --no-block xendomains.service 'pgofflined-save-*.service'")
+        # A shutdown stops all in one transaction, this one after another: the save has to be first
+        # for its being stopped to be known when the other's turn is.
+        host.run("systemctl stop --no-block 'pgofflined-save-*.service' xendomains.service")
         wait_until(
             lambda: state_of(host, "pgofflined-save-*.service") == ["deactivating"],
             timeout=60,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import replace
+from errno import EIO
 from pathlib import Path
 
 import pytest
 
 from pgofflined.core.book import Cause, Phase
+from pgofflined.core.domains import ShutdownReason
+from pgofflined.core.errors import XenError
 from pgofflined.core.events import Event
-from pgofflined.core.frames import Domid, Mfn, maddr_of
+from pgofflined.core.frames import DOM0, Domid, Mfn, maddr_of
 from pgofflined.core.policy import DomainPolicy, Policy
 from pgofflined.core.reports import (
     ErrorReport,
@@ -22,6 +26,7 @@ from pgofflined.core.reports import (
 )
 from pgofflined.core.telemetry import BankEntry
 from pgofflined.core.units import AmountOfMemory
+from pgofflined.sim.faults import Fault
 
 from .whole import POLICY, Whole, at_work, retiring
 from .whole_pages import fields, poison, told
@@ -168,20 +173,84 @@ async def test_what_xen_did_itself_is_told_as_critical_and_spares_its_domain(
         assert fields(record)["BANK"] == "7"
         assert "it took the page out" in record.getMessage()
         errors = whole.service.retirer.errors
-        assert errors.wedged == {whole.small.host.domain(pv).identity}
+        assert errors.is_wedged(whole.small.host.domain(pv).identity)
+        assert not errors.is_wedged(whole.small.host.domain(DOM0).identity)
         assert errors.poisoned == {whole.plain()}
         # No further page of it is marked.
         await whole.corrected(whole.plain(1))
         await whole.page(whole.plain(1), Phase.WAITING, reason="owner_ending")
 
 
-async def test_what_xen_did_to_nobody_known_spares_nobody(tmp_path: Path) -> None:
-    gone = Domid(77)
+async def test_what_xen_did_to_a_page_that_nobody_owned_spares_nobody(tmp_path: Path) -> None:
     async with at_work(tmp_path) as whole:
         await take(whole, acted(None, None))
-        await take(whole, acted(None, gone))
         errors = whole.service.retirer.errors
         assert (errors.wedged, errors.poisoned) == (frozenset(), frozenset())
+
+
+@pytest.mark.parametrize("can_be_asked", [True, False])
+async def test_what_xen_may_have_done_to_any_domain_spares_all_that_there_are(
+    tmp_path: Path, *, can_be_asked: bool
+) -> None:
+    # As /dev/mcelog has it.  In Xen the page was dom0's.
+    async with at_work(tmp_path) as whole:
+        host = whole.small.host
+        dom0, other = whole.of_dom0(0), whole.of_dom0(1)
+        host.poison(dom0, known=True)
+        if not can_be_asked:
+            whole.xen.plan.append(Fault(method="conditions", error=XenError(EIO, op="list")))
+        await take(whole, replace(acted(None, None), may_be_anybodys=True))
+        for mfn in (other, whole.plain(0)):
+            whole.telemetry.push_ucna(maddr_of(mfn))
+        await whole.page(other, Phase.LEFT, reason="dom0")
+        entry = await whole.page(whole.plain(0), Phase.WAITING, reason="owner_ending")
+        assert "could hang the host" in entry.detail
+        await whole.corrected(whole.plain(1))
+        await whole.page(whole.plain(1), Phase.WAITING, reason="owner_ending")
+        assert whole.calls("offline", other) == whole.calls("offline", whole.plain(0)) == 0
+        assert whole.suspended() == []
+        # An HVM-class guest's lock is sound, and a guest that starts now was not hit.
+        pvh = host.frame_of(whole.small.pvh, 5)
+        whole.telemetry.push_ucna(maddr_of(pvh))
+        if can_be_asked:
+            assert (await whole.page(pvh, Phase.LEFT, reason="uncorrected")).marked
+            new = host.add_pv()
+            assert not whole.service.retirer.errors.is_wedged(host.domain(new).identity)
+
+
+async def test_a_page_that_is_found_broken_spares_its_owner(tmp_path: Path) -> None:
+    async with at_work(tmp_path) as whole:
+        host = whole.small.host
+        for broken, other, domid in (
+            (whole.of_dom0(0), whole.of_dom0(1), DOM0),
+            (whole.plain(0), whole.plain(1), whole.small.pv),
+        ):
+            host.poison(broken, known=True)
+            # In one look, the broken one first.
+            retirer = whole.service.retirer
+            retirer.take_poisoned(broken, "by a test")
+            retirer.take_poisoned(other, "by a test")
+            entry = await whole.page(broken, Phase.LEFT, reason="broken")
+            assert entry.domain == host.domain(domid).identity
+            assert "reboot the host" in entry.detail
+            await whole.page(other, Phase.LEFT, Phase.WAITING)
+            assert whole.calls("offline", other) == 0
+            assert retirer.errors.is_wedged(host.domain(domid).identity)
+
+
+async def test_a_page_of_a_crashed_guest_is_marked_when_it_has_gone(tmp_path: Path) -> None:
+    # Xen has broken another page of it, and no source has said so.
+    async with at_work(tmp_path) as whole:
+        host = whole.small.host
+        host.break_frame(whole.plain(0))
+        assert host.domain(whole.small.pv).shutdown is ShutdownReason.CRASH
+        mfn = whole.plain(1)
+        whole.telemetry.push_ucna(maddr_of(mfn))
+        entry = await whole.page(mfn, Phase.WAITING, reason="owner_ending")
+        assert "has crashed or is ending" in entry.detail
+        assert whole.calls("offline", mfn) == 0
+        await asyncio.to_thread(host.destroy, whole.small.pv)
+        await whole.page(mfn, Phase.OFFLINED)
 
 
 # What an operator asks for.

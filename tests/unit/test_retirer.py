@@ -156,21 +156,21 @@ async def test_how_long_xen_keeps_a_look_waiting_can_be_told(tmp_path: Path) -> 
 
     def look() -> None:
         retirer = running[0].service.retirer
-        first = retirer.seconds_in_triage()
-        while (later := retirer.seconds_in_triage()) <= first:
+        first = retirer.seconds_in_a_call()
+        while (later := retirer.seconds_in_a_call()) <= first:
             pass
         seen.extend((first, later))
 
     async with at_work(tmp_path, faults=[Fault(method="query", act=look)]) as whole:
         running.append(whole)
-        assert whole.service.retirer.seconds_in_triage() == 0.0
+        assert whole.service.retirer.seconds_in_a_call() == 0.0
         began = whole.clock.monotonic()
         mfn = whole.of_dom0()
         await whole.corrected(mfn)
         await whole.page(mfn, Phase.LEFT)
         first, later = seen
         assert 0.0 <= first < later <= whole.clock.monotonic() - began
-        assert whole.service.retirer.seconds_in_triage() == 0.0
+        assert whole.service.retirer.seconds_in_a_call() == 0.0
 
 
 # Which.

@@ -183,14 +183,14 @@ async def test_a_page_that_is_handed_out_again_meanwhile_is_moved_from_its_next_
         host.check_invariants()
 
 
-async def test_a_refused_page_that_was_to_be_marked_later_has_no_mark() -> None:
+async def test_a_refused_page_that_was_to_be_marked_later_is_marked_when_it_is_left() -> None:
     async with at_work(LATER) as scene:
         mfn = scene.pv_frame()
         scene.small.host.hold(scene.small.pv, int(scene.small.host.m2p(mfn) or 0), why="dom0")
         scene.retirer.take(mfn, Cause.CORRECTED, "two errors")
         entry = await scene.pages.until(mfn, Phase.LEFT)
-        assert not entry.marked
-        assert scene.small.host.query(mfn) is OfflineState.ONLINE
+        assert entry.marked
+        assert scene.small.host.query(mfn) is OfflineState.OFFLINE_PENDING
 
 
 UNFIXED = HostSpec(version=XenVersion(4, 17, 7))

@@ -26,15 +26,18 @@ from pgofflined.control.protocol import (
     StatusReply,
     StatusRequest,
 )
+from pgofflined.core.book import Phase
 from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.events import Event
 from pgofflined.core.frames import DOM0, Domid, Mfn, maddr_of
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import Policy
 from pgofflined.core.relocation_outcomes import InDoubt
+from pgofflined.core.status import Fate
 from pgofflined.notify import NullNotifier
 from pgofflined.service import Service
 from pgofflined.sim.clock import WallClock
+from pgofflined.sim.frames import FrameState
 from pgofflined.sim.scenarios import DemoHost, demo_host
 from pgofflined.sim.telemetry import SimulatedTelemetry
 from pgofflined.store import Store
@@ -209,12 +212,18 @@ async def test_an_uncorrected_error_is_shown_until_its_page_is_out_of_use(tmp_pa
 
 
 async def test_an_error_of_a_page_that_is_out_of_use_needs_nobody(bench: Bench) -> None:
-    mfn = bench.first(bench.demo.host.frames.owner == DOM0)
-    await bench.service.offline(mfn)
-    bench.service.retirer.ledger.offlined(mfn, "it is out of use")
+    frames = bench.demo.host.frames
+    mfn = bench.first(frames.state == FrameState.FREE)
+    assert (await bench.service.offline(mfn)).fate is Fate.OUT_OF_USE
     bench.demo.telemetry.push_srao(mfn, None)
     seen = bench.service.counters.reports
     await bench.until(lambda: seen["hypervisor_acted", "simulated"] == 1)
+    assert "uncorrected_error" not in await bench.codes()
+    # Somebody gives it back to Xen by hand.
+    bench.demo.host.online(mfn)
+    bench.demo.telemetry.push_srao(mfn, None)
+    await bench.until(lambda: frames.state[mfn] == FrameState.OFFLINED)
+    await bench.until(lambda: bench.service.retirer.ledger.book[mfn].phase is Phase.OFFLINED)
     assert "uncorrected_error" not in await bench.codes()
 
 

@@ -197,7 +197,7 @@ async def test_an_uncorrected_error_keeps_the_guest_that_owns_the_page_for_as_lo
     async with bench_at(tmp_path, attempts=1) as bench:
         host = bench.demo.host
         poison = host.frame_of(bench.guest.domid, 7)
-        bench.service.retirer.note_hypervisor_action(poison, None, "an error")
+        bench.service.retirer.take_poisoned(poison, "an error")
         bench.retire()
         await bench.until_the_job_is("deferred")
         [job] = bench.service.relocation.snapshot()
@@ -213,7 +213,7 @@ async def test_an_uncorrected_error_of_a_pvh_guest_keeps_no_other(tmp_path: Path
     async with bench_at(tmp_path, attempts=1) as bench:
         host = bench.demo.host
         poison = host.frame_of(host.add_hvm(name="other", pages=256), 5)
-        bench.service.retirer.note_hypervisor_action(poison, None, "an error")
+        bench.service.retirer.take_poisoned(poison, "an error")
         await bench.until(lambda: bench.entry(poison).reason == "uncorrected")
         bench.retire()
         await bench.until(lambda: bench.toolstack.calls == ["localhost"])
@@ -224,7 +224,7 @@ async def test_an_uncorrected_error_of_a_pv_guest_keeps_no_other(tmp_path: Path)
         host = bench.demo.host
         web = next(one for one in host.domains() if one.name == "web")
         poison = host.frame_of(web.domid, host.pv(web.domid).layout.plain[0])
-        bench.service.retirer.note_hypervisor_action(poison, None, "an error")
+        bench.service.retirer.take_poisoned(poison, "an error")
         bench.retire()
         await bench.until(lambda: bench.toolstack.calls == ["localhost"])
 

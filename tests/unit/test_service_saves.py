@@ -87,7 +87,7 @@ class Bench:
     def hinder(self, how: str) -> None:
         match how:
             case "poison":
-                self.service.retirer.note_hypervisor_action(self.mfns[1], None, "an error")
+                self.service.retirer.take_poisoned(self.mfns[1], "an error")
             case "deny":
                 domains = replace(self.policy.domains, deny=("web",))
                 self.service.apply(replace(self.policy, domains=domains))
@@ -203,7 +203,7 @@ async def test_an_uncorrected_error_of_another_guest_keeps_no_guest_from_being_s
         host = bench.demo.host
         other = next(one for one in host.domains() if one.name == "database")
         page = host.frame_of(other.domid, host.pv(other.domid).layout.plain[0])
-        bench.service.retirer.note_hypervisor_action(page, None, "an error")
+        bench.service.retirer.take_poisoned(page, "an error")
         begun = asyncio.Event()
         monkeypatch.setattr(telling, "begun", lambda *_: begun.set())
         bench.submit()

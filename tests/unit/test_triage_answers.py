@@ -187,7 +187,7 @@ def test_a_page_of_a_pv_guest_that_has_crashed_is_not_even_marked() -> None:
 def test_where_pages_are_marked_when_they_are_scrubbed_a_pv_page_has_no_mark_yet() -> None:
     small = small_host()
     mfn = pv_frame(small)
-    later = replace(OPEN, mark_pv_later=True)
+    later = replace(OPEN, mark_pv_later=lambda _mfn: True)
     disposition, methods = traced_triage(small, mfn, later)
     assert isinstance(disposition, ToExchange)
     assert not disposition.marked
@@ -227,7 +227,7 @@ def test_an_owned_page_with_an_uncorrected_error_is_marked_whatever_the_policy_s
 ) -> None:
     small = small_host()
     mfn = pv_frame(small) if kind == "pv" else small.host.frame_of(small.pvh, 5)
-    rules = replace(OPEN, denial=lambda _domain: "denied", mark_pv_later=True)
+    rules = replace(OPEN, denial=lambda _domain: "denied", mark_pv_later=lambda _mfn: True)
     disposition, _ = _poisoned(small, mfn, rules)
     assert _described(disposition) == (LeftReason.UNCORRECTED, True)
     assert isinstance(disposition, Left)

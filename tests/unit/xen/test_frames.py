@@ -216,3 +216,54 @@ def test_hole_of_the_m2p_is_none_and_not_mapped(chunks: list[int]) -> None:
 
 def test_frame_beyond_the_m2p_is_none() -> None:
     assert m2p_host([0x1000], M2pPages()).m2p(Mfn(5 * CHUNK_FRAMES)) is None
+
+
+def memory(words: dict[int, int], *, count: int, holes: range) -> Answer:
+    """Xen's side of queries over a host's frames; it stops at what is no memory."""
+
+    def answer(number: int, arguments: tuple[int, ...]) -> int:
+        if number == HYPERVISOR_memory_op:
+            return count
+        _, place = sysctl_at(arguments[0])
+        operation = PageOfflineOp.from_address(place)
+        assert operation.cmd == sysctl_query_page_offline
+        assert operation.end < count, "no frame beyond the host's"
+        asked = range(operation.start, operation.end + 1)
+        told = (ctypes.c_uint32 * len(asked)).from_address(operation.status)
+        told[:] = [0x01010101] * len(asked)
+        for index, mfn in enumerate(asked):
+            if mfn in holes:
+                raise failing(errno.EINVAL)
+            told[index] = words.get(mfn, 0)
+        return 0
+
+    return answer
+
+
+def test_all_frames_are_found_that_xen_holds_back() -> None:
+    words = {0: 1 << 3, 1023: 1 << 2, 1024: 1 << 1 | 1 << 4, 1999: 1 << 3, 5002: 1 << 3}
+    host = frames_over(memory(words, count=5003, holes=range(2000, 4100)))
+    found = host.held_back()
+    assert {mfn: int(state.value) for mfn, state in found.items()} == words
+
+
+def test_a_host_that_holds_nothing_back_says_so() -> None:
+    assert frames_over(memory({}, count=3000, holes=range(0))).held_back() == {}
+
+
+@pytest.mark.parametrize(("word", "error"), [(None, errno.ENOMEM), (1 << 14, 0)])
+def test_what_is_held_back_cannot_be_told_by_an_answer_that_makes_no_sense(
+    word: int | None, error: int
+) -> None:
+    def answer(number: int, arguments: tuple[int, ...]) -> int:
+        if number == HYPERVISOR_memory_op:
+            return 1
+        _, place = sysctl_at(arguments[0])
+        if word is not None:
+            ctypes.c_uint32.from_address(PageOfflineOp.from_address(place).status).value = word
+        if error:
+            raise failing(error)
+        return 0
+
+    with pytest.raises(PortError):
+        frames_over(answer).held_back()
