@@ -325,6 +325,7 @@ class Exchanging:
 
     def _recover_one(self, unfinished: UnfinishedJob) -> RecoveryReport:
         from pgofflined.exchanger import recover
+        from pgofflined.exchanger.poison import Poison
 
         domain = unfinished.record.domain
         last = self._tries[domain] >= RECOVERY_TRIES
@@ -333,7 +334,7 @@ class Exchanging:
                 unfinished,
                 self._xen,
                 now=self._clock.monotonic(),
-                never_read=self._poisoned(),
+                poison=Poison(self._poisoned),
                 last_try=last,
             )
         except Exception:  # one guest's record must not keep the daemon from all others

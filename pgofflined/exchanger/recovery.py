@@ -18,10 +18,10 @@ import math
 
 from pgofflined.core.domains import DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
-from pgofflined.core.frames import Mfn
 from pgofflined.core.moves import Group
 from pgofflined.core.outcomes import Damaged, PageResult, Standing
 from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.exchanger.poison import NO_POISON, Poison
 from pgofflined.exchanger.transfer import Transfer
 from pgofflined.letgo import Kept, by_hand, let_go, resume_only, told
 from pgofflined.marks import take_marks_back
@@ -37,7 +37,7 @@ def recover(
     xen: Hypervisor,
     *,
     now: float,
-    never_read: frozenset[Mfn] = frozenset(),
+    poison: Poison = NO_POISON,
     last_try: bool = False,
 ) -> RecoveryReport:
     """End one job, and close its record when nothing is left to do.
@@ -47,7 +47,7 @@ def recover(
     ``Recovered.HELD`` ask for it however often that has been.  ``now`` is in seconds of
     ``Clock.monotonic``.
     """
-    recovery = _Recovery(unfinished, xen, now, never_read)
+    recovery = _Recovery(unfinished, xen, now, poison)
     try:
         report = recovery.end()
     except DomainGone as error:
@@ -74,7 +74,7 @@ class _Recovery:
     """One try for one job."""
 
     def __init__(
-        self, unfinished: UnfinishedJob, xen: Hypervisor, now: float, never_read: frozenset[Mfn]
+        self, unfinished: UnfinishedJob, xen: Hypervisor, now: float, poison: Poison
     ) -> None:
         self._record = unfinished.record
         self._hold = unfinished.hold
@@ -83,7 +83,7 @@ class _Recovery:
         self._domid = unfinished.record.domain.domid
         self._xen = xen
         self._now = now
-        self._never_read = never_read
+        self._poison = poison
         self._results: tuple[PageResult, ...] = ()
         self._unreadable = unfinished.unreadable
         self._is_whole = self._group is None and self._unreadable is None
@@ -223,9 +223,9 @@ class _Recovery:
                 f"d{self._domid} was let go by somebody else in the middle of the exchange of mfn "
                 f"{pages}: what it maps there may be missing, or read as zeros; restart it"
             )
-        transfer = Transfer(self._xen, self._domid, group)
+        transfer = Transfer(self._xen, self._domid, group, poison=self._poison)
         transfer.take_over()
-        changed = transfer.changed_by_others(self._never_read)
+        changed = transfer.changed_by_others()
         if changed is not None:
             return f"it is not as it was left: {changed}"
         transfer.settle()
