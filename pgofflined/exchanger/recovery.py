@@ -83,6 +83,9 @@ class _Recovery:
         self._domid = unfinished.record.domain.domid
         self._xen = xen
         self._now = now
+        # What is no time of this boot so far is none: of a damaged record, or one without it.
+        began = self._record.began
+        self._asked = began if math.isfinite(began) and began <= now else None
         self._poison = poison
         self._results: tuple[PageResult, ...] = ()
         self._unreadable = unfinished.unreadable
@@ -150,23 +153,31 @@ class _Recovery:
         """
         domid = self._domid
         unread = self._xen.withdraw_suspend(domid)
-        is_recent = self._now - self._record.began <= _OURS_SECONDS
         if info.shutdown is not ShutdownReason.SUSPEND:
             detail = f"d{domid} runs"
-            # Read, it may still be followed.
-            late = is_recent and not unread
+            # Read, it may still be followed; of how long ago it was, too, where that is unknown.
+            late = (self._asked is None or self._is_recent) and not unread
             return self.report(Recovered.NOTHING_TO_DO, detail, may_suspend_late=late)
         if unread:
             detail = f"d{domid} is suspended for somebody else: our request was still unread"
             return self.report(Recovered.NOTHING_TO_DO, detail)
-        if is_recent:
+        if self._is_recent:
             # A pause, if there is one, is not ours: that is noted before it is made.
             return self._told_of(resume_only(self._xen, domid))
         detail = (
-            f"d{domid} is suspended, and we had asked it to, but so long ago that it may be for "
-            f"somebody else: if nobody saves or migrates it, {by_hand(domid, paused=False)}"
+            f"d{domid} is suspended, and we had asked it to, but {self._how_long_ago()}, and it "
+            "may be so for somebody else: if nobody saves or migrates it, "
+            f"{by_hand(domid, paused=False)}"
         )
         return self.report(Recovered.STANDS_STILL, detail)
+
+    @property
+    def _is_recent(self) -> bool:
+        """Whether a guest that stands still may do so for us alone."""
+        return self._asked is not None and self._now - self._asked <= _OURS_SECONDS
+
+    def _how_long_ago(self) -> str:
+        return "when is not known" if self._asked is None else "long ago"
 
     def _end_hold(self, info: DomainInfo) -> RecoveryReport:
         """It had suspended itself for us, and its memory is whole."""
@@ -270,17 +281,19 @@ class _Recovery:
         stuck: Kept | None = None
         if self._hold is None:
             # It was not paused by us.
-            if self._now - self._record.began <= _OURS_SECONDS:
+            if self._is_recent:
                 stuck = resume_only(self._xen, domid)
         elif self._is_as_left(info) and not self._is_perhaps_paused_by_another(info):
             stuck = let_go(self._xen, domid)
         told(self._xen, domid)
+        # Asked and no more, it may follow that yet.
+        late = self._hold is None
         # Not before: if we are killed in between, another process tries once more.
-        if stuck is None:
+        if stuck is None and not late:
             self._job.set_aside()
         else:
             self._job.leave(damaged=not self._is_whole)
-        return self.report(Recovered.LEFT_ALONE, report.detail, stuck=stuck)
+        return self.report(Recovered.LEFT_ALONE, report.detail, stuck=stuck, may_suspend_late=late)
 
     def _somebody(self) -> str | None:
         try:
@@ -297,7 +310,6 @@ class _Recovery:
         may_suspend_late: bool = False,
     ) -> RecoveryReport:
         """What became of this try."""
-        began = self._record.began
         return RecoveryReport(
             domain=self._record.domain,
             outcome=outcome,
@@ -310,7 +322,7 @@ class _Recovery:
                 paused=stuck is not None and stuck.paused,
                 cpu_time=None if self._hold is None else self._hold.cpu_time,
             ),
-            asked=began if math.isfinite(began) else None,
+            asked=self._asked,
         )
 
 
