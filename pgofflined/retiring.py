@@ -121,6 +121,8 @@ class Retirer:
         self.room_again: Callable[[], None] = nothing
         # Told when all pages were looked at under the policy that is in force.
         self.policy_taken_up: Callable[[], None] = nothing
+        # Told after each look at guests that exchanges have left.
+        self.guests_looked_at: Callable[[], None] = nothing
         # Told of each page with an uncorrected error.
         self.poison_reported: Callable[[], None] = nothing
 
@@ -206,6 +208,7 @@ class Retirer:
                 self._tell_room()
                 if self.care:
                     await self._in_thread(self.care.look)
+                    self.guests_looked_at()
                 if not await self._look_at_pages():
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(self._seconds_to_sleep()):

@@ -15,6 +15,7 @@ nobody saves or migrates the guest by.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from pgofflined.core.domains import DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
@@ -39,13 +40,15 @@ def recover(
     now: float,
     poison: Poison = NO_POISON,
     last_try: bool = False,
+    noted: Callable[[RecoveryReport], None] = lambda _: None,
 ) -> RecoveryReport:
     """End one job, and close its record when nothing is left to do.
 
     ``Recovered.NOT_YET`` asks to be called again: the guest is held until then.  With ``last_try``
     it is let go in any case, and the record put aside for a person.  ``Recovered.BUSY`` and
     ``Recovered.HELD`` ask for it however often that has been.  ``now`` is in seconds of
-    ``Clock.monotonic``.
+    ``Clock.monotonic``.  ``noted`` is told of what a person has to see to, before its record is put
+    away: who is killed in between tells it twice.
     """
     recovery = _Recovery(unfinished, xen, now, poison)
     try:
@@ -55,8 +58,10 @@ def recover(
     except PortError as error:
         detail = f"d{unfinished.record.domain.domid} may stand still because of us: {error}"
         report = recovery.report(Recovered.NOT_YET, detail)
+    if report.needs_a_person:
+        noted(report)
     if report.outcome is Recovered.NOT_YET and last_try:
-        report = recovery.give_up(report)
+        report = recovery.give_up(report, noted)
     elif report.outcome is Recovered.LEFT_ALONE:
         unfinished.job.set_aside()
     elif report.stuck is not None or report.may_suspend_late:
@@ -254,7 +259,9 @@ class _Recovery:
             return []
         return take_marks_back(self._xen, self._group.frames())
 
-    def give_up(self, report: RecoveryReport) -> RecoveryReport:
+    def give_up(
+        self, report: RecoveryReport, noted: Callable[[RecoveryReport], None]
+    ) -> RecoveryReport:
         """Let the guest go as it is, if it stands still for us.
 
         What is not mapped it faults at, as a rule (see decision 5), which harms it less than to
@@ -277,7 +284,10 @@ class _Recovery:
         if somebody is not None:
             # By now he takes the suspend for his.
             detail = f"{report.detail}; it is held until {somebody} has ended"
-            return self.report(Recovered.BUSY, detail)
+            busy = self.report(Recovered.BUSY, detail)
+            if busy.needs_a_person:
+                noted(busy)
+            return busy
         stuck: Kept | None = None
         if self._hold is None:
             # It was not paused by us.
@@ -288,12 +298,16 @@ class _Recovery:
         told(self._xen, domid)
         # Asked and no more, it may follow that yet.
         late = self._hold is None
+        report = self.report(
+            Recovered.LEFT_ALONE, report.detail, stuck=stuck, may_suspend_late=late
+        )
+        noted(report)
         # Not before: if we are killed in between, another process tries once more.
         if stuck is None and not late:
             self._job.set_aside()
         else:
             self._job.leave(damaged=not self._is_whole)
-        return self.report(Recovered.LEFT_ALONE, report.detail, stuck=stuck, may_suspend_late=late)
+        return report
 
     def _somebody(self) -> str | None:
         try:

@@ -204,3 +204,30 @@ def test_a_record_of_a_domain_that_ended_since_is_removed(tmp_path: Path) -> Non
     found.bench.host.reboot(found.bench.domid)
     found.start()
     assert list(found.folder.iterdir()) == []
+
+
+def fails() -> None:
+    raise RuntimeError("a fault of our own")
+
+
+@pytest.mark.parametrize("readable", [False, True])
+def test_a_guest_of_a_job_that_only_meets_faults_of_our_own(
+    tmp_path: Path,
+    readable: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    found = Found.killed_at(tmp_path, "exchange")
+    if not readable:
+        found.change("damaged")
+    host = found.bench.host
+    fault = Fault(method="condition", times=RECOVERY_TRIES + 1, act=fails)
+    xen = FaultyHypervisor(host, fault)
+    left = Leftovers(xen, JobStore(found.folder), host.clock, frozenset)
+    left.recover()
+    assert found.see_out(left)
+    info = host.domain(found.bench.domid)
+    if readable:
+        # As any that cannot be put right: what it lacks it faults at.
+        assert (info.shutdown, info.paused) == (None, False)
+    else:
+        assert (info.shutdown, info.paused) == (ShutdownReason.SUSPEND, True)
+        assert found.file.exists()
