@@ -359,7 +359,8 @@ class Exchanging:
                 noted=self._note,
             )
         except Exception:  # one guest's record must not keep the daemon from all others
-            log.exception("the job of d%d could not be ended", domain.domid)
+            if not self._is_held(domain):  # that lasts, and is told once
+                log.exception("the job of d%d could not be ended", domain.domid)
             detail = f"a fault of our own in ending the job of d{domain.domid}; please report it"
             if not last:
                 return RecoveryReport(domain=domain, outcome=Recovered.NOT_YET, detail=detail)
