@@ -62,12 +62,13 @@ class StuckGuest:
 class LeftGuest:
     """A guest that is not seen to the end, and what a person can do.
 
-    ``is_kept``: a later process knows of it and goes on.
+    ``is_kept``: a later process knows of it and goes on.  ``is_ours``: that is for us to do.
     """
 
     domain: DomainIdentity
     text: str
     is_kept: bool
+    is_ours: bool = True
 
 
 class _Found(Enum):
@@ -103,8 +104,9 @@ class Aftercare:
 
     There is no need to look where there is no such guest.  ``ended`` is told of a guest that needs
     nothing more; no exchange may begin in it before.  ``keep`` records a guest of whom no later
-    process would know.  Both are called by ``look``.  ``under_way`` says which
-    guest an exchange of this process is at work on: it is left to that until it has ended.
+    process would know, and says whether one does now: else it is tried again.  Both are called by
+    ``look``.  ``under_way`` says which guest an exchange of this process is at work on, or has not
+    ended: it is left to that until it has.
 
     Any thread may call any method; ``look`` one at a time.
     """
@@ -116,7 +118,7 @@ class Aftercare:
         *,
         times: CareTimes,
         ended: Callable[[DomainIdentity], None],
-        keep: Callable[[DomainInfo], None] = lambda _: None,
+        keep: Callable[[DomainInfo], bool] = lambda _: True,
         under_way: Callable[[DomainIdentity], bool] = lambda _: False,
     ) -> None:
         self.times = times
@@ -153,7 +155,10 @@ class Aftercare:
         """The guests that are left to a person, should nobody go on looking."""
         return [
             LeftGuest(
-                domain=domain, text=_left(domain, case), is_kept=case.is_ours and case.is_kept
+                domain=domain,
+                text=_left(domain, case),
+                is_kept=case.is_ours and case.is_kept,
+                is_ours=case.is_ours,
             )
             for domain, case in self._cases.items()
         ]
@@ -264,8 +269,7 @@ class Aftercare:
                 return _Found.ENDED, case
             stands = info.shutdown is ShutdownReason.SUSPEND or info.paused
             if not case.is_kept:
-                self._keep(info)
-                case = replace(case, is_kept=True)
+                case = replace(case, is_kept=self._keep(info))
             if stands and self._xen.somebody_at(domid) is not None:
                 return _Found.WAITS, case  # it may stand still for him by now
         except DomainGone:

@@ -72,19 +72,22 @@ class Attention:
             self._note(ConditionCode.GUEST_ENDED, report.ended, domid)
         for page in report.results:
             if isinstance(page, Damaged):
-                text = (
-                    f"d{domid} lost mfn {page.old:#x} ({page.detail}): restart it at once and "
-                    "check its data, for its programs may read zeros there"
-                )
-                self.incidents.note(
-                    Condition(
-                        code=ConditionCode.PAGE_DAMAGED,
-                        text=text,
-                        since=self._clock.now(),
-                        mfn=page.old,
-                        domid=domid,
-                    )
-                )
+                self._note_damaged(page, domid)
+
+    def _note_damaged(self, page: Damaged, domid: Domid) -> None:
+        text = (
+            f"d{domid} lost mfn {page.old:#x} ({page.detail}): restart it at once and check its "
+            "data, for its programs may read zeros there"
+        )
+        self.incidents.note(
+            Condition(
+                code=ConditionCode.PAGE_DAMAGED,
+                text=text,
+                since=self._clock.now(),
+                mfn=page.old,
+                domid=domid,
+            )
+        )
 
     def note_broken(self, mfn: Mfn, detail: str) -> None:
         """Take note of a page that Xen has broken, of whose error no source has told."""
@@ -115,6 +118,8 @@ class Attention:
         """Take note of jobs of an earlier process that could not be ended well."""
         for report in reports:
             self._note(ConditionCode.JOB_NOT_RECOVERED, report.detail, report.domain.domid)
+            for page in report.damaged:
+                self._note_damaged(page, report.domain.domid)
 
     def _note(self, code: ConditionCode, text: str, domid: Domid) -> None:
         self.incidents.note(Condition(code=code, text=text, since=self._clock.now(), domid=domid))

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -16,6 +17,7 @@ from typing import Final
 from pgofflined import __version__
 from pgofflined.affinitynote import AffinityFile
 from pgofflined.aftercare import CareTimes
+from pgofflined.attention import Attention
 from pgofflined.config import EX_CONFIG, ConfigError, Configuration, load
 from pgofflined.core.conditions import ConditionCode, Severity
 from pgofflined.core.domains import DomainIdentity
@@ -24,6 +26,7 @@ from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.machine import read_cpuinfo
 from pgofflined.core.policy import Policy, SourceName, effective
+from pgofflined.core.recovery import RecoveryReport
 from pgofflined.core.relocation_outcomes import MigrationOutcome, NotMigrated
 from pgofflined.diskless import may_reach_a_disk
 from pgofflined.jobstore import JobStore
@@ -197,7 +200,10 @@ def _start_alone(config_path: Path, host: Host) -> int:
         # As above: with a guest that still waits for us, it is tried again.
         return EX_CONFIG if leftovers.see_out() else EX_UNAVAILABLE
     try:
-        return asyncio.run(_serve(config_path, configuration, host, xen, journal, leftovers))
+        # Whatever ends the service, ``see_out`` finds the store free.
+        with closing(Store.open(host.directory / STATE, read_boot_id())) as store:
+            serving = _serve(config_path, configuration, host, xen, journal, leftovers, store)
+            return asyncio.run(serving)
     except (PortError, StoreInUse, CannotListen, ValueError) as error:
         log.critical("pgofflined cannot start: %s", error)
         leftovers.see_out()
@@ -210,7 +216,12 @@ def _start_alone(config_path: Path, host: Host) -> int:
 def recover_first(host: Host, xen: Hypervisor, journal: Journal) -> Leftovers:
     """Try once to end whatever an earlier process has left of guests, monitors and affinities."""
     leftovers = Leftovers(
-        xen, journal, host.clock, lambda: _poison(host.directory), times=host.times
+        xen,
+        journal,
+        host.clock,
+        lambda: _poison(host.directory),
+        times=host.times,
+        noted=lambda report: _note(host, report),
     )
     leftovers.recover()
     # Not before: a monitor that goes on while its guest stands still is lost.
@@ -229,11 +240,11 @@ async def _serve(
     xen: Hypervisor,
     journal: Journal,
     leftovers: Leftovers,
+    store: Store,
 ) -> int:
     policy = configuration.policy
     notifier = make_notifier(host.clock.monotonic)
     machine = read_cpuinfo(_CPUINFO.read_text(encoding="ascii"), max_mfn=xen.max_mfn())
-    store = Store.open(host.directory / STATE, read_boot_id())
     native = NativeFactory(kept_descriptors(), notifier)
     factories: dict[SourceName, SourceFactory] = {
         SourceName.NATIVE: native,
@@ -267,10 +278,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, _reload, config_path, service, notifier)
-    try:
-        await service.run(stop)
-    finally:
-        store.close()
+    await service.run(stop)
     return 0
 
 
@@ -292,6 +300,19 @@ def _poison(directory: Path) -> frozenset[Mfn]:
         return stored_poison(store)
     finally:
         store.close()
+
+
+def _note(host: Host, report: RecoveryReport) -> None:
+    """Keep for the next daemon what a person has to see to, while none has the store."""
+    domid = report.domain.domid
+    try:
+        with closing(Store.open(host.directory / STATE, read_boot_id())) as store:
+            Attention(store, host.clock).note_recovered([report])
+            trouble = store.trouble
+    except (StoreInUse, OSError) as error:
+        trouble = str(error)
+    if trouble is not None:
+        log.error("the next daemon will raise no alert for d%d: %s", domid, trouble)
 
 
 def _load_or_tell(

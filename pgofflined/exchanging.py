@@ -13,14 +13,12 @@ from uuid import UUID
 
 from pgofflined.core.domains import DomainIdentity, DomainInfo
 from pgofflined.core.errors import PortError
-from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.offline import WhenMarked
-from pgofflined.core.outcomes import Damaged, ExchangeReport, Refusal, RefusalReason
+from pgofflined.core.outcomes import ExchangeReport, Refusal, RefusalReason, Standing
 from pgofflined.core.policy import ExchangePolicy, Marking
 from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.core.suspending import Objection, SuspendSupport, ended_before, objection
-from pgofflined.journal_log import event
 from pgofflined.marks import take_marks_back
 from pgofflined.ports import (
     Clock,
@@ -30,6 +28,7 @@ from pgofflined.ports import (
     SuspendLimits,
     UnfinishedJob,
 )
+from pgofflined.recoverylog import tell
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +44,10 @@ class Exchanging:
     ``poisoned`` gives the frames whose contents must never be read, ``denial`` why a domain is not
     to be suspended now, if it is not; ``was_restored`` says whether a domain is what came of a
     guest that has suspended itself when asked, and ``wedged`` whether Xen has broken a page of a
-    domain by itself.  No method but ``run``, ``is_under_way``, ``hold_off``, ``done_with`` and
-    ``objection`` may be called from several threads.  A job of this process whose guest it can
-    neither put right nor let go is tried again as if an earlier process had left it.
+    domain by itself.  ``noted`` keeps what a person has to see to, before the record of it is put
+    away.  No method but ``run``, ``is_under_way``, ``hold_off``, ``done_with`` and ``objection``
+    may be called from several threads.  A job of this process whose guest it can neither put right
+    nor let go is tried again as if an earlier process had left it.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Exchanging:
         denial: Callable[[DomainInfo], str | None] = lambda _: None,
         was_restored: Callable[[DomainIdentity], bool] = lambda _: False,
         wedged: Callable[[DomainIdentity], bool] = lambda _domain: False,
+        noted: Callable[[RecoveryReport], None] = lambda _: None,
     ) -> None:
         self._xen = xen
         self._journal = journal
@@ -70,6 +71,7 @@ class Exchanging:
         self._denial = denial
         self._was_restored = was_restored
         self._wedged = wedged
+        self._noted = noted
         # Both are replaced as a whole: the loop reads them while a thread tries again.
         self._rest: tuple[UnfinishedJob, ...] = ()
         self._last: Mapping[DomainIdentity, RecoveryReport] = {}
@@ -80,6 +82,8 @@ class Exchanging:
         self._looked_after: set[DomainIdentity] = set()
         # And the other way round: nobody looks after a guest that a job of this process may hold.
         self._under_way: set[DomainIdentity] = set()
+        # Guests of whom no record could be made; it is told once.
+        self._unkept: set[DomainIdentity] = set()
         self._lock = threading.Lock()
         # Guests that ended after our request.  A toolstack that starts one again gives it the same
         # uuid, and nothing has changed that would let it survive the next request.
@@ -121,12 +125,13 @@ class Exchanging:
                 self._under_way.discard(domain)
 
     def is_under_way(self, domain: DomainIdentity) -> bool:
-        """Whether a job is at work on the domain, and may hold it; its record must not be touched.
+        """Whether a job is at work on the domain, or not ended yet, and may hold it.
 
-        None begins after ``hold_off``, so that this stays False once it is.
+        Its record must not be touched, and nobody else may let the guest run.  None begins after
+        ``hold_off``, so that this stays False once it is.
         """
         with self._lock:
-            return domain in self._under_way
+            return domain in self._under_way or domain in self._unended
 
     def _run(self, domain: DomainIdentity, mfns: tuple[Mfn, ...]) -> ExchangeReport:
         # numpy comes with it, which a daemon that has nothing to do need not hold.
@@ -186,8 +191,14 @@ class Exchanging:
         with self._lock:
             self._looked_after.discard(domain)
 
-    def keep_asked(self, info: DomainInfo) -> None:
-        """Have a later process know of a guest that may follow a request that was no exchange's."""
+    def keep_asked(self, info: DomainInfo) -> bool:
+        """Have a later process know of a guest that may follow a request that was no exchange's.
+
+        Whether it does now.  Of a job that is not ended there is a record, which must stay.
+        """
+        with self._lock:
+            if info.identity in self._unended:
+                return True
         record = JobRecord(
             domain=info.identity,
             shared_info=info.shared_info,
@@ -197,7 +208,11 @@ class Exchanging:
         try:
             self._journal.open(record).leave()
         except PortError as error:
-            log.error("should this process end, nobody looks after d%d: %s", info.domid, error)
+            if info.identity not in self._unkept:
+                log.error("should this process end, nobody looks after d%d: %s", info.domid, error)
+            self._unkept.add(info.identity)
+            return False
+        return True
 
     def _give_up(self, unfinished: UnfinishedJob) -> None:
         # Its record must not be replaced by that of another job.
@@ -293,17 +308,15 @@ class Exchanging:
                 # That may last for hours, and is told once.
                 if before is not None and before.detail == report.detail:
                     return None
-                _tell(report)
+                tell(report)
                 return report if report.outcome is Recovered.HELD else None
             case Recovered.NOT_YET:
                 self._put(domain, unfinished, rest, report)
-                _tell(report)
+                tell(report)
                 self._tries[domain] += 1
                 return None
             case _:
-                _tell(report)
-                if report.outcome in (Recovered.LEFT_ALONE, Recovered.STANDS_STILL):
-                    self._not_recovered.put(report)
+                tell(report)
                 del self._tries[domain]
                 if report.stuck is not None or report.may_suspend_late:
                     self.hold_off(domain)
@@ -323,8 +336,16 @@ class Exchanging:
         others = {other: last for other, last in self._last.items() if other != domain}
         self._last = others if report is None else {**others, domain: report}
 
+    def _note(self, report: RecoveryReport) -> None:
+        self._not_recovered.put(report)
+        try:
+            self._noted(report)
+        except Exception:  # it must keep no guest from what is still to be done for it
+            log.exception("what d%d needs could not be noted", report.domain.domid)
+
     def _recover_one(self, unfinished: UnfinishedJob) -> RecoveryReport:
         from pgofflined.exchanger import recover
+        from pgofflined.exchanger.poison import Poison
 
         domain = unfinished.record.domain
         last = self._tries[domain] >= RECOVERY_TRIES
@@ -333,18 +354,41 @@ class Exchanging:
                 unfinished,
                 self._xen,
                 now=self._clock.monotonic(),
-                never_read=self._poisoned(),
+                poison=Poison(self._poisoned),
                 last_try=last,
+                noted=self._note,
             )
         except Exception:  # one guest's record must not keep the daemon from all others
-            log.exception("the job of d%d could not be ended", domain.domid)
+            if not self._is_held(domain):  # that lasts, and is told once
+                log.exception("the job of d%d could not be ended", domain.domid)
             detail = f"a fault of our own in ending the job of d{domain.domid}; please report it"
-            outcome = Recovered.LEFT_ALONE if last else Recovered.NOT_YET
-            if last:
-                unfinished.job.leave(damaged=unfinished.group is not None)
-            return RecoveryReport(
-                domain=domain, outcome=outcome, detail=detail, stuck=detail if last else None
-            )
+            if not last:
+                return RecoveryReport(domain=domain, outcome=Recovered.NOT_YET, detail=detail)
+            return self._let_go_of(unfinished, detail)
+
+    def _let_go_of(self, unfinished: UnfinishedJob, detail: str) -> RecoveryReport:
+        """Leave a job of which all tries have met a fault of ours to those who only let go."""
+        domain, hold = unfinished.record.domain, unfinished.hold
+        if unfinished.unreadable is not None:
+            # It may be in the middle of a change, and must not run.
+            detail += f"; it is held, and {unfinished.unreadable}"
+            return RecoveryReport(domain=domain, outcome=Recovered.HELD, detail=detail)
+        report = RecoveryReport(
+            domain=domain,
+            outcome=Recovered.LEFT_ALONE,
+            detail=detail,
+            stuck=None if hold is None else detail,
+            # Asked and no more, it may follow that yet.
+            may_suspend_late=hold is None,
+            # Without its processor time, a pause may be somebody else's.
+            standing=Standing(
+                paused=hold is not None and hold.cpu_time is not None,
+                cpu_time=None if hold is None else hold.cpu_time,
+            ),
+        )
+        self._note(report)
+        unfinished.job.leave(damaged=unfinished.group is not None)
+        return report
 
 
 def _refused(
@@ -352,31 +396,3 @@ def _refused(
 ) -> ExchangeReport:
     results = tuple(Refusal(mfn=mfn, reason=reason, detail=detail) for mfn in mfns)
     return ExchangeReport(domain=domain, results=results, blackout=None)
-
-
-def _tell(report: RecoveryReport) -> None:
-    domid, job = report.domain.domid, "recovery"
-    message = f"an exchange was cut off: {report.detail}"
-    match report.outcome:
-        case Recovered.NOTHING_TO_DO | Recovered.GONE:
-            event(log, logging.INFO, Event.JOB_RECOVERED, message, domid=domid, job=job)
-        case Recovered.FINISHED:
-            event(log, logging.WARNING, Event.JOB_RECOVERED, message, domid=domid, job=job)
-        case Recovered.NOT_YET:
-            log.error("%s; the guest is held, and it is tried again", message)
-        case Recovered.BUSY:
-            if report.results:
-                event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
-            else:
-                log.warning("%s; then it is tried again", message)
-        case Recovered.LEFT_ALONE | Recovered.STANDS_STILL | Recovered.HELD:
-            event(log, logging.CRITICAL, Event.JOB_NOT_RECOVERED, message, domid=domid, job=job)
-        case _:
-            assert_never(report.outcome)
-    for result in report.results:
-        if isinstance(result, Damaged):
-            what = (
-                f"mfn {result.old:#x} of d{domid} could not be put right: {result.detail}; "
-                "restart it at once"
-            )
-            event(log, logging.CRITICAL, Event.PAGE_DAMAGED, what, domid=domid, job=job)

@@ -93,6 +93,8 @@ class GuestCare:
             message = f"pgofflined ends and leaves a guest: {guest.text}"
             if guest.is_kept:
                 message += ". Its record is kept, and the next start goes on with it"
+            elif guest.is_ours:
+                message += ". No record of it could be kept: no later start knows of it"
             event(log, logging.CRITICAL, Event.GUEST_LEFT, message, domid=domid)
         return bool(left)
 

@@ -11,6 +11,11 @@ know, or is damaged.  So this much is promised never to change:
   still for us and its memory is whole; without its processor time with P.  M: it may be in the
   middle of a change.  Any other letter is taken for M.
 
+While the stage is empty, its time of modification says when the guest was asked, in seconds of the
+monotonic clock: nobody writes to it before the guest stands still, and no step of the date touches
+it.  It serves where the table cannot be read.  Releases that do not set it leave a date, which is
+later than any time since the boot.
+
 What only was asked or held is ended with that.  A guest in the middle of a change is held until
 somebody reads the record who can (decision 11).
 """
@@ -18,6 +23,7 @@ somebody reads the record who can (decision 11).
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -90,6 +96,24 @@ def stage_of(path: Path) -> tuple[Hold | None, bool]:
     return Hold(cpu_time=None if stage == PAUSING else cpu_time), stage == MOVING
 
 
+def note_began(path: Path, began: float) -> None:
+    """Note beside the record, too, when its job was begun.  Raises OSError."""
+    nanoseconds = int(began * 1e9)
+    os.utime(beside(path, STAGE), ns=(nanoseconds, nanoseconds))
+
+
+def _noted_began(path: Path) -> float:
+    """When the guest was asked, by the stage; minus infinity where that says nothing.
+
+    It may be a date: later than now.
+    """
+    with suppress(OSError):
+        found = beside(path, STAGE).stat()
+        if not found.st_size:
+            return found.st_mtime_ns / 1e9
+    return float("-inf")
+
+
 def as_far_as_readable(path: Path, connection: sqlite3.Connection | None) -> JobRecord:
     """The record, from the table where that can be read, else by the file's name alone.
 
@@ -103,7 +127,7 @@ def as_far_as_readable(path: Path, connection: sqlite3.Connection | None) -> Job
             record = record_of(row)
             if record.domain == domain:
                 return record
-    return JobRecord(domain=domain, shared_info=None, cpu_time=0, began=float("-inf"))
+    return JobRecord(domain=domain, shared_info=None, cpu_time=0, began=_noted_began(path))
 
 
 class UnreadJob:

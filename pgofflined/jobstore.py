@@ -46,7 +46,7 @@ from pathlib import Path
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.jobfile import LeftJob, StoredJob, create
-from pgofflined.jobheader import ASIDE, SUFFIX, move, path_of, remove
+from pgofflined.jobheader import ASIDE, SUFFIX, move, note_began, path_of, remove
 from pgofflined.jobread import InUse, NeverBegun, load
 from pgofflined.ports import JobRecord, OpenJob, UnfinishedJob
 
@@ -84,12 +84,14 @@ class JobStore:
             try:
                 self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
                 remove(path)
-                return StoredJob(path, create(path, record), record.domain, on_left=self._keep)
+                job = StoredJob(path, create(path, record), record.domain, on_left=self._keep)
+                note_began(path, record.began)
             except (OSError, sqlite3.Error) as error:
                 raise PortError(
                     f"what an exchange changes in d{record.domain.domid} cannot be kept in "
                     f"{self._directory} ({error}); without that it is not begun"
                 ) from error
+            return job
 
     def _keep(self, job: LeftJob) -> None:
         with self._lock:

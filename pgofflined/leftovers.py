@@ -20,6 +20,7 @@ from typing import Final
 from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.frames import Mfn
 from pgofflined.core.policy import ExchangePolicy
+from pgofflined.core.recovery import RecoveryReport
 from pgofflined.exchanging import Exchanging
 from pgofflined.guestcare import GuestCare
 from pgofflined.ports import Clock, Hypervisor, Journal
@@ -75,7 +76,7 @@ class Leftovers:
     """The jobs that an earlier process left, until the service takes them over or they are ended.
 
     ``poisoned`` gives the frames whose contents must never be read; it is asked only where there is
-    a job.
+    a job.  ``noted`` keeps for the next daemon what a person has to see to.
     """
 
     def __init__(
@@ -85,10 +86,17 @@ class Leftovers:
         clock: Clock,
         poisoned: Callable[[], frozenset[Mfn]],
         times: CareTimes = CareTimes(),  # noqa: B008 - it does not change
+        noted: Callable[[RecoveryReport], None] = lambda _: None,
     ) -> None:
         self._clock = clock
+        self._noted = noted
         exchanging = Exchanging(
-            xen=xen, journal=journal, clock=clock, policy=ExchangePolicy, poisoned=poisoned
+            xen=xen,
+            journal=journal,
+            clock=clock,
+            policy=ExchangePolicy,
+            poisoned=poisoned,
+            noted=noted,
         )
         self._care = GuestCare(
             exchanging,
@@ -125,6 +133,9 @@ class Leftovers:
             with _undisturbed():
                 self._care.look()
         self.tell_left()
+        # A service that has taken them over would have.
+        for report in self._care.exchanging.take_not_recovered():
+            self._noted(report)
         return not self.is_owed
 
     def tell_left(self) -> None:

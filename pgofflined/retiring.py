@@ -135,6 +135,8 @@ class Retirer:
         # Told of pages that were out of use, and whether they are still.
         self.doubt_settled: Callable[[Mfn, bool], None] = lambda _mfn, _is_offlined: None
         self._doubted: set[Mfn] = set()
+        # Told after each look at guests that exchanges have left.
+        self.guests_looked_at: Callable[[], None] = nothing
         # Told of each page with an uncorrected error.
         self.poison_reported: Callable[[], None] = nothing
 
@@ -249,6 +251,7 @@ class Retirer:
                 self._tell_room()
                 if self.care:
                     await self._in_thread(self.care.look)
+                    self.guests_looked_at()
                 if not await self._look_at_pages():
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(self._seconds_to_sleep()):

@@ -142,6 +142,7 @@ class Service:
             objection=self.retirer.exchanging.objection,
             saved_in_vain=self.retirer.save_failed,
         )
+        self.retirer.guests_looked_at = self._note_recovered
         self.retirer.poison_reported = self.relocation.poison_reported
         self.retirer.policy_taken_up = lambda: world.store.set_meta(
             _POLICY, policy_digest(self.policy)
@@ -159,6 +160,7 @@ class Service:
         """
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
+        self._note_recovered()
         if self._world.store.lost is not None:
             await self._find_again(self._world.store.lost)
         # About what was counted by an earlier daemon too, perhaps in a dry run.
@@ -197,6 +199,7 @@ class Service:
             self.retirer.stop()
             self.pool.stop()
             await see_out(self.retirer.care, [*work, relocations])
+            self._note_recovered()
             for task in rest:
                 task.cancel()
             self._chatter.close()
@@ -325,8 +328,12 @@ class Service:
             trouble=self._world.store.trouble,
             exchanges_off=self._world.exchanges_off(),
         )
-        self._attention.note_recovered(self.retirer.exchanging.take_not_recovered())
+        self._note_recovered()
         return self._attention.conditions(snapshot, about)
+
+    def _note_recovered(self) -> None:
+        """At once: their records are put away, and only what is stored outlives the daemon."""
+        self._attention.note_recovered(self.retirer.exchanging.take_not_recovered())
 
     def _load_history(self) -> History:
         retire = self.policy.retire

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pgofflined.core.domains import DomainIdentity
-from pgofflined.core.outcomes import PageResult, Standing
+from pgofflined.core.outcomes import Damaged, PageResult, Standing
 
 
 class Recovered(StrEnum):
@@ -51,3 +51,18 @@ class RecoveryReport:
     standing: Standing = field(default_factory=Standing)
     asked: float | None = None
     is_whole: bool = False
+
+    @property
+    def needs_a_person(self) -> bool:
+        """Whether somebody has to see to the guest, and nothing else tells of it from now on.
+
+        A guest that is held, or stuck, has a record on, and whoever finds that tells of it.
+        """
+        return self.outcome in (Recovered.LEFT_ALONE, Recovered.STANDS_STILL) or (
+            self.outcome is Recovered.BUSY and bool(self.results)
+        )
+
+    @property
+    def damaged(self) -> tuple[Damaged, ...]:
+        """Pages whose guest has lost them."""
+        return tuple(result for result in self.results if isinstance(result, Damaged))

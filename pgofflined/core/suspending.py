@@ -93,6 +93,27 @@ def objection(
             assert_never(support)
 
 
+# What libxl writes to control/shutdown for `xl shutdown` and `xl reboot`, over whatever it finds
+# there (libxl_domain.c), and what Linux takes besides (drivers/xen/manage.c), with its end.
+_ORDERS: Final = {
+    b"poweroff": ShutdownReason.POWEROFF,
+    b"halt": ShutdownReason.POWEROFF,
+    b"reboot": ShutdownReason.REBOOT,
+}
+
+
+def is_anothers_end(reason: ShutdownReason | None, order: bytes | None) -> bool:
+    """Whether it is certain that a guest has not ended by our request to suspend.
+
+    ``order`` is what stood in ``control/shutdown`` in place of our request; None where that was
+    still there.  A guest takes a request before it follows it, but may crash of reading it before
+    that: so with ours not taken only an orderly end is another's, or the guest's own.
+    """
+    if order is None:
+        return reason in (ShutdownReason.POWEROFF, ShutdownReason.REBOOT)
+    return reason is not None and reason is _ORDERS.get(order)
+
+
 _ENDED: Final = {
     ShutdownReason.POWEROFF: "powered itself off",
     ShutdownReason.REBOOT: "shut down to reboot",

@@ -33,6 +33,7 @@ from pgofflined.exchanger.plan import (
     refuse_mapping_others,
     refuse_root,
 )
+from pgofflined.exchanger.poison import NO_POISON, Poison
 from pgofflined.exchanger.survey import frames_below, has_frames_of_others
 from pgofflined.ports import Hypervisor
 
@@ -47,9 +48,15 @@ _NOT_READABLE: Final = np.uint32(min(PFINFO_BROKEN, PFINFO_XALLOC, PFINFO_XTAB))
 
 
 class Look:
-    """The frames of a group, and those that name them, as long as they stay mapped."""
+    """The frames of a group, and those that name them, as long as they stay mapped.
 
-    def __init__(self, xen: Hypervisor, domid: Domid, group: Group, others: FrameArray) -> None:
+    Each method that reads raises XenError for a frame with an uncorrected error, also one that was
+    reported since it was mapped.
+    """
+
+    def __init__(
+        self, xen: Hypervisor, domid: Domid, group: Group, others: FrameArray, poison: Poison
+    ) -> None:
         """Map the group's frames and ``others``.  Raises PortError where one cannot be read."""
         self.group = group
         self.others = others
@@ -59,6 +66,8 @@ class Look:
         frames = np.concatenate([group.mfns, np.setdiff1d(others, group.mfns)])
         self._order = np.argsort(frames)
         self._sorted = frames[self._order]
+        self._domid, self._poison = domid, poison
+        poison.refuse(domid, frames)
         self._mapping = ExitStack()
         self._window = self._mapping.enter_context(xen.window(domid, frames))
 
@@ -95,6 +104,7 @@ class Look:
         self._mapping.close()
 
     def _rows(self, mfns: FrameArray) -> NDArray[np.intp]:
+        self._poison.refuse(self._domid, mfns)
         rows: NDArray[np.intp] = self._order[np.searchsorted(self._sorted, mfns)]
         return rows
 
@@ -107,7 +117,7 @@ class Seen:
     look: Look
 
 
-def look_at(xen: Hypervisor, domid: Domid, group: Group) -> Seen | None:
+def look_at(xen: Hypervisor, domid: Domid, group: Group, poison: Poison = NO_POISON) -> Seen | None:
     """Map and read beforehand what ``check`` will look at; None where it cannot all be read.
 
     Xen's types come first: what it knows to be broken is not read.  Raises PortError.
@@ -116,7 +126,7 @@ def look_at(xen: Hypervisor, domid: Domid, group: Group) -> Seen | None:
     types = xen.page_types(domid, np.concatenate([group.mfns, others]))
     if not _readable(types).all():
         return None
-    look = Look(xen, domid, group, others)
+    look = Look(xen, domid, group, others, poison)
     try:
         look.group = replace(group, contents=look.at(group.mfns))
         look.spare = look.group.contents.copy()
@@ -141,7 +151,13 @@ class Checked:
 
 
 def check(
-    xen: Hypervisor, domid: Domid, group: Group, looks: ExitStack, look: Look | None = None
+    xen: Hypervisor,
+    domid: Domid,
+    group: Group,
+    looks: ExitStack,
+    look: Look | None = None,
+    *,
+    poison: Poison = NO_POISON,
 ) -> Checked:
     """Compare a group with the memory of its guest, which is suspended and paused.
 
@@ -156,13 +172,13 @@ def check(
     involved = look.others if look is not None and is_known else _involved(group)
     types = xen.page_types(domid, np.concatenate([group.mfns, involved]))
     _check_types(group, types[: len(group)], refusals)
-    _check_grants(xen, domid, group, refusals)
+    _check_grants(poison.granted_frames(xen, domid), group, refusals)
     places = _check_places(group, involved, types[len(group) :], refusals)
     group = _left(group, refusals)
     more: dict[int, Refusal] = {}
     if len(group):
         if look is None or not is_known:
-            look = _look(xen, domid, group, involved[places], look, looks)
+            look = _look(xen, domid, group, involved[places], look, looks, poison)
         group, more = _check_contents(group, look)
     if len(group) and group.kind.is_table:
         refusal = _refuse_table(xen, domid, group)
@@ -192,13 +208,14 @@ def _look(
     others: FrameArray,
     look: Look | None,
     looks: ExitStack,
+    poison: Poison,
 ) -> Look:
     """The look there is, or one in its place that has all that is needed."""
     if look is not None:
         if look.covers(group.mfns) and look.covers(others):
             return look
         look.close()
-    fresh = Look(xen, domid, group, others)
+    fresh = Look(xen, domid, group, others, poison)
     looks.callback(fresh.close)
     return fresh
 
@@ -222,10 +239,8 @@ def _check_types(group: Group, types: TypeArray, refusals: dict[int, Refusal]) -
         refusals[row] = refuse_by_kind(mfn, kind) or _out_of_date(mfn, "Xen uses it otherwise")
 
 
-def _check_grants(
-    xen: Hypervisor, domid: Domid, group: Group, refusals: dict[int, Refusal]
-) -> None:
-    granted = among(group.mfns, xen.granted_frames(domid))
+def _check_grants(grants: FrameArray, group: Group, refusals: dict[int, Refusal]) -> None:
+    granted = among(group.mfns, grants)
     for row in np.flatnonzero(granted).tolist():
         refusals.setdefault(row, refuse_granted(group.page(row)[0]))
 

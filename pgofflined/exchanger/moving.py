@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid, Mfn
-from pgofflined.core.moves import Group, frames_of
+from pgofflined.core.moves import Group
 from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import PageResult, Refusal, RefusalReason, page_of
 from pgofflined.exchanger.check import Look, Seen, check, look_at
 from pgofflined.exchanger.plan import Plan, make_plan, seconds_for
+from pgofflined.exchanger.poison import REPORTED, Poison
 from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.exchanger.transfer import Transfer
 from pgofflined.ports import Clock, Hypervisor, OpenJob, SuspendLimits
-
-if TYPE_CHECKING:
-    from pgofflined.core.moves import Chosen
 
 # What a step after the commit fails for (dom0 short of memory) mostly passes within so many
 # seconds.  The guest is held meanwhile: with a page missing it is worse off.  Not for longer: after
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
 _SETTLE_SECONDS = 40.0
 _SECONDS_BETWEEN = 4.0
 # A survey tells these from pages that cannot be moved.
-_REPORTED = "an uncorrected error was reported meanwhile in it, or in a table that leads to it"
 _SURVEY_HELPS = frozenset({RefusalReason.OUT_OF_DATE, RefusalReason.OTHER_REFERENCES})
 
 
@@ -54,7 +50,7 @@ class Mover:
         xen: Hypervisor,
         clock: Clock,
         job: OpenJob,
-        poisoned: Callable[[], frozenset[Mfn]],
+        poison: Poison,
         when: WhenMarked,
         limits: SuspendLimits,
         wedged: Callable[[], bool],
@@ -65,7 +61,7 @@ class Mover:
         self._xen = xen
         self._clock = clock
         self._job = job
-        self._poisoned = poisoned
+        self._poison = poison
         self._when = when
         self._wedged = wedged
         self._limits = limits
@@ -86,10 +82,10 @@ class Mover:
         What cannot be read now is left to ``move``.  Raises DomainGone, NotKept.
         """
         group = plan.groups[0]
-        if self._touching(group).any():
+        if self._poison.touching(group).any():
             return
         try:
-            self._seen = look_at(self._xen, domid, group)
+            self._seen = look_at(self._xen, domid, group, self._poison)
         except DomainGone:
             raise
         except PortError:
@@ -103,28 +99,16 @@ class Mover:
 
     def refuse_poisoned(self, plan: Plan) -> None:
         """Raises AllPoisoned where that leaves nothing for which to suspend the guest."""
-        if all(self._touching(group).all() for group in plan.groups):
-            raise AllPoisoned(f"{_REPORTED}; what it holds must not be read")
-
-    def _touching(self, group: Group) -> Chosen:
-        """Pages with an uncorrected error, or that a page with one leads to."""
-        touching: Chosen = np.zeros(len(group), dtype=np.bool_)
-        poisoned = self._poisoned()
-        if not poisoned:
-            return touching
-        bad = frames_of(sorted(poisoned))
-        references = group.references
-        touching |= np.isin(group.mfns, bad) | np.isin(group.slot_frames, bad)
-        touching[references.pages[np.isin(references.tables, bad)]] = True
-        return touching
+        if all(self._poison.touching(group).all() for group in plan.groups):
+            raise AllPoisoned(REPORTED)
 
     def _without_poison(self, group: Group) -> Group:
         """The pages that may be read still; refuses the others."""
-        touching = self._touching(group)
+        touching = self._poison.touching(group)
         if not touching.any():
             return group
         mfns = [mfn for mfn, bad in zip(group.frames(), touching.tolist(), strict=True) if bad]
-        self._refuse(mfns, RefusalReason.BROKEN, f"{_REPORTED}; what it holds must not be read")
+        self._refuse(mfns, RefusalReason.BROKEN, REPORTED)
         return group.only(~touching)
 
     def close(self) -> None:
@@ -153,7 +137,7 @@ class Mover:
             return
         try:
             moved = dict(zip(self._olds.tolist(), self._news.tolist(), strict=True))
-            facts = survey(self._xen, info, unsure, self._poisoned(), moved)
+            facts = survey(self._xen, info, unsure, self._poison, moved)
             again = make_plan(facts, when=self._when, blackout=self._limits.blackout)
         except (GuestLayoutError, PortError) as error:
             if isinstance(error, DomainGone):
@@ -195,7 +179,7 @@ class Mover:
             return
         with ExitStack() as looks:
             try:
-                checked = check(self._xen, domid, group, looks, look)
+                checked = check(self._xen, domid, group, looks, look, poison=self._poison)
             except DomainGone:
                 raise
             except PortError as error:
@@ -232,7 +216,9 @@ class Mover:
             self._news = np.concatenate([self._news, news])
 
     def _new_transfer(self, domid: Domid, group: Group) -> Transfer:
-        return Transfer(self._xen, domid, group, when=self._when, wedged=self._wedged)
+        return Transfer(
+            self._xen, domid, group, when=self._when, wedged=self._wedged, poison=self._poison
+        )
 
     def _once_more(self, domid: Domid, group: Group) -> Transfer:
         """Begin from what Xen says is true, as another process would."""

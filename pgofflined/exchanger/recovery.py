@@ -15,13 +15,14 @@ nobody saves or migrates the guest by.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from pgofflined.core.domains import DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
-from pgofflined.core.frames import Mfn
 from pgofflined.core.moves import Group
 from pgofflined.core.outcomes import Damaged, PageResult, Standing
 from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.exchanger.poison import NO_POISON, Poison
 from pgofflined.exchanger.transfer import Transfer
 from pgofflined.letgo import Kept, by_hand, let_go, resume_only, told
 from pgofflined.marks import take_marks_back
@@ -37,17 +38,19 @@ def recover(
     xen: Hypervisor,
     *,
     now: float,
-    never_read: frozenset[Mfn] = frozenset(),
+    poison: Poison = NO_POISON,
     last_try: bool = False,
+    noted: Callable[[RecoveryReport], None] = lambda _: None,
 ) -> RecoveryReport:
     """End one job, and close its record when nothing is left to do.
 
     ``Recovered.NOT_YET`` asks to be called again: the guest is held until then.  With ``last_try``
     it is let go in any case, and the record put aside for a person.  ``Recovered.BUSY`` and
     ``Recovered.HELD`` ask for it however often that has been.  ``now`` is in seconds of
-    ``Clock.monotonic``.
+    ``Clock.monotonic``.  ``noted`` is told of what a person has to see to, before its record is put
+    away: who is killed in between tells it twice.
     """
-    recovery = _Recovery(unfinished, xen, now, never_read)
+    recovery = _Recovery(unfinished, xen, now, poison)
     try:
         report = recovery.end()
     except DomainGone as error:
@@ -55,8 +58,10 @@ def recover(
     except PortError as error:
         detail = f"d{unfinished.record.domain.domid} may stand still because of us: {error}"
         report = recovery.report(Recovered.NOT_YET, detail)
+    if report.needs_a_person:
+        noted(report)
     if report.outcome is Recovered.NOT_YET and last_try:
-        report = recovery.give_up(report)
+        report = recovery.give_up(report, noted)
     elif report.outcome is Recovered.LEFT_ALONE:
         unfinished.job.set_aside()
     elif report.stuck is not None or report.may_suspend_late:
@@ -74,7 +79,7 @@ class _Recovery:
     """One try for one job."""
 
     def __init__(
-        self, unfinished: UnfinishedJob, xen: Hypervisor, now: float, never_read: frozenset[Mfn]
+        self, unfinished: UnfinishedJob, xen: Hypervisor, now: float, poison: Poison
     ) -> None:
         self._record = unfinished.record
         self._hold = unfinished.hold
@@ -83,7 +88,10 @@ class _Recovery:
         self._domid = unfinished.record.domain.domid
         self._xen = xen
         self._now = now
-        self._never_read = never_read
+        # What is no time of this boot so far is none: of a damaged record, or one without it.
+        began = self._record.began
+        self._asked = began if math.isfinite(began) and began <= now else None
+        self._poison = poison
         self._results: tuple[PageResult, ...] = ()
         self._unreadable = unfinished.unreadable
         self._is_whole = self._group is None and self._unreadable is None
@@ -150,23 +158,31 @@ class _Recovery:
         """
         domid = self._domid
         unread = self._xen.withdraw_suspend(domid)
-        is_recent = self._now - self._record.began <= _OURS_SECONDS
         if info.shutdown is not ShutdownReason.SUSPEND:
             detail = f"d{domid} runs"
-            # Read, it may still be followed.
-            late = is_recent and not unread
+            # Read, it may still be followed; of how long ago it was, too, where that is unknown.
+            late = (self._asked is None or self._is_recent) and not unread
             return self.report(Recovered.NOTHING_TO_DO, detail, may_suspend_late=late)
         if unread:
             detail = f"d{domid} is suspended for somebody else: our request was still unread"
             return self.report(Recovered.NOTHING_TO_DO, detail)
-        if is_recent:
+        if self._is_recent:
             # A pause, if there is one, is not ours: that is noted before it is made.
             return self._told_of(resume_only(self._xen, domid))
         detail = (
-            f"d{domid} is suspended, and we had asked it to, but so long ago that it may be for "
-            f"somebody else: if nobody saves or migrates it, {by_hand(domid, paused=False)}"
+            f"d{domid} is suspended, and we had asked it to, but {self._how_long_ago()}, and it "
+            "may be so for somebody else: if nobody saves or migrates it, "
+            f"{by_hand(domid, paused=False)}"
         )
         return self.report(Recovered.STANDS_STILL, detail)
+
+    @property
+    def _is_recent(self) -> bool:
+        """Whether a guest that stands still may do so for us alone."""
+        return self._asked is not None and self._now - self._asked <= _OURS_SECONDS
+
+    def _how_long_ago(self) -> str:
+        return "when is not known" if self._asked is None else "long ago"
 
     def _end_hold(self, info: DomainInfo) -> RecoveryReport:
         """It had suspended itself for us, and its memory is whole."""
@@ -223,9 +239,9 @@ class _Recovery:
                 f"d{self._domid} was let go by somebody else in the middle of the exchange of mfn "
                 f"{pages}: what it maps there may be missing, or read as zeros; restart it"
             )
-        transfer = Transfer(self._xen, self._domid, group)
+        transfer = Transfer(self._xen, self._domid, group, poison=self._poison)
         transfer.take_over()
-        changed = transfer.changed_by_others(self._never_read)
+        changed = transfer.changed_by_others()
         if changed is not None:
             return f"it is not as it was left: {changed}"
         transfer.settle()
@@ -243,7 +259,9 @@ class _Recovery:
             return []
         return take_marks_back(self._xen, self._group.frames())
 
-    def give_up(self, report: RecoveryReport) -> RecoveryReport:
+    def give_up(
+        self, report: RecoveryReport, noted: Callable[[RecoveryReport], None]
+    ) -> RecoveryReport:
         """Let the guest go as it is, if it stands still for us.
 
         What is not mapped it faults at, as a rule (see decision 5), which harms it less than to
@@ -266,21 +284,30 @@ class _Recovery:
         if somebody is not None:
             # By now he takes the suspend for his.
             detail = f"{report.detail}; it is held until {somebody} has ended"
-            return self.report(Recovered.BUSY, detail)
+            busy = self.report(Recovered.BUSY, detail)
+            if busy.needs_a_person:
+                noted(busy)
+            return busy
         stuck: Kept | None = None
         if self._hold is None:
             # It was not paused by us.
-            if self._now - self._record.began <= _OURS_SECONDS:
+            if self._is_recent:
                 stuck = resume_only(self._xen, domid)
         elif self._is_as_left(info) and not self._is_perhaps_paused_by_another(info):
             stuck = let_go(self._xen, domid)
         told(self._xen, domid)
+        # Asked and no more, it may follow that yet.
+        late = self._hold is None
+        report = self.report(
+            Recovered.LEFT_ALONE, report.detail, stuck=stuck, may_suspend_late=late
+        )
+        noted(report)
         # Not before: if we are killed in between, another process tries once more.
-        if stuck is None:
+        if stuck is None and not late:
             self._job.set_aside()
         else:
             self._job.leave(damaged=not self._is_whole)
-        return self.report(Recovered.LEFT_ALONE, report.detail, stuck=stuck)
+        return report
 
     def _somebody(self) -> str | None:
         try:
@@ -297,7 +324,6 @@ class _Recovery:
         may_suspend_late: bool = False,
     ) -> RecoveryReport:
         """What became of this try."""
-        began = self._record.began
         return RecoveryReport(
             domain=self._record.domain,
             outcome=outcome,
@@ -310,7 +336,7 @@ class _Recovery:
                 paused=stuck is not None and stuck.paused,
                 cpu_time=None if self._hold is None else self._hold.cpu_time,
             ),
-            asked=began if math.isfinite(began) else None,
+            asked=self._asked,
         )
 
 

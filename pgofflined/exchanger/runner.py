@@ -38,6 +38,7 @@ from pgofflined.exchanger.holding import UNCOLLECTED, Holding, kept
 from pgofflined.exchanger.marking import NEIGHBOUR, wedged_detail
 from pgofflined.exchanger.moving import AllPoisoned, Mover, NotKept
 from pgofflined.exchanger.plan import Plan, make_plan, refuse_by_state
+from pgofflined.exchanger.poison import Poison
 from pgofflined.exchanger.survey import GuestLayoutError, survey
 from pgofflined.marks import may_join
 from pgofflined.ports import (
@@ -106,7 +107,7 @@ class ExchangeJob:
         self._journal = journal
         self._clock = clock
         self._limits = limits
-        self._never_read = never_read
+        self._poison = Poison(never_read)
         self._denial = denial
         self._objection = objection
         self._ended: str | None = None
@@ -178,7 +179,7 @@ class ExchangeJob:
                 pass
         refusals: dict[Mfn, PageResult] = {}
         for mfn in mfns:
-            poisoned = mfn in self._never_read()
+            poisoned = mfn in self._poison
             state = OfflineState.BROKEN if poisoned else self._xen.query(mfn)
             refusal = refuse_by_state(mfn, state, when=self._when)
             if refusal is None and self._when is WhenMarked.WHEN_HELD and may_join(self._xen, mfn):
@@ -220,7 +221,7 @@ class ExchangeJob:
 
     def _survey_once(self, info: DomainInfo, mfns: Sequence[Mfn]) -> Surveyed:
         began = self._clock.monotonic()
-        facts = survey(self._xen, info, mfns, self._never_read())
+        facts = survey(self._xen, info, mfns, self._poison)
         return Surveyed(
             plan=make_plan(facts, when=self._when, blackout=self._limits.blackout),
             seconds=self._clock.monotonic() - began,
@@ -244,7 +245,7 @@ class ExchangeJob:
             xen=self._xen,
             clock=self._clock,
             job=job,
-            poisoned=self._never_read,
+            poison=self._poison,
             when=self._when,
             limits=self._limits,
             wedged=self._wedged,

@@ -17,6 +17,7 @@ from pgofflined.core.frames import PAGE_SHIFT, WORDS_PER_PAGE, Domid
 from pgofflined.core.moves import Entries, References
 from pgofflined.core.pages import PTE_ADDR_MASK
 from pgofflined.core.pagetable import Search, guest_frames, table_levels
+from pgofflined.exchanger.poison import NO_POISON, Poison
 from pgofflined.ports import Hypervisor
 
 if TYPE_CHECKING:
@@ -56,25 +57,28 @@ def find_entries(
     domid: Domid,
     p2m: Iterable[FrameArray],
     wanted: FrameArray,
-    poisoned: FrameArray,
+    poison: Poison = NO_POISON,
 ) -> Found:
     """Every present entry of the domain's page tables that maps one of some frames.
 
-    ``p2m`` gives the domain's p2m part by part.  Tables among ``poisoned`` are passed over.  Raises
+    ``p2m`` gives the domain's p2m part by part.  Tables with ``poison`` are passed over.  Raises
     TooManyTables, XenError.
     """
     collected = _Collected(wanted)
-    for tables, levels in _tables(xen, domid, p2m, poisoned):
+    for tables, levels in _tables(xen, domid, p2m):
         for start in range(0, len(tables), _TABLE_BATCH):
             search = collected.search
             if search is None:
                 return collected.found()
-            part = slice(start, start + _TABLE_BATCH)
-            contents = xen.read_frames(domid, tables[part])
-            rows, columns = search.find(contents, levels[part])
+            part, its_levels = tables[start:][:_TABLE_BATCH], levels[start:][:_TABLE_BATCH]
+            bad = poison.among(part)
+            if bad.any():
+                part, its_levels = part[~bad], its_levels[~bad]
+            contents = xen.read_frames(domid, part)
+            rows, columns = search.find(contents, its_levels)
             collected.add(
-                levels[part][rows],
-                tables[part][rows],
+                its_levels[rows],
+                part[rows],
                 columns.astype(np.uint64),
                 contents[rows, columns],
             )
@@ -82,7 +86,7 @@ def find_entries(
 
 
 def _tables(
-    xen: Hypervisor, domid: Domid, p2m: Iterable[FrameArray], poisoned: FrameArray
+    xen: Hypervisor, domid: Domid, p2m: Iterable[FrameArray]
 ) -> Iterator[tuple[FrameArray, NDArray[np.uint8]]]:
     """The page tables that each part of a p2m names, and their levels."""
     claimed = 0
@@ -94,8 +98,7 @@ def _tables(
         claimed += len(tables)
         if claimed > MAX_TABLES:
             raise TooManyTables(f"its p2m names more than {MAX_TABLES} page tables")
-        readable = ~np.isin(tables, poisoned)
-        yield tables[readable], levels[is_table][first][readable]
+        yield tables, levels[is_table][first]
 
 
 class _Collected:

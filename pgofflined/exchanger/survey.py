@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from pgofflined.core.pages import (
     PageType,
     decode_page_type,
 )
+from pgofflined.exchanger.poison import NO_POISON, Poison
 from pgofflined.exchanger.scan import TooManyTables, find_entries
 from pgofflined.ports import Hypervisor, VcpuFrames
 
@@ -124,27 +125,27 @@ def survey(
     xen: Hypervisor,
     domain: DomainInfo,
     mfns: Sequence[Mfn],
-    never_read: frozenset[Mfn] = frozenset(),
+    poison: Poison = NO_POISON,
     moved: Mapping[int, int] = MappingProxyType({}),
 ) -> tuple[PageFacts, ...]:
     """Facts of each of ``mfns``, all from one scan of the guest.
 
-    Page tables in ``never_read`` are passed over; what they map has then a reference that we do
-    not know, and Xen refuses to exchange it.  ``moved`` leads from frames to those that they were
-    exchanged for in this suspend: the guest publishes the new ones only when it runs again.
+    Page tables with ``poison`` are passed over; what they map has then a reference that we do not
+    know, and Xen refuses to exchange it.  Pages with it are as those that Xen has broken.
+    ``moved`` leads from frames to those that they were exchanged for in this suspend: the guest
+    publishes the new ones only when it runs again.
 
     Raises GuestLayoutError, XenError; of a guest that runs also where it has just changed
     something.
     """
-    poisoned = np.array(sorted(never_read), dtype=np.uint64)
-    p2m = read_p2m(xen, domain, poisoned, moved)
+    p2m = read_p2m(xen, domain, poison, moved)
     wanted = np.array(mfns, dtype=np.uint64)
     try:
-        found = find_entries(xen, domain.domid, p2m.parts(), wanted, poisoned)
+        found = find_entries(xen, domain.domid, p2m.parts(), wanted, poison)
     except TooManyTables as error:
         raise GuestLayoutError(str(error)) from error
     types = xen.page_types(domain.domid, wanted)
-    granted = np.isin(wanted, xen.granted_frames(domain.domid))
+    granted = np.isin(wanted, poison.granted_frames(xen, domain.domid))
     shared = xen.shared_frames(domain.domid)
     loaded = xen.vcpu_frames(domain.domid)
     pfns = {mfn: pfn for mfn in mfns if (pfn := xen.m2p(mfn)) is not None}
@@ -160,6 +161,7 @@ def survey(
             decode_page_type(int(types[position])),
             shared,
             loaded,
+            poison,
             pfn=pfns.get(mfn),
             p2m_mfn=p2m_mfns.get(mfn),
             granted=bool(granted[position]),
@@ -178,6 +180,7 @@ def _facts(
     kind: PageType,
     shared: FrameArray,
     loaded: VcpuFrames,
+    poison: Poison,
     *,
     pfn: Pfn | None,
     p2m_mfn: Mfn | None,
@@ -186,9 +189,12 @@ def _facts(
     too_many: bool,
 ) -> PageFacts:
     state = xen.query(mfn)
+    if mfn in poison:
+        # Of most of them Xen knows nothing.
+        state |= OfflineState.BROKEN
     maps_others = False
     if kind.kind is PageKind.L1 and not state & OfflineState.BROKEN:
-        words = xen.read_frames(domid, np.array([mfn], dtype=np.uint64))
+        words = poison.read(xen, domid, np.array([mfn], dtype=np.uint64))
         maps_others = has_frames_of_others(xen, domid, words[0], shared)
     return PageFacts(
         mfn=mfn,
@@ -234,17 +240,15 @@ def _slot(p2m: P2m, pfn: Pfn) -> P2mSlot:
     return P2mSlot(frame=Mfn(int(p2m.leaf_mfns[pfn // WORDS_PER_PAGE])), index=pfn % WORDS_PER_PAGE)
 
 
-_NONE: Final = np.empty(0, dtype=np.uint64)
-
-
 def read_p2m(
     xen: Hypervisor,
     domain: DomainInfo,
-    poisoned: FrameArray = _NONE,
+    poison: Poison = NO_POISON,
     moved: Mapping[int, int] = MappingProxyType({}),
 ) -> P2m:
     """The guest's p2m as it publishes it.  Raises GuestLayoutError, XenError."""
-    shared = xen.read_frames(domain.domid, np.array([domain.shared_info], dtype=np.uint64))[0]
+    frame = np.array([domain.shared_info], dtype=np.uint64)
+    shared = poison.read(xen, domain.domid, frame)[0]
     arch = shared[_ARCH_WORD : _ARCH_WORD + 6]
     max_pfn = int(arch[_MAX_PFN])
     if not 0 < max_pfn <= domain.max_pages + _HOLE_PFNS:
@@ -254,7 +258,7 @@ def read_p2m(
     if int(arch[_P2M_GENERATION]) & 1:
         raise GuestLayoutError("it was suspended while changing its p2m")
     leaves = -(-max_pfn // WORDS_PER_PAGE)
-    believed = _Believed(xen, domain.domid, poisoned)
+    believed = _Believed(xen, domain.domid, poison)
     if int(arch[_P2M_CR3]) not in _UNSET:
         root, vaddr = int(arch[_P2M_CR3]) >> PAGE_SHIFT, int(arch[_P2M_VADDR])
         leaf_mfns = _walk(believed, moved.get(root, root), vaddr, leaves)
@@ -272,17 +276,17 @@ class _Believed:
 
     xen: Hypervisor
     domid: Domid
-    poisoned: FrameArray
+    poison: Poison
 
     def read(self, mfns: FrameArray, what: str) -> Words:
         """Contents of frames.  Raises GuestLayoutError."""
         if np.any(mfns >= np.uint64(1 << MFN_BITS)):
             raise GuestLayoutError(f"{what}: it names a frame that no host has")
-        if np.isin(mfns, self.poisoned).any():
-            raise GuestLayoutError(f"{what}: a frame of it has had an uncorrected error")
         contents = np.empty((len(mfns), WORDS_PER_PAGE), dtype=np.uint64)
         try:
             for start, part in zip(range(0, len(mfns), _TABLE_BATCH), _batches(mfns), strict=True):
+                if self.poison.among(part).any():
+                    raise GuestLayoutError(f"{what}: a frame of it has had an uncorrected error")
                 contents[start : start + len(part)] = self.xen.read_frames(self.domid, part)
         except XenError as error:
             raise GuestLayoutError(f"{what} cannot be read: {error}") from error

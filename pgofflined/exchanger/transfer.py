@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pgofflined.core.errors import DomainGone, PortError, XenError
-from pgofflined.core.frames import Domid, Mfn
+from pgofflined.core.frames import Domid
 from pgofflined.core.moves import Group, chosen_rows, same_mapping
 from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import RefusalReason
@@ -33,6 +33,7 @@ from pgofflined.core.progress import Progress
 from pgofflined.exchanger.check import Look
 from pgofflined.exchanger.locate import Ambiguous, may_have_gone, still_owned, where_they_went
 from pgofflined.exchanger.marking import GroupMarks
+from pgofflined.exchanger.poison import NO_POISON, REPORTED, Poison
 from pgofflined.exchanger.settling import Settling
 from pgofflined.ports import Hypervisor, Swapped
 
@@ -57,12 +58,14 @@ class Transfer:
         *,
         when: WhenMarked = WhenMarked.BEFORE,
         wedged: Callable[[], bool] = lambda: False,
+        poison: Poison = NO_POISON,
     ) -> None:
         self.progress = Progress(group)
         self._is_settled = False
         self._xen = xen
         self._domid = domid
         self._group = group
+        self._poison = poison
         self._settling = Settling(xen, domid, self.progress)
         self._marks = (
             GroupMarks(xen, domid, self.progress, wedged) if when is WhenMarked.WHEN_HELD else None
@@ -91,6 +94,8 @@ class Transfer:
         A page table's own tables are pinned before.
         """
         group = self._group
+        # Xen reads a page table when its last use ends.
+        self._refuse_poisoned()
         if not self.progress.open().any():
             return
         try:
@@ -102,6 +107,10 @@ class Transfer:
             return
         self._clear()
         self._compare(look)
+
+    def _refuse_poisoned(self) -> None:
+        for row in np.flatnonzero(self.progress.open() & self._poison.touching(self._group)):
+            self.progress.refuse(int(row), RefusalReason.BROKEN, REPORTED)
 
     def _clear(self) -> None:
         references = self._group.references
@@ -122,6 +131,7 @@ class Transfer:
 
         If a page changed since it was copied, one is writing to it.
         """
+        self._refuse_poisoned()
         rows = np.flatnonzero(self.progress.open())
         mfns, wanted = self._group.mfns[rows], chosen_rows(self._group.bare_contents(), rows)
         if self._group.kind is PageKind.L4:
@@ -208,7 +218,7 @@ class Transfer:
         """Find out how far another process came with this group; ``settle`` is to follow."""
         self.resolve(np.arange(len(self._group)))
 
-    def changed_by_others(self, never_read: frozenset[Mfn]) -> str | None:
+    def changed_by_others(self) -> str | None:
         """What tells that not only we have changed the guest since; None where nothing does.
 
         Every entry must be cleared, or be what it was, leading to where its page is now.  Raises
@@ -220,7 +230,7 @@ class Transfer:
         tables, rows = np.unique(wanted.tables, return_inverse=True)
         types = self._xen.page_types(self._domid, tables)
         broken = (types & np.uint32(PFINFO_TYPE_MASK)) == np.uint32(PFINFO_BROKEN)
-        broken |= np.isin(tables, np.array(sorted(never_read), dtype=np.uint64))
+        broken |= self._poison.among(tables)
         if broken.any():
             return f"its page table mfn {int(tables[broken][0]):#x} has had an uncorrected error"
         contents = self._xen.read_frames(self._domid, tables)

@@ -44,7 +44,10 @@ class _Window:
     def read(self, rows: NDArray[np.intp]) -> Words:
         """What the frames hold now."""
         with self.memory.lock:
-            return self.memory.frames.contents.read(self.frames[rows])
+            frames = self.frames[rows]
+            # What was mapped while it was sound may not be so any more.
+            self.memory.refuse_poison(frames)
+            return self.memory.frames.contents.read(frames)
 
     def words(self, rows: NDArray[np.intp], indexes: FrameArray) -> Words:
         """Some words of them."""
@@ -138,6 +141,9 @@ class SimulatedMemory(HostState):
         """What the grant table's entries offer: frames for PV, guest frames for PVH and HVM."""
         with self.call("gnttab", domid):
             domain = self.domain_or_refuse(domid)
+            if self.frames.poisoned[domain.shared_info]:
+                # It stands for the grant table too, see ``shared_frames``.
+                raise PoisonRead(domain.shared_info)
             offered = {int(granted.pfn) for granted in domain.grants}
             if domain.pv is not None and offered:
                 mfns = domain.pv.mfns()
@@ -271,7 +277,12 @@ class SimulatedMemory(HostState):
         if (frames.owner[index] != domid).any() or (frames.refs[index] == 0).any():
             # "could_not_pin" of get_page_from_l1e().
             raise Refused(EBUSY)
-        bad = frames.poisoned[index] | frames.broken[index]
+        self.refuse_poison(mfns)
+
+    def refuse_poison(self, mfns: FrameArray) -> None:
+        """Raises PoisonRead where one of some frames would give a machine check."""
+        index = mfns.astype(np.int64)
+        bad = self.frames.poisoned[index] | self.frames.broken[index]
         if bad.any():
             raise PoisonRead(int(mfns[bad][0]))
 

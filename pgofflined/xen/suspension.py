@@ -16,7 +16,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Final, assert_never
 
 from pgofflined.core.domains import GuestKind, ShutdownReason, guest_kind, shutdown_reason
@@ -30,7 +30,7 @@ from pgofflined.core.errors import (
     XenError,
 )
 from pgofflined.core.frames import Domid
-from pgofflined.core.suspending import FEATURE, SuspendSupport, read_announcement
+from pgofflined.core.suspending import FEATURE, SuspendSupport, is_anothers_end, read_announcement
 from pgofflined.ports import SuspendLimits, nothing
 from pgofflined.xen.abi.domctl import (
     GetDomainInfo,
@@ -59,6 +59,10 @@ _TRIES: Final = 3
 # xenstored fires @releaseDomain once per shutdown and only if it knows that the domain ran; after
 # another toolstack's resume it may not.  Looking by ourselves once a second covers that.
 _LOOK: Final = 1.0
+
+
+class _EndedForOthers(Exception):
+    """The guest was shut down by somebody else, or by itself, and has not taken our request."""
 
 
 class Suspension:
@@ -112,7 +116,8 @@ class Suspension:
 
         Raises SuspendNotAsked: EBUSY when another shutdown, suspend or migration of the domain is
         under way or has used the same request, EOPNOTSUPP for 32-bit PV and for HVM guests;
-        DomainGone when it has ended before it was asked, GuestEnded when it does so afterwards.
+        DomainGone when it has ended before it was asked, or was powered off or rebooted
+        without having taken the request; GuestEnded when it ends otherwise afterwards.
         """
         self._hold_monitors(domid)
         try:
@@ -130,6 +135,8 @@ class Suspension:
                 self._await(store, domid, path, limits)
             except GuestEnded:
                 raise
+            except _EndedForOthers as error:
+                raise DomainGone(domid) from error
             except DomainGone as error:
                 raise GuestEnded(domid, None) from error
 
@@ -137,6 +144,13 @@ class Suspension:
         """Wait until the guest that was asked has suspended itself.  Raises as ``suspend``."""
         try:
             acknowledged = self._await_acknowledgement(store, domid, path, limits.acknowledge)
+        except GuestEnded as error:
+            unread = False
+            with suppress(PortError):
+                unread = _withdraw(store, path)
+            if unread and is_anothers_end(error.reason, None):
+                raise _EndedForOthers from error
+            raise
         except XenError as error:
             # Unread, it has led to nothing: should the guest suspend, it is for somebody else.
             if not isinstance(error, SuspendNotAsked) and _withdraw(store, path):
@@ -146,11 +160,17 @@ class Suspension:
             # Also when we are told to stop: leave no request behind.
             _withdraw(store, path)
             raise
-        if not acknowledged and _withdraw(store, path):
+        if acknowledged is None and _withdraw(store, path):
             raise GuestDidNotSuspend(domid, stage="acknowledge", seconds=limits.acknowledge)
         # While the guest is busy with it, for it does not wait for us yet.
         self._refuse_shared(store, domid, path)
-        if not self._await_suspended(store, domid, limits.suspend):
+        try:
+            is_suspended = self._await_suspended(store, domid, limits.suspend)
+        except GuestEnded as error:
+            if is_anothers_end(error.reason, acknowledged or b""):
+                raise _EndedForOthers from error
+            raise
+        if not is_suspended:
             raise GuestDidNotSuspend(domid, stage="suspend", seconds=limits.suspend)
 
     def _hold_monitors(self, domid: Domid) -> None:
@@ -205,16 +225,21 @@ class Suspension:
 
     def _await_acknowledgement(
         self, store: StorePort, domid: Domid, path: str, seconds: float
-    ) -> bool:
-        """Whether the guest took the request within the time."""
+    ) -> bytes | None:
+        """What stands in its place when the guest has taken it, None if it has not in time.
+
+        Empty as a rule.  Anything else is somebody's order, written over our request or after it
+        was taken.
+        """
         deadline = self._monotonic() + seconds
         while True:
-            if store.read(path) != _SUSPEND:
-                return True
+            found = store.read(path)
+            if found != _SUSPEND:
+                return found or b""
             self._refuse_strangers_suspend(store, domid, path)
             left = deadline - self._monotonic()
             if left <= 0:
-                return False
+                return None
             store.wait(min(left, _LOOK))
 
     def _refuse_shared(self, store: StorePort, domid: Domid, path: str) -> None:

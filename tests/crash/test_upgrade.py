@@ -87,12 +87,46 @@ def test_a_guest_that_was_only_asked_or_held_runs_again(
     found.change(how)
     left = found.start()
     assert found.see_out(left)
-    if method == "suspend" and how == "damaged":
-        # When it was asked is not known: it may be suspended for somebody else by now.
-        assert found.bench.host.domain(found.bench.domid).shutdown is ShutdownReason.SUSPEND
-    else:
-        found.bench.assert_guest_runs_unharmed()
+    found.bench.assert_guest_runs_unharmed()
     assert list(found.folder.glob("*.job")) == []
+
+
+def without_its_time(found: Found) -> None:
+    """The record has no table to read, and was written by a release that set no time beside it."""
+    found.change("damaged")
+    [stage] = found.folder.glob("*-stage")
+    stage.touch()
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_a_guest_that_was_asked_long_ago_or_nobody_knows_when_is_a_persons(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    forget: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    found = Found.killed_at(tmp_path, "suspend")
+    if forget:
+        without_its_time(found)
+    else:
+        found.change("damaged")
+        found.bench.host.clock.wait(700)
+    found.see_out(found.start())
+    # It may be suspended for somebody else by now.
+    assert found.bench.host.domain(found.bench.domid).shutdown is ShutdownReason.SUSPEND
+    assert ("when is not known" if forget else "long ago") in caplog.text
+
+
+def test_a_guest_that_follows_late_runs_on_although_nobody_knows_when_it_was_asked(
+    tmp_path: Path,
+) -> None:
+    found = Found.killed_at(tmp_path, "suspend", Moment.BEFORE)
+    without_its_time(found)
+    left = found.start()
+    assert left.is_owed
+    found.bench.host.suspend(found.bench.domid, SuspendLimits())
+    assert found.see_out(left)
+    found.bench.assert_guest_runs_unharmed()
+    assert list(found.folder.iterdir()) == []
 
 
 @HOW
@@ -170,3 +204,30 @@ def test_a_record_of_a_domain_that_ended_since_is_removed(tmp_path: Path) -> Non
     found.bench.host.reboot(found.bench.domid)
     found.start()
     assert list(found.folder.iterdir()) == []
+
+
+def fails() -> None:
+    raise RuntimeError("a fault of our own")
+
+
+@pytest.mark.parametrize("readable", [False, True])
+def test_a_guest_of_a_job_that_only_meets_faults_of_our_own(
+    tmp_path: Path,
+    readable: bool,  # noqa: FBT001 - a parameter of the test
+) -> None:
+    found = Found.killed_at(tmp_path, "exchange")
+    if not readable:
+        found.change("damaged")
+    host = found.bench.host
+    fault = Fault(method="condition", times=RECOVERY_TRIES + 1, act=fails)
+    xen = FaultyHypervisor(host, fault)
+    left = Leftovers(xen, JobStore(found.folder), host.clock, frozenset)
+    left.recover()
+    assert found.see_out(left)
+    info = host.domain(found.bench.domid)
+    if readable:
+        # As any that cannot be put right: what it lacks it faults at.
+        assert (info.shutdown, info.paused) == (None, False)
+    else:
+        assert (info.shutdown, info.paused) == (ShutdownReason.SUSPEND, True)
+        assert found.file.exists()

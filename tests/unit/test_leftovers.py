@@ -81,6 +81,26 @@ def test_a_guest_that_follows_the_request_late_is_waited_for(bench: Bench) -> No
     bench.assert_guest_runs_unharmed()
 
 
+def test_a_guest_that_was_given_up_before_it_followed_the_request_is_waited_for(
+    bench: Bench,
+) -> None:
+    killed(bench, "suspend", Moment.BEFORE)
+    failing = Fault(method="withdraw_suspend", times=RECOVERY_TRIES + 1)
+    left = leftovers(bench, FaultyHypervisor(bench.host, failing))
+    left.recover()
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        bench.host.clock.wait(seconds)
+        waits.append(seconds)
+        if len(waits) == RECOVERY_TRIES + 2:
+            bench.host.suspend(bench.domid, SuspendLimits())
+
+    left.see_out(sleep=sleep)
+    assert len(waits) >= RECOVERY_TRIES + 2
+    bench.assert_guest_runs_unharmed()
+
+
 def test_without_anything_left_it_ends_at_once(bench: Bench) -> None:
     left = leftovers(bench)
     left.recover()

@@ -775,3 +775,56 @@ class Facts:
 
     def remove_page(self, mfn: Mfn) -> None:
         del mfn
+
+
+def retirer_of(bench: Bench, xen: FaultyHypervisor, journal: JobStore) -> Retirer:
+    memory = Facts()
+    return Retirer(
+        xen=xen,
+        journal=journal,
+        clock=bench.host.clock,
+        policy=Policy(),
+        ledger=Ledger(memory, bench.host.clock),
+        errors=UncorrectedErrors(memory),
+    )
+
+
+def test_a_failed_save_leaves_the_record_of_a_guest_in_the_middle_of_a_change(
+    bench: Bench, tmp_path: Path
+) -> None:
+    mfns = tuple(bench.mark(bench.layout.plain[0]))
+    # Its job can neither put it right nor let it go, and nor can the first look after it.
+    failing = [Fault(method=method, times=10**6) for method in ("write_frames", "unpause")]
+    xen = FaultyHypervisor(bench.host, *failing)
+    retirer = retirer_of(bench, xen, JobStore(tmp_path))
+    retirer.exchanging.run(bench.identity, mfns)
+    [stage] = tmp_path.glob("*-stage")
+    assert stage.read_bytes()[:1] == b"M"
+    retirer.save_failed(bench.identity)
+    retirer.care.look()
+    assert stage.read_bytes()[:1] == b"M"
+    xen.plan.clear()
+    while retirer.care.exchanging.has_rest:
+        bench.host.clock.wait(5)
+        retirer.care.look()
+    bench.assert_guest_runs_unharmed()
+
+
+def test_a_guest_of_whom_no_record_can_be_kept_is_not_said_to_have_one(
+    bench: Bench, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusals = ["there is no ramfs"]
+    journal = JobStore(tmp_path, refusal=lambda: refusals[-1] if refusals else None)
+    retirer = retirer_of(bench, FaultyHypervisor(bench.host), journal)
+    retirer.save_failed(bench.identity)
+    for _ in range(3):
+        retirer.care.look()
+        assert [guest.is_kept for guest in retirer.aftercare.left()] == [False]
+    assert caplog.text.count("there is no ramfs") == 1
+    retirer.care.tell_left()
+    assert "No record of it could be kept" in caplog.text
+    assert "Its record is kept" not in caplog.text
+    refusals.clear()
+    retirer.care.look()
+    assert [guest.is_kept for guest in retirer.aftercare.left()] == [True]
+    assert list(tmp_path.glob("*.job"))

@@ -278,6 +278,64 @@ def test_guest_that_is_destroyed_meanwhile_has_ended_for_no_known_reason(when: f
     assert caught.value.reason is None
 
 
+def orders(order: bytes) -> Callable[[Guest], None]:
+    def write(guest: Guest) -> None:
+        guest.node = order  # libxl writes over whatever is there
+
+    return write
+
+
+def ends(reason: int, *, takes: bool) -> Callable[[Guest], None]:
+    def end(guest: Guest) -> None:
+        if takes:
+            guest.node = b""
+        guest.flags = 1 << 2 | reason << 16
+
+    return end
+
+
+@pytest.mark.parametrize("reason", [0, 1])
+def test_guest_that_shuts_down_with_our_request_unread_does_not_end_by_it(reason: int) -> None:
+    guest = Guest({1.0: ends(reason, takes=False)})
+    with pytest.raises(DomainGone) as caught:
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert not isinstance(caught.value, GuestEnded)
+    assert guest.node == b""
+
+
+@pytest.mark.parametrize(("order", "reason"), [(b"poweroff", 0), (b"halt", 0), (b"reboot", 1)])
+def test_guest_that_follows_an_operators_order_does_not_end_by_our_request(
+    order: bytes, reason: int
+) -> None:
+    guest = Guest({1.0: orders(order), 2.0: ends(reason, takes=True)})
+    with pytest.raises(DomainGone) as caught:
+        suspension(guest).suspend(GUEST, LIMITS)
+    assert not isinstance(caught.value, GuestEnded)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        # It may have read it, and crashed of that, before it took it.
+        {1.0: ends(3, takes=False)},
+        {1.0: ends(4, takes=False)},
+        {1.0: ends(5, takes=False)},
+        # Taken, whatever it did then.
+        {1.0: ends(0, takes=True)},
+        {0.5: acknowledges, 1.0: ends(0, takes=False)},
+        # Not what was ordered, or nobody's order.
+        {1.0: orders(b"poweroff"), 2.0: ends(3, takes=True)},
+        {1.0: orders(b"reboot"), 2.0: ends(0, takes=True)},
+        {1.0: orders(b"crash"), 2.0: ends(0, takes=True)},
+    ],
+)
+def test_guest_that_may_have_ended_by_our_request_has(
+    script: dict[float, Callable[[Guest], None]],
+) -> None:
+    with pytest.raises(GuestEnded):
+        suspension(Guest(dict(script))).suspend(GUEST, LIMITS)
+
+
 def test_guest_that_crashed_before_it_was_asked_has_not_ended_by_our_request() -> None:
     guest = Guest(flags=CRASHED)
     with pytest.raises(DomainGone) as caught:
