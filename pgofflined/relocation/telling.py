@@ -66,7 +66,7 @@ def done(job: RelocationJob, new_domid: Domid | None) -> None:
 def stuck(job: RelocationJob, what: str | None) -> None:
     """The guest does not run, if it does not, and what helps."""
     if what is not None:
-        _tell(job, logging.CRITICAL, Event.GUEST_STUCK, what)
+        _tell(job, logging.CRITICAL, Event.GUEST_IN_DOUBT, what)
 
 
 def save_unfinished(job: RelocationJob, what: str) -> None:
