@@ -192,18 +192,22 @@ def _start_alone(config_path: Path, host: Host) -> int:
         # A configuration with mistakes ends all tries, unless a guest may wait for us.
         return EX_CONFIG if is_bad and not any(jobs.glob("*")) else EX_UNAVAILABLE
     leftovers = recover_first(host, xen, journal)
+    notifier = make_notifier(host.clock.monotonic)
     configuration = _load_or_tell(config_path)
     if configuration is None:
         # As above: with a guest that still waits for us, it is tried again.
         return EX_CONFIG if leftovers.see_out() else EX_UNAVAILABLE
     try:
-        return asyncio.run(_serve(config_path, configuration, host, xen, journal, leftovers))
+        return asyncio.run(
+            _serve(config_path, configuration, host, xen, journal, leftovers, notifier)
+        )
     except (PortError, StoreInUse, CannotListen, ValueError) as error:
         log.critical("pgofflined cannot start: %s", error)
-        leftovers.see_out()
+        leftovers.see_out(alive=notifier.watchdog)
         return EX_UNAVAILABLE
     except Exception:  # a fault of ours is told by who called, after the guests
-        leftovers.see_out()
+        # A service that was ready is watched by systemd, which allows less time than they do.
+        leftovers.see_out(alive=notifier.watchdog)
         raise
 
 
@@ -229,9 +233,9 @@ async def _serve(
     xen: Hypervisor,
     journal: Journal,
     leftovers: Leftovers,
+    notifier: Notifier,
 ) -> int:
     policy = configuration.policy
-    notifier = make_notifier(host.clock.monotonic)
     machine = read_cpuinfo(_CPUINFO.read_text(encoding="ascii"), max_mfn=xen.max_mfn())
     store = Store.open(host.directory / STATE, read_boot_id())
     native = NativeFactory(kept_descriptors(), notifier)

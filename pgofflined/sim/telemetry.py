@@ -236,7 +236,7 @@ class SimulatedTelemetry:
     def push_garbage(self, record: bytes, *, urgent: bool = False) -> None:
         """Any bytes."""
         with self._lock:
-            # Urgent ones have some of the room for themselves, and take of the rest when it is full.
+            # Urgent ones have some room for themselves, and take of the rest when that is full.
             of_the_rest = max(0, len(self._urgent) - _URGENT_ONLY) + len(self._others)
             has_own = urgent and len(self._urgent) < _URGENT_ONLY
             if not has_own and of_the_rest >= self._pool:
