@@ -305,8 +305,13 @@ class Retirer:
         self._wake.set()
 
     def recover(self) -> None:
-        """End what an earlier process left of exchanges; makes hypercalls, for a thread."""
+        """End what an earlier process left of exchanges; makes hypercalls, for a thread.
+
+        What came of guests that we have moved is forgotten where it is gone since.
+        """
         self.care.recover()
+        with contextlib.suppress(PortError):
+            self.restored &= {info.identity for info in self._xen.conditions()}
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""

@@ -172,7 +172,6 @@ class Service:
         """
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
-        await self._forget_restored()
         self._looked_after()
         # About what was counted by an earlier daemon too, perhaps in a dry run.
         self.intake.decide_again()
@@ -330,12 +329,6 @@ class Service:
             exchanges_off=self._world.exchanges_off(),
         )
         return self._attention.conditions(snapshot, about)
-
-    async def _forget_restored(self) -> None:
-        """Forget what came of guests that we have moved, where it is gone since."""
-        with contextlib.suppress(PortError):
-            here = await asyncio.to_thread(self._world.xen.conditions)
-            self.retirer.restored &= {info.identity for info in here}
 
     def _looked_after(self) -> None:
         """Take note of what was seen of guests, so that the next daemon knows of it."""

@@ -61,12 +61,6 @@ from pgofflined.saving import Saves
 
 Finished = Callable[[DomainIdentity, RelocationOutcome], None]
 
-_NO_MORE_SAVES = (
-    "saves of it have failed before, each of which may have kept it still; see to the cause (disk "
-    "and space of relocation.save_directory, /var/log/xen), then `systemctl reload pgofflined` and "
-    "`pgofflined offline MFN`"
-)
-
 
 class RelocationService:
     """Takes guests off bad pages that are not moved in place, as the policy allows.
@@ -225,7 +219,7 @@ class RelocationService:
     async def _judge(self, domain: DomainIdentity, policy: RelocationPolicy) -> PreMigration:
         job = self._queue.job(domain)
         if job.by_saving and self._queue.may_not_be_saved(domain):
-            return Never(reason=RelocationReason.GAVE_UP, detail=_NO_MORE_SAVES)
+            return Never(reason=RelocationReason.GAVE_UP, detail=telling.NO_MORE_SAVES)
         way: Way | None = None
         self._examining += 1
         try:
@@ -325,7 +319,7 @@ class RelocationService:
             tries = self._queue.job(domain).attempts
             detail = f"{tries} tries failed: {detail}"
             if self._queue.may_not_be_saved(domain):
-                detail = f"{detail}; {_NO_MORE_SAVES}"
+                detail = f"{detail}; {telling.NO_MORE_SAVES}"
             self._give_up(domain, RelocationReason.GAVE_UP, detail)
             return
         telling.failed(job, detail, job.due - now.steady)

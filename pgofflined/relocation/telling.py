@@ -12,6 +12,12 @@ from pgofflined.journal_log import event
 
 log = logging.getLogger(__name__)
 
+NO_MORE_SAVES = (
+    "saves of it have failed before, each of which may have kept it still; see to the cause (disk "
+    "and space of relocation.save_directory, /var/log/xen), then `systemctl reload pgofflined` and "
+    "`pgofflined offline MFN`"
+)
+
 
 def begun(job: RelocationJob, policy: RelocationPolicy) -> None:
     """A guest is about to be migrated, or saved."""
