@@ -13,7 +13,9 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from uuid import UUID
 
+from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.domains import DomainIdentity, DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.events import Event
@@ -52,10 +54,14 @@ class CareTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StuckGuest:
-    """Why a guest does not run because of us, and since when, in seconds since the epoch."""
+    """Why a guest does not run because of us, and since when, in seconds since the epoch.
+
+    ``code`` says whether we go on trying to let it run, or must not.
+    """
 
     since: float
     text: str
+    code: ConditionCode = ConditionCode.GUEST_STUCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,11 +204,12 @@ class Aftercare:
             event(log, logging.CRITICAL, Event.GUEST_STUCK, message, domid=domain.domid, job=job)
 
     def leave_to_operator(self, domain: DomainIdentity, why: str) -> None:
-        """Show a guest that is not for us to let run, until it runs or is gone.
+        """Show a guest that is held and not for us to let run, until it runs or is gone.
 
         Whoever calls has told of it.
         """
-        case = _Case(until=math.inf, at_stop=-math.inf, stuck=self._stuck(why), is_ours=False)
+        stuck = StuckGuest(since=self._clock.now(), text=why, code=ConditionCode.GUEST_HELD)
+        case = _Case(until=math.inf, at_stop=-math.inf, stuck=stuck, is_ours=False)
         self._put(domain, case)
 
     def note_recovered(self, reports: Iterable[RecoveryReport]) -> None:
@@ -263,7 +270,8 @@ class Aftercare:
         domid = domain.domid
         try:
             if not case.is_ours:
-                return (_Found.ENDED if self._is_settled(domain) else _Found.WAITS), case
+                settled = is_settled(domain.uuid, self._xen.conditions())
+                return (_Found.ENDED if settled else _Found.WAITS), case
             info = self._xen.condition(domid)
             if info.identity != domain or info.shutdown not in (None, ShutdownReason.SUSPEND):
                 return _Found.ENDED, case
@@ -278,15 +286,6 @@ class Aftercare:
             log.warning("d%d may stand still because of us, and cannot be helped: %s", domid, error)
             return _Found.WAITS, case
         return self._let_go(info, case)
-
-    def _is_settled(self, domain: DomainIdentity) -> bool:
-        """Whether what was left to a person is done: one domain of the guest runs, or none is left.
-
-        By its uuid, for a migration may have left two of them, or it may be another by now.
-        """
-        here = self._xen.conditions()
-        same = [info for info in here if info.uuid == domain.uuid and not info.dying]
-        return not same or (len(same) == 1 and same[0].shutdown is None and not same[0].paused)
 
     def _let_go(self, info: DomainInfo, case: _Case) -> tuple[_Found, _Case]:
         """Take back what is ours of the guest's standing still, if anything."""
@@ -313,6 +312,15 @@ class Aftercare:
         message = f"d{domid}, which {was}, was resumed"
         event(log, logging.WARNING, Event.GUEST_DID_NOT_SUSPEND, message, domid=domid)
         return _Found.ENDED, case
+
+
+def is_settled(uuid: UUID, here: Iterable[DomainInfo]) -> bool:
+    """Whether what was left to a person is done: one domain of the guest runs, or none is left.
+
+    By its uuid, for a migration may have left two of them, or it may be another by now.
+    """
+    same = [info for info in here if info.uuid == uuid and not info.dying]
+    return not same or (len(same) == 1 and same[0].shutdown is None and not same[0].paused)
 
 
 def _joined(before: _Case, after: _Case) -> _Case:

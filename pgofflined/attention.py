@@ -59,7 +59,7 @@ class Attention:
 
     def conditions(self, snapshot: Snapshot, about: Circumstances) -> tuple[Condition, ...]:
         """Everything that is true now or has happened, the most urgent first."""
-        self._note_lost(snapshot)
+        self.note_lost(snapshot.lost)
         return self.incidents.with_states(
             states(snapshot, about),
             open_pages={page.mfn for page in snapshot.pages if page.phase is not Phase.OFFLINED},
@@ -88,6 +88,10 @@ class Attention:
                 domid=domid,
             )
         )
+
+    def note_ended(self, domain: DomainIdentity, how: str) -> None:
+        """Take note of a guest that has ended when it was asked to suspend itself for us."""
+        self._note(ConditionCode.GUEST_ENDED, how, domain.domid)
 
     def note_broken(self, mfn: Mfn, detail: str) -> None:
         """Take note of a page that Xen has broken, of whose error no source has told."""
@@ -124,13 +128,13 @@ class Attention:
     def _note(self, code: ConditionCode, text: str, domid: Domid) -> None:
         self.incidents.note(Condition(code=code, text=text, since=self._clock.now(), domid=domid))
 
-    def _note_lost(self, snapshot: Snapshot) -> None:
+    def note_lost(self, by_place: Mapping[str, int]) -> None:
         """Records that were lost since the last look are an incident."""
-        lost = sum(snapshot.lost.values())
+        lost = sum(by_place.values())
         if lost == self._lost:
             return
         self._lost = lost
-        places = ", ".join(f"{count} {place}" for place, count in snapshot.lost.items() if count)
+        places = ", ".join(f"{count} {place}" for place, count in by_place.items() if count)
         text = (
             f"{lost} machine-check records were lost or made no sense ({places}): their errors "
             "count against no page; look at the board's own log"
@@ -150,7 +154,7 @@ class Circumstances:
     ``now`` is in seconds since the epoch, ``vendor`` the processors'.  ``stuck`` says of guests
     that stand still what keeps them, ``overdue`` of saves of ours what a person has to know;
     ``saves`` is about those of earlier daemons.  ``trouble`` says why state is not stored,
-    ``exchanges_off`` why no exchange can be begun.
+    ``worker`` what keeps a worker for too long, ``exchanges_off`` why no exchange can be begun.
     """
 
     now: float
@@ -161,6 +165,7 @@ class Circumstances:
     overdue: Mapping[DomainIdentity, str] = field(default_factory=dict)
     saves: Sequence[Condition] = ()
     trouble: str | None = None
+    worker: str | None = None
     exchanges_off: str | None = None
 
 
@@ -174,7 +179,7 @@ def states(snapshot: Snapshot, about: Circumstances) -> tuple[Condition, ...]:
     """All conditions that are true of this moment."""
     return (
         *_guests(about),
-        *(state for entry in snapshot.pages for state in _page(entry)),
+        *_pages(snapshot),
         *_daemon(snapshot, about),
         *_policy(about),
         *_xen(snapshot, about),
@@ -196,9 +201,11 @@ def config_rejected(problems: Sequence[str], when: float) -> Condition:
 
 def _guests(about: Circumstances) -> Iterator[Condition]:
     for domain, stuck in about.stuck.items():
+        is_ours = stuck.code is ConditionCode.GUEST_STUCK
+        what = f"d{domain.domid} does not run because of pgofflined: " if is_ours else ""
         yield Condition(
-            code=ConditionCode.GUEST_STUCK,
-            text=f"d{domain.domid} does not run because of pgofflined: {stuck.text}",
+            code=stuck.code,
+            text=f"{what}{stuck.text}",
             since=stuck.since,
             domid=domain.domid,
         )
@@ -222,26 +229,40 @@ def is_unresolved(entry: PageEntry) -> bool:
     )
 
 
-def _page(entry: PageEntry) -> Iterator[Condition]:
+def _pages(snapshot: Snapshot) -> Iterator[Condition]:
+    put_off = {
+        job.domid: job.put_off
+        for job in snapshot.jobs
+        if job.kind == "relocation" and job.put_off is not None
+    }
+    for entry in snapshot.pages:
+        domid = None if entry.domain is None else entry.domain.domid
+        if is_unresolved(entry):
+            yield _unresolved(entry, entry.reason, entry.detail or entry.reason)
+        elif entry.phase is Phase.WAITING:
+            yield _waits(entry, entry.detail or entry.reason)
+        elif entry.phase is Phase.RELOCATION and domid in put_off:
+            why = put_off[domid]
+            if why.needs_person and entry.cause is not Cause.UNCORRECTED:
+                yield _unresolved(entry, why.reason, why.detail)
+            else:
+                yield _waits(entry, why.detail)
+
+
+def _unresolved(entry: PageEntry, reason: str, why: str) -> Condition:
+    what = "an operator wants it retired" if entry.cause is Cause.OPERATOR else "it is failing"
+    text = f"mfn {entry.mfn:#x} stays in use although {what}: {why}"
+    return _of_page(entry, ConditionCode.PAGE_UNRESOLVED, text, reason)
+
+
+def _waits(entry: PageEntry, why: str) -> Condition:
+    text = f"mfn {entry.mfn:#x} waits for a later try: {why}"
+    return _of_page(entry, ConditionCode.PAGE_PUT_OFF, text)
+
+
+def _of_page(entry: PageEntry, code: ConditionCode, text: str, kind: str = "") -> Condition:
     domid = None if entry.domain is None else entry.domain.domid
-    why = entry.detail or entry.reason
-    if is_unresolved(entry):
-        what = "an operator wants it retired" if entry.cause is Cause.OPERATOR else "it is failing"
-        yield Condition(
-            code=ConditionCode.PAGE_UNRESOLVED,
-            text=f"mfn {entry.mfn:#x} stays in use although {what}: {why}",
-            since=entry.since,
-            mfn=entry.mfn,
-            domid=domid,
-        )
-    elif entry.phase is Phase.WAITING:
-        yield Condition(
-            code=ConditionCode.PAGE_PUT_OFF,
-            text=f"mfn {entry.mfn:#x} waits for a later try: {why}",
-            since=entry.since,
-            mfn=entry.mfn,
-            domid=domid,
-        )
+    return Condition(code=code, text=text, since=entry.since, mfn=entry.mfn, domid=domid, kind=kind)
 
 
 def _daemon(snapshot: Snapshot, about: Circumstances) -> Iterator[Condition]:
@@ -256,6 +277,8 @@ def _daemon(snapshot: Snapshot, about: Circumstances) -> Iterator[Condition]:
             f"{snapshot.retired_frames} pages are retired, which is all that retire.max_retired "
             "allows: replace the memory module",
         )
+    if about.worker is not None:
+        yield _now(about, ConditionCode.WORKER_STUCK, about.worker)
     if about.trouble is not None:
         yield _now(about, ConditionCode.STATE_NOT_STORED, about.trouble)
     if about.exchanges_off is not None and about.policy.exchange.enabled:

@@ -195,6 +195,7 @@ def _start_alone(config_path: Path, host: Host) -> int:
         # A configuration with mistakes ends all tries, unless a guest may wait for us.
         return EX_CONFIG if is_bad and not any(jobs.glob("*")) else EX_UNAVAILABLE
     leftovers = recover_first(host, xen, journal)
+    notifier = make_notifier(host.clock.monotonic)
     configuration = _load_or_tell(config_path)
     if configuration is None:
         # As above: with a guest that still waits for us, it is tried again.
@@ -202,14 +203,16 @@ def _start_alone(config_path: Path, host: Host) -> int:
     try:
         # Whatever ends the service, ``see_out`` finds the store free.
         with closing(Store.open(host.directory / STATE, read_boot_id())) as store:
-            serving = _serve(config_path, configuration, host, xen, journal, leftovers, store)
-            return asyncio.run(serving)
+            return asyncio.run(
+                _serve(config_path, configuration, host, xen, journal, leftovers, store, notifier)
+            )
     except (PortError, StoreInUse, CannotListen, ValueError) as error:
         log.critical("pgofflined cannot start: %s", error)
-        leftovers.see_out()
+        leftovers.see_out(alive=notifier.watchdog)
         return EX_UNAVAILABLE
     except Exception:  # a fault of ours is told by who called, after the guests
-        leftovers.see_out()
+        # A service that was ready is watched by systemd, which allows less time than they do.
+        leftovers.see_out(alive=notifier.watchdog)
         raise
 
 
@@ -241,9 +244,9 @@ async def _serve(
     journal: Journal,
     leftovers: Leftovers,
     store: Store,
+    notifier: Notifier,
 ) -> int:
     policy = configuration.policy
-    notifier = make_notifier(host.clock.monotonic)
     machine = read_cpuinfo(_CPUINFO.read_text(encoding="ascii"), max_mfn=xen.max_mfn())
     native = NativeFactory(kept_descriptors(), notifier)
     factories: dict[SourceName, SourceFactory] = {

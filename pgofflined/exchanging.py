@@ -169,6 +169,10 @@ class Exchanging:
             report = _refused(domain, mfns, RefusalReason.INTERNAL, detail)
         return report
 
+    def has_ended(self, domain: DomainIdentity) -> None:
+        """A guest has ended that somebody had asked for us: it is not asked again."""
+        self._ended.add(domain.uuid)
+
     def objection(self, domain: DomainInfo, support: SuspendSupport) -> Objection | None:
         """Why a domain must not be asked to suspend itself now, by anybody for us."""
         if domain.uuid in self._ended:

@@ -15,6 +15,7 @@ from pgofflined.aftercare import Aftercare, CareTimes, LeftGuest, StuckGuest
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.events import Event
 from pgofflined.exchanging import Exchanging
+from pgofflined.indoubt import GuestsInDoubt
 from pgofflined.journal_log import event
 from pgofflined.letgo import by_hand
 
@@ -22,19 +23,25 @@ log = logging.getLogger(__name__)
 
 
 class GuestCare:
-    """Interrupted jobs to be ended, and guests to be looked after, as one.
+    """Interrupted jobs to be ended, guests to be looked after, and those in doubt, as one.
 
     Any thread may call any method.
     """
 
-    def __init__(self, exchanging: Exchanging, aftercare: Aftercare) -> None:
+    def __init__(
+        self,
+        exchanging: Exchanging,
+        aftercare: Aftercare,
+        in_doubt: GuestsInDoubt | None = None,
+    ) -> None:
         self.exchanging = exchanging
         self.aftercare = aftercare
+        self.in_doubt = in_doubt
         self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
         """Whether there is anything to look at again."""
-        return bool(self.aftercare) or self.exchanging.has_rest
+        return bool(self.aftercare or self.in_doubt) or self.exchanging.has_rest
 
     @property
     def times(self) -> CareTimes:
@@ -44,7 +51,8 @@ class GuestCare:
     @property
     def stuck(self) -> Mapping[DomainIdentity, StuckGuest]:
         """Guests that do not run because of us, as they were at the last look."""
-        return self.aftercare.stuck
+        in_doubt = {} if self.in_doubt is None else self.in_doubt.stuck
+        return {**in_doubt, **self.aftercare.stuck}
 
     @property
     def holds_up_a_stop(self) -> bool:
@@ -67,10 +75,17 @@ class GuestCare:
             if self.exchanging.has_rest:
                 self.aftercare.note_recovered(self.exchanging.recover_rest())
             self.aftercare.look()
+            if self.in_doubt is not None:
+                self.in_doubt.look()
 
     def left(self) -> Sequence[LeftGuest]:
         """What is left to a person, should nobody go on."""
-        by_care = self.aftercare.left()
+        by_care = [*self.aftercare.left()]
+        if self.in_doubt is not None:
+            by_care += [
+                LeftGuest(domain=domain, text=case.text, is_kept=False)
+                for domain, case in self.in_doubt.stuck.items()
+            ]
         seen = {guest.domain for guest in by_care}
         return [
             *by_care,

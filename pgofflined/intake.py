@@ -23,6 +23,7 @@ from pgofflined.core.reports import (
     Sighting,
     UncorrectedPageError,
 )
+from pgofflined.core.telemetry import BankEntry
 from pgofflined.journal_log import Announced, Chatter, bank_fields, event
 from pgofflined.ports import Clock, Hypervisor
 from pgofflined.retiring import Retirer
@@ -186,9 +187,7 @@ class Intake:
     def _tell_uncorrected(self, report: UncorrectedPageError | OtherError) -> None:
         """Log an uncorrected error, each one; of the same one again only so many."""
         bank = report.bank
-        which = (bank.socket, bank.apicid, bank.bank, bank.status, bank.addr)
-        is_news = self._announced.is_news(which, Event.UNCORRECTED_ERROR)
-        if not is_news and not self._chatter.admits(Event.UNCORRECTED_ERROR):
+        if not self._is_to_be_told(Event.UNCORRECTED_ERROR, bank):
             return
         event(
             log,
@@ -200,16 +199,25 @@ class Intake:
             fields=bank_fields(bank),
         )
 
+    def _is_to_be_told(self, kind: Event, bank: BankEntry | None, *what: object) -> bool:
+        """Whether an error is not the very same again, or not too many of those were told."""
+        which: tuple[object, ...] = (kind, *what)
+        if bank is not None:
+            which += (bank.socket, bank.apicid, bank.bank, bank.status, bank.addr)
+        return self._announced.is_news(which, kind) or self._chatter.admits(kind)
+
     async def _hypervisor_acted(self, report: HypervisorActed) -> None:
-        event(
-            log,
-            logging.CRITICAL,
-            Event.HYPERVISOR_ACTED,
-            report.describe(),
-            mfn=report.mfn,
-            domid=report.domid,
-            fields=bank_fields(report.bank),
-        )
+        what = (report.mfn, report.domid, report.result, report.broken)
+        if self._is_to_be_told(Event.HYPERVISOR_ACTED, report.bank, *what):
+            event(
+                log,
+                logging.CRITICAL,
+                Event.HYPERVISOR_ACTED,
+                report.describe(),
+                mfn=report.mfn,
+                domid=report.domid,
+                fields=bank_fields(report.bank),
+            )
         if report.mfn is not None:
             # At once, for nothing must read it.  Not marked before it is known whose it is: one
             # more offline call for a page of a domain that Xen has hit could hang the host.

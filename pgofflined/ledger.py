@@ -35,7 +35,8 @@ class PageStore(Protocol):
 class Ledger:
     """Moves pages from phase to phase.
 
-    When a page is due is known by the monotonic clock, whatever becomes of the host's date.
+    When a page is due, and since when it is under way, is known by the monotonic clock, whatever
+    becomes of the host's date.
     ``changed`` is given each entry as it is now.
     """
 
@@ -54,6 +55,12 @@ class Ledger:
         # Waits in a row for the same reason that were no tries; they begin anew with the daemon.
         self._waits: dict[Mfn, tuple[str, int]] = {}
         self._due: dict[Mfn, float] = {}
+        self._under_way: dict[Mfn, float] = {}
+        now, steady = clock.now(), clock.monotonic()
+        for entry in self.book.unfinished():
+            # The date may have been set since; it is of this boot of the host all the same.
+            age = min(max(0.0, now - entry.since), max(0.0, steady))
+            self._under_way[entry.mfn] = steady - age
 
     def is_under_way(self, mfn: Mfn) -> bool:
         """Whether a page is in hand and not at its end."""
@@ -222,6 +229,13 @@ class Ledger:
             return entry
         return replace(entry, next_try=self._clock.now() + due - self._clock.monotonic())
 
+    def oldest_unfinished(self) -> float | None:
+        """Since when the page is under way that has been so longest, by the date as it is now."""
+        if not self._under_way:
+            return None
+        oldest = min(self._under_way.values())
+        return self._clock.now() + oldest - self._clock.monotonic()
+
     def put(self, entry: PageEntry) -> None:
         """Enter a whole entry."""
         self.book.put(entry)
@@ -240,6 +254,9 @@ class Ledger:
             self._due.pop(entry.mfn, None)
         if entry.phase.is_final:
             self._waits.pop(entry.mfn, None)
+            self._under_way.pop(entry.mfn, None)
+        else:
+            self._under_way.setdefault(entry.mfn, self._clock.monotonic())
         self._store.put_page(entry)
         for mfn in self.book.surplus():
             self.book.remove(mfn)

@@ -23,7 +23,7 @@ from pgofflined.core.policy import ExchangePolicy
 from pgofflined.core.recovery import RecoveryReport
 from pgofflined.exchanging import Exchanging
 from pgofflined.guestcare import GuestCare
-from pgofflined.ports import Clock, Hypervisor, Journal
+from pgofflined.ports import Clock, Hypervisor, Journal, nothing
 
 log = logging.getLogger(__name__)
 
@@ -118,17 +118,22 @@ class Leftovers:
         """Whether a guest may still stand still because of us, and time may help it."""
         return self._care.holds_up_a_stop
 
-    def see_out(self, sleep: Callable[[float], None] = time.sleep) -> bool:
+    def see_out(
+        self,
+        sleep: Callable[[float], None] = time.sleep,
+        alive: Callable[[], None] = nothing,
+    ) -> bool:
         """There will be no service: go on until every guest that is left runs.
 
         After ``hand_over`` too, for a service that has ended without being told to.  Not longer
         than ``times.stop``: then what is left is told, keeps its record for the next process, and
-        the answer is False.
+        the answer is False.  ``alive`` is called before each look, for whoever would end us.
         """
         until = self._clock.monotonic() + self._care.times.stop
         if self.is_owed:
             log.error("guests that exchanges have left are looked after first, then this ends")
         while self.is_owed and self._clock.monotonic() < until:
+            alive()
             sleep(self._care.times.interval)
             with _undisturbed():
                 self._care.look()

@@ -21,7 +21,7 @@ from pgofflined.core.policy import Backoff
 from pgofflined.core.reports import Sighting, report_class
 from pgofflined.core.telemetry import Flaw, Telemetry, decode
 from pgofflined.journal_log import Chatter, event
-from pgofflined.ports import Clock, TelemetryBatch, TelemetrySource
+from pgofflined.ports import Clock, TelemetryBatch, TelemetrySource, nothing
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class MceListener:
     """Reads one source until it breaks.
 
     ``deliver`` gets every report in its order and may wait: then no more is read meanwhile, and
-    what comes waits at the source.
+    what comes waits at the source.  ``drained`` is called when all of that has been passed on.
     """
 
     def __init__(
@@ -78,8 +78,10 @@ class MceListener:
         deliver: Callable[[Sighting], Awaitable[None]],
         counters: IntakeCounters,
         chatter: Chatter | None = None,
+        drained: Callable[[], None] = nothing,
     ) -> None:
         self._chatter = chatter or Chatter(clock.monotonic)
+        self._drained = drained
         self._source = source
         self._machine = machine
         self._clock = clock
@@ -127,6 +129,7 @@ class MceListener:
             self._counters.last_record = when
         for untrusted_record in batch.records:
             await self._take(decode(batch.format, untrusted_record, batch.mcg_cap), when)
+        self._drained()
         return _holds_anything(batch)
 
     async def _take(self, telemetry: Telemetry, when: float) -> None:

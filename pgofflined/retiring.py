@@ -25,13 +25,10 @@ from pgofflined.core.outcomes import (
     ExchangeReport,
 )
 from pgofflined.core.policy import Backoff, Denied, Marking, Policy, domain_allowed
-from pgofflined.core.relocation_outcomes import (
-    NotRelocated,
-    Relocated,
-    RelocationOutcome,
-)
+from pgofflined.core.relocation_outcomes import Relocated, RelocationOutcome
 from pgofflined.exchanging import Exchanging
 from pgofflined.guestcare import GuestCare
+from pgofflined.indoubt import GuestsInDoubt
 from pgofflined.journal_log import Chatter, event
 from pgofflined.ledger import Ledger
 from pgofflined.marks import take_marks_back
@@ -79,6 +76,7 @@ class Retirer:
         slowly: float = _SLOWLY,
         soon: Backoff = SOON,
         chatter: Chatter | None = None,
+        in_doubt: GuestsInDoubt | None = None,
     ) -> None:
         self.ledger = ledger
         self.policy = policy
@@ -103,7 +101,8 @@ class Retirer:
             keep=self.exchanging.keep_asked,
             under_way=self.exchanging.is_under_way,
         )
-        self.care = GuestCare(self.exchanging, self.aftercare)
+        self.in_doubt = GuestsInDoubt(xen, clock) if in_doubt is None else in_doubt
+        self.care = GuestCare(self.exchanging, self.aftercare, self.in_doubt)
         self.consequences = Consequences(
             ledger,
             errors,
@@ -135,10 +134,10 @@ class Retirer:
         # Told of pages that were out of use, and whether they are still.
         self.doubt_settled: Callable[[Mfn, bool], None] = lambda _mfn, _is_offlined: None
         self._doubted: set[Mfn] = set()
-        # Told after each look at guests that exchanges have left.
-        self.guests_looked_at: Callable[[], None] = nothing
         # Told of each page with an uncorrected error.
         self.poison_reported: Callable[[], None] = nothing
+        # Told when guests that need it were looked after.
+        self.looked_after: Callable[[], None] = nothing
 
     def connect(self, exchanges: Exchanges, relocations: Relocations | None) -> None:
         """Say who takes pages; ``relocations`` is None where the policy wants none."""
@@ -251,7 +250,7 @@ class Retirer:
                 self._tell_room()
                 if self.care:
                     await self._in_thread(self.care.look)
-                    self.guests_looked_at()
+                    self.looked_after()
                 if not await self._look_at_pages():
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(self._seconds_to_sleep()):
@@ -393,8 +392,13 @@ class Retirer:
         self._wake.set()
 
     def recover(self) -> None:
-        """End what an earlier process left of exchanges; makes hypercalls, for a thread."""
+        """End what an earlier process left of exchanges; makes hypercalls, for a thread.
+
+        What came of guests that we have moved is forgotten where it is gone since.
+        """
         self.care.recover()
+        with contextlib.suppress(PortError):
+            self.restored &= {info.identity for info in self._xen.conditions()}
 
     def exchange_finished(self, job: str, report: ExchangeReport) -> None:
         """Enter what became of the pages of one exchange job."""
@@ -413,12 +417,19 @@ class Retirer:
 
     def relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         """Enter what became of the pages of one migration job."""
-        if isinstance(outcome, NotRelocated) and outcome.stuck is not None:
-            self.aftercare.leave_to_operator(domain, outcome.stuck)
+        if outcome.stuck is not None:
+            self.in_doubt.note(domain, outcome.stuck)
         if isinstance(outcome, Relocated) and outcome.new_domid is not None:
-            self.restored |= {DomainIdentity(outcome.new_domid, domain.uuid)}
+            # In place of what it was before, which is gone.
+            new = DomainIdentity(outcome.new_domid, domain.uuid)
+            self.restored = (self.restored - {domain}) | {new}
         self.consequences.relocation_finished(domain, outcome)
         self._wake.set()
+
+    def guest_ended(self, domain: DomainIdentity, how: str) -> None:
+        """A guest has ended when a save or a migration had asked it to suspend itself."""
+        self.exchanging.has_ended(domain)
+        event(log, logging.CRITICAL, Event.GUEST_ENDED, how, domid=domain.domid)
 
     def save_failed(self, domain: DomainIdentity) -> None:
         """Look after a guest that was asked to suspend itself for a save, which has failed."""

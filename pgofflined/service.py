@@ -30,6 +30,7 @@ from pgofflined.core.relocation_outcomes import RelocationOutcome
 from pgofflined.core.status import FrameAnswer, OfflineAnswer, ReloadStatus, Snapshot, SourceStatus
 from pgofflined.endwatch import watch_ends
 from pgofflined.guestcare import see_out
+from pgofflined.indoubt import GuestsInDoubt, migrated_before
 from pgofflined.intake import Intake
 from pgofflined.jobs import ExchangePool
 from pgofflined.journal_log import Chatter, event
@@ -78,16 +79,26 @@ class Service:
         self._xen_version = world.xen.version()
         self.counters = IntakeCounters()
         self._chatter = Chatter(world.clock.monotonic)
+        ledger = Ledger(world.store, world.clock, world.store.load_pages())
+        in_doubt = GuestsInDoubt(
+            world.xen,
+            world.clock,
+            world.store,
+            before=migrated_before(ledger.book),
+            target=lambda: self.policy.relocation.target,
+        )
         self.retirer = Retirer(
             xen=world.xen,
             journal=world.journal,
             clock=world.clock,
             policy=policy,
-            ledger=Ledger(world.store, world.clock, world.store.load_pages()),
+            ledger=ledger,
             errors=UncorrectedErrors(world.store),
             chatter=self._chatter,
             times=world.times,
+            in_doubt=in_doubt,
         )
+        self.retirer.looked_after = self._looked_after
         consequences = self.retirer.consequences
         consequences.idle_scrub = int(world.store.get_meta(_IDLE_SCRUB) or 0)
         consequences.idle_scrub_changed = lambda count: world.store.set_meta(
@@ -130,7 +141,9 @@ class Service:
         self.relocation = RelocationService(
             policy=policy.relocation,
             xen=world.xen,
-            relocator=CountedRelocator(world.relocator, self.metrics.observe_migration),
+            relocator=CountedRelocator(
+                world.relocator, self.metrics.observe_migration, in_doubt.is_migrated
+            ),
             links=world.links,
             clock=world.clock,
             zone=world.zone,
@@ -141,8 +154,8 @@ class Service:
             denial=self.retirer.denial,
             objection=self.retirer.exchanging.objection,
             saved_in_vain=self.retirer.save_failed,
+            ended=self._guest_ended,
         )
-        self.retirer.guests_looked_at = self._note_recovered
         self.retirer.poison_reported = self.relocation.poison_reported
         self.retirer.policy_taken_up = lambda: world.store.set_meta(
             _POLICY, policy_digest(self.policy)
@@ -160,7 +173,7 @@ class Service:
         """
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
-        self._note_recovered()
+        self._looked_after()
         if self._world.store.lost is not None:
             await self._find_again(self._world.store.lost)
         # About what was counted by an earlier daemon too, perhaps in a dry run.
@@ -199,7 +212,7 @@ class Service:
             self.retirer.stop()
             self.pool.stop()
             await see_out(self.retirer.care, [*work, relocations])
-            self._note_recovered()
+            self._looked_after()
             for task in rest:
                 task.cancel()
             self._chatter.close()
@@ -261,7 +274,7 @@ class Service:
             tracked_pages=len(self.intake.history),
             evicted_pages=self.intake.history.evicted,
             idle_scrub=self.retirer.consequences.idle_scrub,
-            oldest_unfinished=book.oldest_unfinished(),
+            oldest_unfinished=self.retirer.ledger.oldest_unfinished(),
             workers=self.pool.status(),
             jobs=(*self.pool.jobs(), *self.relocation.snapshot()),
             policy=tuple(effective(self.policy, host_frames=self.retirer.host_frames)),
@@ -326,14 +339,18 @@ class Service:
             overdue=self.relocation.overdue(),
             saves=self._saves.conditions,
             trouble=self._world.store.trouble,
+            worker=self._stuck_worker(),
             exchanges_off=self._world.exchanges_off(),
         )
-        self._note_recovered()
         return self._attention.conditions(snapshot, about)
 
-    def _note_recovered(self) -> None:
-        """At once: their records are put away, and only what is stored outlives the daemon."""
+    def _looked_after(self) -> None:
+        """Take note of what was seen of guests, so that the next daemon knows of it.
+
+        At once: records are put away, and only what is stored outlives the daemon.
+        """
         self._attention.note_recovered(self.retirer.exchanging.take_not_recovered())
+        self.retirer.in_doubt.keep()
 
     def _load_history(self) -> History:
         retire = self.policy.retire
@@ -378,6 +395,7 @@ class Service:
             deliver=self.intake.take,
             counters=self.counters,
             chatter=self._chatter,
+            drained=lambda: self._attention.note_lost(self.counters.lost_by_place()),
         )
         try:
             await listener.run()
@@ -401,9 +419,15 @@ class Service:
     def _relocation_finished(self, domain: DomainIdentity, outcome: RelocationOutcome) -> None:
         self.metrics.observe_relocation(outcome)
         self.retirer.relocation_finished(domain, outcome)
+        self._looked_after()
         self._world.store.set_meta(_RESTORED, identities_to_text(self.retirer.restored))
         self._saves.look_again()
         self._world.notifier.status(self.status_line())
+
+    def _guest_ended(self, domain: DomainIdentity, how: str) -> None:
+        self.metrics.observe_end()
+        self._attention.note_ended(domain, how)
+        self.retirer.guest_ended(domain, how)
 
     async def _feed_watchdog(self) -> None:
         interval = self._world.notifier.watchdog_interval

@@ -16,7 +16,6 @@ from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Mfn
 from pgofflined.core.offline import OfflineState
-from pgofflined.core.relocation_outcomes import RelocationReason
 from pgofflined.ports import Hypervisor
 from pgofflined.triage import LeftReason
 
@@ -45,7 +44,6 @@ _FINAL: Final = frozenset(
         LeftReason.NOT_RAM.value,
         LeftReason.IO.value,
         LeftReason.XEN.value,
-        RelocationReason.GUEST_STUCK.value,
         "damaged",
     }
 )

@@ -166,10 +166,6 @@ class Book:
         """How many pages stand where."""
         return Counter({phase: len(pages) for phase, pages in self._by_phase.items() if pages})
 
-    def oldest_unfinished(self) -> float | None:
-        """When the page that has been under way longest was taken in hand."""
-        return min((entry.since for entry in self.unfinished()), default=None)
-
     def _leave_indexes(self, mfn: Mfn) -> None:
         entry = self._entries.get(mfn)
         if entry is None:

@@ -39,6 +39,8 @@ class ConditionCode(StrEnum):
     """What is the matter, in one word."""
 
     GUEST_STUCK = "guest_stuck"
+    GUEST_HELD = "guest_held"
+    GUEST_IN_DOUBT = "guest_in_doubt"
     GUEST_ENDED = "guest_ended"
     SAVE_UNFINISHED = "save_unfinished"
     SAVE_OVERDUE = "save_overdue"
@@ -46,6 +48,7 @@ class ConditionCode(StrEnum):
     JOB_NOT_RECOVERED = "job_not_recovered"
     UNCORRECTED_ERROR = "uncorrected_error"
     HEAP_IN_DOUBT = "heap_in_doubt"
+    WORKER_STUCK = "worker_stuck"
     NO_SOURCE = "no_source"
     PAGE_UNRESOLVED = "page_unresolved"
     CAP_REACHED = "cap_reached"
@@ -79,6 +82,8 @@ class ConditionCode(StrEnum):
 
 _CRITICAL: Final = (
     ConditionCode.GUEST_STUCK,
+    ConditionCode.GUEST_HELD,
+    ConditionCode.GUEST_IN_DOUBT,
     ConditionCode.GUEST_ENDED,
     ConditionCode.SAVE_UNFINISHED,
     ConditionCode.SAVE_OVERDUE,
@@ -86,6 +91,7 @@ _CRITICAL: Final = (
     ConditionCode.JOB_NOT_RECOVERED,
     ConditionCode.UNCORRECTED_ERROR,
     ConditionCode.HEAP_IN_DOUBT,
+    ConditionCode.WORKER_STUCK,
     ConditionCode.NO_SOURCE,
 )
 _WARNING: Final = (
@@ -114,6 +120,9 @@ _SEVERITIES: Final = {
 _NOT_TO_ACKNOWLEDGE: Final = frozenset(
     (
         ConditionCode.GUEST_STUCK,
+        ConditionCode.GUEST_HELD,
+        ConditionCode.GUEST_IN_DOUBT,
+        ConditionCode.WORKER_STUCK,
         ConditionCode.SAVE_UNFINISHED,
         ConditionCode.SAVE_OVERDUE,
         ConditionCode.NO_SOURCE,
@@ -131,7 +140,9 @@ class Condition:
     """One of them.
 
     ``since`` is in seconds since the epoch.  ``mfn`` and ``domid`` name the page and the guest
-    where it is about one.  ``text`` says in a sentence what is the matter and what to do.
+    where it is about one.  ``text`` says in a sentence what is the matter and what to do.  ``kind``
+    tells apart what a person has to know anew once he has acknowledged it: of an error of a page
+    that is not where in the page it was, of a page that stays not how often it was tried.
     """
 
     code: ConditionCode
@@ -139,6 +150,7 @@ class Condition:
     since: float
     mfn: Mfn | None = None
     domid: Domid | None = None
+    kind: str = ""
     acknowledged: bool = False
 
     @property
@@ -174,12 +186,13 @@ def uncorrected_error(report: ErrorReport, when: float) -> Condition | None:
         case CorrectedPageError():
             return None
         case HypervisorActed(mfn=mfn, domid=domid):
-            return _uncorrected(report.describe(), when, mfn, domid)
-        case UncorrectedPageError(mfn=mfn, domid=domid):
-            return _uncorrected(report.describe(), when, mfn, domid)
+            return _uncorrected(report.describe(), when, mfn, domid, _ACTED)
+        case UncorrectedPageError(mfn=mfn, domid=domid, kind=kind):
+            return _uncorrected(report.describe(), when, mfn, domid, kind.value)
         case OtherError():
             if report.is_uncorrected:
-                return _uncorrected(report.describe(), when, None, report.bank.domid)
+                domid = report.bank.domid
+                return _uncorrected(report.describe(), when, None, domid, report.kind.value)
             return None
         case _:
             assert_never(report)
@@ -188,10 +201,16 @@ def uncorrected_error(report: ErrorReport, when: float) -> Condition | None:
 def unreported_error(mfn: Mfn, detail: str, when: float) -> Condition:
     """The incident that a page is which Xen has broken by itself; ``detail`` says what ends it."""
     what = f"mfn {mfn:#x} has had an uncorrected error, of which no record came: {detail}"
-    return _uncorrected(what, when, mfn, None)
+    return _uncorrected(what, when, mfn, None, _ACTED)
 
 
-def _uncorrected(what: str, when: float, mfn: Mfn | None, domid: Domid | None) -> Condition:
+# Xen has acted upon the error: it was consumed, or about to be, and its guest may be gone.
+_ACTED: Final = "acted"
+
+
+def _uncorrected(
+    what: str, when: float, mfn: Mfn | None, domid: Domid | None, kind: str
+) -> Condition:
     look = (
         "which page is not known: look at `xl list` and the board's own log"
         if mfn is None
@@ -203,4 +222,5 @@ def _uncorrected(what: str, when: float, mfn: Mfn | None, domid: Domid | None) -
         since=when,
         mfn=mfn,
         domid=domid,
+        kind=kind,
     )

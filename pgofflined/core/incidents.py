@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Final
 
 import msgspec
@@ -30,11 +31,13 @@ class _StoredCondition(msgspec.Struct, frozen=True, kw_only=True):
     mfn: int | None = None
     domid: int | None = None
     acknowledged: bool = False
+    kinds: list[str] = []
 
 
 class _Stored(msgspec.Struct, frozen=True, kw_only=True):
     incidents: list[_StoredCondition]
     acknowledged: list[tuple[str, int | None, int | None]]
+    acknowledged_kinds: list[str] = []
 
 
 class Incidents:
@@ -48,24 +51,33 @@ class Incidents:
     def __init__(self, changed: Callable[[], None] = lambda: None) -> None:
         self._changed = changed
         self._incidents: dict[Key, Condition] = {}
+        # The kinds of each that were told since it was first noted.
+        self._kinds: dict[Key, frozenset[str]] = {}
         self._states: tuple[Condition, ...] = ()
-        self._known: set[Key] = set()
+        # Of which kind a state was when it was acknowledged; None where that is not known.
+        self._known: dict[Key, str | None] = {}
 
     def note(self, condition: Condition) -> None:
         """Something has happened.
 
-        The same again keeps the time of the first, and stays acknowledged unless it says
-        something new.
+        The same again keeps the time of the first, and stays acknowledged unless it is of a kind
+        that was not told before; what has no kind says something new with another text.
         """
-        earlier = self._incidents.get(condition.key)
+        key = condition.key
+        kinds = self._kinds.get(key, frozenset())
+        earlier = self._incidents.get(key)
         if earlier is not None:
-            if earlier.text == condition.text:
+            is_same = earlier.text == condition.text
+            is_known = condition.kind in kinds if kinds and condition.kind else is_same
+            if is_known and (is_same or earlier.acknowledged):
                 return
             if not earlier.acknowledged:
                 condition = replace(condition, since=earlier.since)
-        self._incidents[condition.key] = condition
+        self._incidents[key] = condition
+        if condition.kind:
+            self._kinds[key] = kinds | {condition.kind}
         while len(self._incidents) > MAX_INCIDENTS:
-            del self._incidents[self._least().key]
+            self._forget(self._least().key)
         self._changed()
 
     def resolve(
@@ -78,7 +90,7 @@ class Incidents:
         """Forget the incidents of this code, page and guest: their cause is gone."""
         gone = tuple(_matching(self._incidents.values(), code, mfn, domid))
         for condition in gone:
-            del self._incidents[condition.key]
+            self._forget(condition.key)
         if gone:
             self._changed()
         return gone
@@ -88,22 +100,27 @@ class Incidents:
     ) -> tuple[Condition, ...]:
         """All conditions, the most urgent first; ``states`` are those that are true now.
 
-        A state keeps the earliest time that was given for it.  Once it has ended it is no longer
-        acknowledged, unless its page is among ``open_pages``: a later try may bring it back.
+        A state keeps the earliest time that was given for it.  Once it has ended, or is of another
+        kind, it is no longer acknowledged.  That of a page among ``open_pages`` has not ended: a
+        later try may bring it back.
         """
         earlier = {state.key: state.since for state in self._states}
         self._states = tuple(
             replace(
                 state,
                 since=min(state.since, earlier.get(state.key, state.since)),
-                acknowledged=state.key in self._known,
+                acknowledged=self._known.get(state.key, _NOT_KNOWN) in (None, state.kind),
             )
             for state in states
         )
-        present = {state.key for state in self._states}
-        ended = {key for key in self._known - present if key[1] not in open_pages}
-        if ended:
-            self._known -= ended
+        present = {state.key: state for state in self._states}
+        known = {
+            key: kind if key not in present else present[key].kind
+            for key, kind in self._known.items()
+            if (present[key].acknowledged if key in present else key[1] in open_pages)
+        }
+        if known != self._known:
+            self._known = known
             self._changed()
         return tuple(sorted((*self._states, *self._incidents.values()), key=by_urgency))
 
@@ -130,10 +147,15 @@ class Incidents:
 
     def dump(self) -> str:
         """What is to outlive the process, as JSON."""
+        known = dict(sorted(self._known.items(), key=repr))
         return msgspec.json.encode(
             _Stored(
-                incidents=[_stored(condition) for condition in self._incidents.values()],
-                acknowledged=sorted(self._known, key=repr),
+                incidents=[
+                    _stored(condition, self._kinds.get(key, frozenset()))
+                    for key, condition in self._incidents.items()
+                ],
+                acknowledged=[*known],
+                acknowledged_kinds=[kind or "" for kind in known.values()],
             )
         ).decode()
 
@@ -146,22 +168,33 @@ class Incidents:
             stored = msgspec.json.decode(text, type=_Stored)
         except msgspec.MsgspecError as error:
             raise ValueError(str(error)) from None
-        found = (_restored(one) for one in stored.incidents if one.code in _CODES)
-        self._incidents |= {condition.key: condition for condition in found}
+        for one in stored.incidents:
+            if one.code in _CODES:
+                condition = _restored(one)
+                self._incidents[condition.key] = condition
+                if one.kinds:
+                    self._kinds[condition.key] = frozenset(one.kinds)
+        # An earlier version has not stored the kinds.
+        kinds = stored.acknowledged_kinds
+        told = kinds if len(kinds) == len(stored.acknowledged) else repeat(None)
         self._known |= {
-            (ConditionCode(code), _mfn(mfn), _domid(domid))
-            for code, mfn, domid in stored.acknowledged
+            (ConditionCode(code), _mfn(mfn), _domid(domid)): kind
+            for (code, mfn, domid), kind in zip(stored.acknowledged, told, strict=False)
             if code in _CODES
         }
 
     def _acknowledge_one(self, condition: Condition) -> None:
         key = condition.key
         if key not in self._incidents:
-            self._known.add(key)
+            self._known[key] = condition.kind
         elif condition.ends_by_itself:
             self._incidents[key] = replace(condition, acknowledged=True)
         else:
-            del self._incidents[key]
+            self._forget(key)
+
+    def _forget(self, key: Key) -> None:
+        del self._incidents[key]
+        self._kinds.pop(key, None)
 
     def _least(self) -> Condition:
         def importance(condition: Condition) -> tuple[bool, int, float]:
@@ -171,6 +204,8 @@ class Incidents:
         return min(self._incidents.values(), key=importance)
 
 
+# What no state has for its kind.
+_NOT_KNOWN: Final = "\n"
 _CODES: Final = frozenset(code.value for code in ConditionCode)
 
 
@@ -189,7 +224,7 @@ def _matching(
             yield condition
 
 
-def _stored(condition: Condition) -> _StoredCondition:
+def _stored(condition: Condition, kinds: Iterable[str]) -> _StoredCondition:
     return _StoredCondition(
         code=condition.code.value,
         # Names that were no UTF-8 carry lone surrogates, which JSON cannot hold.
@@ -198,6 +233,7 @@ def _stored(condition: Condition) -> _StoredCondition:
         mfn=condition.mfn,
         domid=condition.domid,
         acknowledged=condition.acknowledged,
+        kinds=sorted(kinds),
     )
 
 

@@ -35,6 +35,15 @@ class Hindrance(StrEnum):
     CANNOT_ASK_XEN = "cannot_ask_xen"
 
     @property
+    def needs_person(self) -> bool:
+        """Whether it does not pass before somebody acts."""
+        return self in (
+            Hindrance.UNCORRECTED,
+            Hindrance.SUSPEND_UNANNOUNCED,
+            Hindrance.NO_DISK_SPACE,
+        )
+
+    @property
     def ends_with_link_event(self) -> bool:
         """Whether the kernel tells when it may have passed."""
         return self in (Hindrance.NO_ROUTE, Hindrance.LINK_DOWN, Hindrance.TARGET_UNRESOLVED)
@@ -242,8 +251,8 @@ def _look_at_domain(
         )
     if domain.shutdown is ShutdownReason.SUSPEND:
         return _busy(
-            f"d{job.domid} is suspended by somebody else; `xl resume` (Xen 4.20 or later) lets it "
-            "run"
+            f"d{job.domid} is suspended: somebody saves or migrates it, or a migration has left it "
+            "so and it may run elsewhere; it is tried again when it runs"
         )
     if domain.shutdown is not None:
         return _busy(f"d{job.domid} is shut down ({domain.shutdown.name.lower()})")

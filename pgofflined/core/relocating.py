@@ -21,7 +21,7 @@ from pgofflined.core.frames import Mfn
 from pgofflined.core.policy import Backoff, RelocationPolicy
 from pgofflined.core.premigration import Hindrance
 from pgofflined.core.schedule import next_opening
-from pgofflined.core.status import JobStatus
+from pgofflined.core.status import JobStatus, PutOff
 
 # A link that comes back is announced several times, and its routes follow a moment later.
 _LINK_SETTLES: Final = 1.0
@@ -54,6 +54,7 @@ class RelocationJob:
     tried (again), and when it is to be seen whether it still has something to wait for.
     ``is_over``: it was seen that it has not, so that no window is waited for.  ``attempts`` counts
     migrations that were started, ``deferrals`` how often in a row it was found hindered.
+    ``put_off`` says why it was not begun, or begun again, until it is.
     """
 
     number: int
@@ -70,6 +71,7 @@ class RelocationJob:
     attempts: int = 0
     deferrals: int = 0
     detail: str = ""
+    put_off: PutOff | None = None
 
     @property
     def label(self) -> str:
@@ -178,7 +180,7 @@ class RelocationQueue:
     def started(self, domain: DomainIdentity) -> RelocationJob:
         """Count a migration that is about to start."""
         job = self._jobs[domain]
-        return self._put(replace(job, attempts=job.attempts + 1, deferrals=0))
+        return self._put(replace(job, attempts=job.attempts + 1, deferrals=0, put_off=None))
 
     def defer(
         self, domain: DomainIdentity, hindrance: Hindrance, detail: str, now: Instant
@@ -201,6 +203,7 @@ class RelocationQueue:
                 hindrance=hindrance,
                 deferrals=job.deferrals + 1,
                 detail=detail,
+                put_off=_put_off(hindrance, detail),
             )
         )
 
@@ -218,7 +221,10 @@ class RelocationQueue:
         delay = self._policy.retry.delay(job.attempts)
         if delay is None or self.may_not_be_saved(domain):
             return None
-        return self._put(replace(job, running=False, due=now.steady + delay, detail=detail))
+        put_off = PutOff(reason="failed", detail=detail)
+        return self._put(
+            replace(job, running=False, due=now.steady + delay, detail=detail, put_off=put_off)
+        )
 
     def may_not_be_saved(self, domain: DomainIdentity) -> bool:
         """Whether saves of a domain have failed too often, also for pages it had before."""
@@ -279,6 +285,7 @@ class RelocationQueue:
                 attempts=job.attempts,
                 next_try=self._next_try(job, now),
                 detail=job.detail,
+                put_off=job.put_off,
             )
             for job in sorted(self._jobs.values(), key=lambda job: job.number)
         )
@@ -338,9 +345,15 @@ class RelocationQueue:
 
 def _until_the_window_opens(job: RelocationJob) -> RelocationJob:
     # What has hindered it before may have passed by then.
+    detail = "outside the maintenance windows"
     return replace(
         job,
         hindrance=Hindrance.OUTSIDE_WINDOW,
         deferrals=0,
-        detail="outside the maintenance windows",
+        detail=detail,
+        put_off=_put_off(Hindrance.OUTSIDE_WINDOW, detail),
     )
+
+
+def _put_off(hindrance: Hindrance, detail: str) -> PutOff:
+    return PutOff(reason=hindrance.value, detail=detail, needs_person=hindrance.needs_person)

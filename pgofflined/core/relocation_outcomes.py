@@ -80,8 +80,8 @@ class NotMigrated:
     The toolstack has tried to let the guest run on; whether it does is for the caller to see.
     ``may_run_there``: it did so when the target might have started the guest already; where the
     guest is then seen to stand still, the same holds as for ``InDoubt``.
-    ``was_asked``: a save that failed has asked it to suspend itself, or may have, so that it may
-    do so late.
+    ``was_asked``: the toolstack has asked it to suspend itself, or may have, so that it may do so
+    late.
     """
 
     detail: str

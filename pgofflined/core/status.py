@@ -31,8 +31,23 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PutOff:
+    """Why a job is begun later: ``reason`` is a short code, ``detail`` a sentence for people.
+
+    ``needs_person``: it does not pass before somebody acts.
+    """
+
+    reason: str
+    detail: str
+    needs_person: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class JobStatus:
-    """One job that waits or runs: ``kind`` is ``exchange`` or ``relocation``."""
+    """One job that waits or runs: ``kind`` is ``exchange`` or ``relocation``.
+
+    ``put_off`` is what its pages wait for, None where they do not.
+    """
 
     job: str
     kind: str
@@ -44,6 +59,7 @@ class JobStatus:
     attempts: int = 0
     next_try: float | None = None
     detail: str = ""
+    put_off: PutOff | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

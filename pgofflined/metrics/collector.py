@@ -111,8 +111,10 @@ class Metrics(Collector):
     def observe_relocation(self, outcome: RelocationOutcome) -> None:
         """Count one relocation job that has come to its end."""
         self._jobs[JobKind.RELOCATION, relocation_outcome(outcome)] += 1
-        if outcome.stuck is not None:
-            self._stuck += 1
+
+    def observe_end(self) -> None:
+        """Count a guest that has ended when a migration or a save had asked it to suspend."""
+        self._ended += 1
 
     def observe_migration(self, outcome: MigrationOutcome) -> None:
         """Count one migration, of which a relocation job may need several."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pgofflined.ports.clock import Clock
 from pgofflined.ports.ends import DomainEnds
 from pgofflined.ports.hypervisor import (
+    BY_NAME_ONLY,
     DomainControl,
     ForeignMemory,
     FrameControl,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pgofflined.ports.hypervisor import FrameArray, TypeArray, Words
 
 __all__ = [
+    "BY_NAME_ONLY",
     "Clock",
     "DomainControl",
     "DomainEnds",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import PortError
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 def nothing() -> None:
     """What is called back where nobody wants it."""
+
+
+BY_NAME_ONLY: Final = "a migration, of which its name in xenstore"
+"""How ``DomainControl.somebody_at`` begins where no process is at work on the domain any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +183,10 @@ class DomainControl(Protocol):
         ...
 
     def somebody_at(self, domid: Domid) -> str | None:
-        """The process that saves or migrates the domain for somebody, in words; None for none."""
+        """The process that saves or migrates the domain for somebody, in words; None for none.
+
+        A domain that a migration has renamed, and left, counts as well (``BY_NAME_ONLY``).
+        """
         ...
 
     def resume(self, domid: Domid, before: Callable[[], None] = nothing) -> None:

@@ -10,16 +10,26 @@ from pgofflined.relocation.relocator import BreakOff, Relocator
 
 
 class CountedRelocator:
-    """Passes migrations and saves on; ``observe`` is given what came of each."""
+    """Passes migrations and saves on; ``observe`` is given what came of each.
 
-    def __init__(self, inner: Relocator, observe: Callable[[MigrationOutcome], None]) -> None:
+    ``begins`` is told of each guest whose migration is about to begin.
+    """
+
+    def __init__(
+        self,
+        inner: Relocator,
+        observe: Callable[[MigrationOutcome], None],
+        begins: Callable[[DomainIdentity], None] = lambda _: None,
+    ) -> None:
         self._inner = inner
         self._observe = observe
+        self._begins = begins
 
     async def migrate(
         self, domain: DomainIdentity, name: str, target: str, time_limit: float, off: BreakOff
     ) -> MigrationOutcome:
         """Migrate, and count what came of it."""
+        self._begins(domain)
         outcome = await self._inner.migrate(domain, name, target, time_limit, off)
         self._observe(outcome)
         return outcome

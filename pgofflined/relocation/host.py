@@ -17,13 +17,13 @@ from pgofflined.core.aftermath import (
     after_failure,
     after_success,
 )
-from pgofflined.core.domains import DomainIdentity, DomainInfo
+from pgofflined.core.domains import DomainIdentity, DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.premigration import MigrationFacts, Way
 from pgofflined.core.saves import SaveFacts
-from pgofflined.core.suspending import MayNotBeAsked, SuspendSupport
+from pgofflined.core.suspending import MayNotBeAsked, SuspendSupport, how_it_ended
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.ports import nothing
 from pgofflined.saving import Saves
@@ -209,6 +209,18 @@ class MigrationHost:
                 return self._resume(domain)
             case _:
                 assert_never(aftermath)
+
+    def end_of(self, domain: DomainIdentity, *, may_be_away: bool = False) -> str | None:
+        """How a guest has ended that a toolstack has asked to suspend itself for us, if it has.
+
+        ``may_be_away``: that it is not here may have another cause.  Raises PortError.
+        """
+        info, twins = self._find(domain)
+        if info is None or info.dying:
+            return None if twins or may_be_away else how_it_ended(domain.domid, None)
+        if info.shutdown in (None, ShutdownReason.SUSPEND):
+            return None
+        return how_it_ended(domain.domid, info.shutdown)
 
     def settled(self, domain: DomainIdentity, mfns: Iterable[Mfn]) -> Settled:
         """Which of the pages are offline now, and where the guest is on this host, if it is."""

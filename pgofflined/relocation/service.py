@@ -50,6 +50,7 @@ from pgofflined.core.suspending import MayNotBeAsked
 from pgofflined.ports import Clock
 from pgofflined.relocation import telling
 from pgofflined.relocation.breaking import Breaking
+from pgofflined.relocation.ending import Ending
 from pgofflined.relocation.following import Following, Sleep
 from pgofflined.relocation.host import Host, InThread, MigrationHost
 from pgofflined.relocation.links import Links
@@ -60,12 +61,6 @@ from pgofflined.saving import Saves
 
 Finished = Callable[[DomainIdentity, RelocationOutcome], None]
 
-_NO_MORE_SAVES = (
-    "saves of it have failed before, each of which may have kept it still; see to the cause (disk "
-    "and space of relocation.save_directory, /var/log/xen), then `systemctl reload pgofflined` and "
-    "`pgofflined offline MFN`"
-)
-
 
 class RelocationService:
     """Takes guests off bad pages that are not moved in place, as the policy allows.
@@ -75,7 +70,8 @@ class RelocationService:
     or may own and that must not be read, ``is_poisoned`` there of each page of the job, then
     ``denial`` for why the domain is to be left alone, if it is, and ``objection`` for why it must
     not be asked to suspend itself.
-    ``saved_in_vain`` is told of a guest that a save has asked to suspend itself, and that runs.
+    ``saved_in_vain`` is told of a guest that a save has asked to suspend itself, and that runs, and
+    ``ended`` of one that has ended when a save or a migration had asked it, and how.
     """
 
     def __init__(
@@ -93,6 +89,7 @@ class RelocationService:
         denial: Callable[[DomainInfo], str | None],
         objection: MayNotBeAsked,
         saved_in_vain: Callable[[DomainIdentity], None],
+        ended: Callable[[DomainIdentity, str], None],
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
         saves: Saves | None = None,
@@ -107,6 +104,7 @@ class RelocationService:
         self._finished = finished
         self._denial = denial
         self._saved_in_vain = saved_in_vain
+        self._ending = Ending(self._host, in_thread, ended)
         self._sleep = sleep
         self._in_thread = in_thread
         self._following = Following(clock, sleep, stop_grace)
@@ -221,7 +219,7 @@ class RelocationService:
     async def _judge(self, domain: DomainIdentity, policy: RelocationPolicy) -> PreMigration:
         job = self._queue.job(domain)
         if job.by_saving and self._queue.may_not_be_saved(domain):
-            return Never(reason=RelocationReason.GAVE_UP, detail=_NO_MORE_SAVES)
+            return Never(reason=RelocationReason.GAVE_UP, detail=telling.NO_MORE_SAVES)
         way: Way | None = None
         self._examining += 1
         try:
@@ -272,12 +270,13 @@ class RelocationService:
             case Migrated():
                 await self._settle(domain, outcome, self._clock.monotonic() - start)
             case NotMigrated(detail=detail, was_asked=was_asked):
-                if was_asked:
+                if was_asked and not await self._ending.has_ended(domain):
                     self._saved_in_vain(domain)
                 self._retry(domain, detail, stood_still=was_asked)
             case InDoubt(detail=detail):
                 # Not ``stuck``: what is left is told for as long as its note is there.
                 telling.save_unfinished(job, detail)
+                await self._ending.has_ended(domain, may_be_away=True)
                 self._give_up(domain, RelocationReason.GUEST_STUCK, detail)
             case _:
                 assert_never(outcome)
@@ -305,6 +304,8 @@ class RelocationService:
         if care.moved:
             await self._settle(domain, Migrated(), seconds)
         elif care.ended:
+            if isinstance(outcome, InDoubt) or outcome.was_asked:
+                await self._ending.has_ended(domain)
             await self._settle(domain, outcome, 0.0, otherwise=RelocationReason.DOMAIN_GONE)
         elif care.stuck is not None:
             self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=care.stuck)
@@ -318,7 +319,7 @@ class RelocationService:
             tries = self._queue.job(domain).attempts
             detail = f"{tries} tries failed: {detail}"
             if self._queue.may_not_be_saved(domain):
-                detail = f"{detail}; {_NO_MORE_SAVES}"
+                detail = f"{detail}; {telling.NO_MORE_SAVES}"
             self._give_up(domain, RelocationReason.GAVE_UP, detail)
             return
         telling.failed(job, detail, job.due - now.steady)

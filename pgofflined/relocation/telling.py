@@ -12,6 +12,12 @@ from pgofflined.journal_log import event
 
 log = logging.getLogger(__name__)
 
+NO_MORE_SAVES = (
+    "saves of it have failed before, each of which may have kept it still; see to the cause (disk "
+    "and space of relocation.save_directory, /var/log/xen), then `systemctl reload pgofflined` and "
+    "`pgofflined offline MFN`"
+)
+
 
 def begun(job: RelocationJob, policy: RelocationPolicy) -> None:
     """A guest is about to be migrated, or saved."""
@@ -66,7 +72,7 @@ def done(job: RelocationJob, new_domid: Domid | None) -> None:
 def stuck(job: RelocationJob, what: str | None) -> None:
     """The guest does not run, if it does not, and what helps."""
     if what is not None:
-        _tell(job, logging.CRITICAL, Event.GUEST_STUCK, what)
+        _tell(job, logging.CRITICAL, Event.GUEST_IN_DOUBT, what)
 
 
 def save_unfinished(job: RelocationJob, what: str) -> None:

@@ -249,7 +249,12 @@ def _outcome(
         return InDoubt(detail=detail)
     if why is not None:
         detail = f"{why}; {detail}"
-    return NotMigrated(detail=detail, timed_out=timed_out, may_run_there=transcript.may_run_there)
+    return NotMigrated(
+        detail=detail,
+        timed_out=timed_out,
+        may_run_there=transcript.may_run_there,
+        was_asked=transcript.stage is not Stage.CONNECTING,
+    )
 
 
 def _follows(found: Found, program: str, argument: str) -> int | None:

@@ -68,22 +68,26 @@ _STATUS_OWNED: Final = 0x3004
 _STATUS_FREE: Final = 0x2002
 _OWNER_SHIFT: Final = 16
 
-# mctelem.c keeps 10 urgent and 20 other records that nobody has fetched; more are lost.
-_POOL: Final = 30
+# mctelem_reserve() in mctelem.c: of records that nobody has fetched 30 are kept, 20 of them where
+# they are not urgent.  More are dropped, which is counted in a variable that nobody can read.
+_POOL: Final = 20
+_URGENT_ONLY: Final = 10
 
 
 class SimulatedTelemetry:
     """``ports.TelemetrySource`` that tests and the demo feed.
 
     ``mcg_cap`` is IA32_MCG_CAP of the processors; without bit 24 (MCG_SER_P) they are those of
-    before software error recovery.
+    before software error recovery.  ``pool`` is how many records that are not urgent wait for a
+    reader; of more nothing is ever heard, as with the native source.
     """
 
     def __init__(self, *, pool: int = _POOL, mcg_cap: int | None = None) -> None:
         self._pool = pool
         self._mcg_cap = mcg_cap
         self._lock = threading.Lock()
-        self._records: deque[bytes] = deque()
+        self._urgent: deque[bytes] = deque()
+        self._others: deque[bytes] = deque()
         self._lost = 0
         self._failure: str | None = None
         self._reader, self._writer = os.pipe()
@@ -100,14 +104,15 @@ class SimulatedTelemetry:
         return self._reader
 
     def read(self) -> TelemetryBatch:
-        """Every record that is there."""
+        """Every record that is there, urgent ones first."""
         with self._lock:
             if self._failure is not None:
                 raise PortError(self._failure)
             with suppress(BlockingIOError):  # nothing announced since the last read
                 os.read(self._reader, 4096)
-            records, lost = tuple(self._records), self._lost
-            self._records.clear()
+            records, lost = (*self._urgent, *self._others), self._lost
+            self._urgent.clear()
+            self._others.clear()
             self._lost = 0
             return TelemetryBatch(
                 format=RecordFormat.MC_INFO, records=records, lost=lost, mcg_cap=self._mcg_cap
@@ -219,25 +224,28 @@ class SimulatedTelemetry:
             _global(cpu, _FLAG_MCE | _severity(_SRAO), _GSTATUS_IN_HANDLER),
             _bank(7, domid, _SRAO, address),
             _RECOVERY.pack(_TYPE_RECOVERY, _RECOVERY.size, 7, 0, _ACTION_PAGE_OFFLINE, mfn, status),
+            urgent=True,
         )
 
-    def push(self, *entries: bytes) -> bytes:
-        """A record with these entries."""
+    def push(self, *entries: bytes, urgent: bool = False) -> bytes:
+        """A record with these entries; ``urgent``: made by the handler of machine checks."""
         record = (_INFO.pack(len(entries), 0) + b"".join(entries)).ljust(_INFO_SIZE, b"\0")
-        self.push_garbage(record)
+        self.push_garbage(record, urgent=urgent)
         return record
 
-    def push_garbage(self, record: bytes) -> None:
+    def push_garbage(self, record: bytes, *, urgent: bool = False) -> None:
         """Any bytes."""
         with self._lock:
-            if len(self._records) >= self._pool:
-                self._lost += 1
+            # Urgent ones have some room for themselves, and take of the rest when that is full.
+            of_the_rest = max(0, len(self._urgent) - _URGENT_ONLY) + len(self._others)
+            has_own = urgent and len(self._urgent) < _URGENT_ONLY
+            if not has_own and of_the_rest >= self._pool:
                 return
-            self._records.append(record)
+            (self._urgent if urgent else self._others).append(record)
             self._announce()
 
     def lose(self, number: int = 1) -> None:
-        """Let records be lost before they reach the pool."""
+        """Let records be lost, and have it told, as dom0's kernel does of its log."""
         with self._lock:
             self._lost += number
             self._announce()

@@ -26,6 +26,7 @@ from typing import Final
 from pgofflined.core.errors import PortError
 from pgofflined.core.frames import Domid
 from pgofflined.core.text import printable
+from pgofflined.ports import BY_NAME_ONLY
 
 _HELPER: Final = b"libxl-save-helper"
 _XL: Final = b"xl"
@@ -105,7 +106,7 @@ def _gone_away(name: bytes) -> str | None:
     if not name.endswith(_AWAY):
         return None
     shown = printable(name[-_SHOWN:].decode("utf-8", "replace"))
-    return f"a migration, of which its name in xenstore ({shown}) tells,"
+    return f"{BY_NAME_ONLY} ({shown}) tells,"
 
 
 def _numbers(proc: Path) -> list[str]:

@@ -26,6 +26,7 @@ Series = Mapping[str, str]
 # Conditions that a rule of their own reports.
 OWN_RULES = {
     ConditionCode.GUEST_STUCK: "PgofflinedGuestStuck",
+    ConditionCode.WORKER_STUCK: "PgofflinedWorkerStuck",
     ConditionCode.NO_SOURCE: "PgofflinedNoSource",
     ConditionCode.CAP_REACHED: "PgofflinedCapReached",
     ConditionCode.CONFIG_REJECTED: "PgofflinedConfigRejected",
@@ -78,6 +79,7 @@ CASES = {
             attention(ConditionCode.UNCORRECTED_ERROR, "1x5 0x5"),
             attention(ConditionCode.PAGE_UNRESOLVED, "1x10"),
             attention(ConditionCode.GUEST_STUCK, "1x10"),
+            attention(ConditionCode.WORKER_STUCK, "1x10"),
         ),
         at="8m",
     ),
@@ -96,6 +98,9 @@ CASES = {
             attention(ConditionCode.GUEST_STUCK, "1x5 0x5"),
             named("pgofflined_guests_stuck_total", "3x40"),
             attention(ConditionCode.GUEST_ENDED, "1x10"),
+            # Which must not be let run by hand.
+            attention(ConditionCode.GUEST_HELD, "1x10"),
+            attention(ConditionCode.GUEST_IN_DOUBT, "1x10"),
         ),
         at="9m",
     ),
@@ -157,6 +162,7 @@ CASES = {
 MORE_FIRES = {
     "PgofflinedGuestStuck": (named("pgofflined_guests_stuck_total", "0x5 1x5"), "9m"),
     "PgofflinedRecordsLost": (lost("hardware", "0x10 1x20"), "20m"),
+    "PgofflinedWorkerStuck": (attention(ConditionCode.WORKER_STUCK, "0x2 1x5"), "4m"),
 }
 
 
@@ -238,7 +244,7 @@ def test_every_condition_that_needs_somebody_has_one_alert(
     expected["PgofflinedAbsent"] = 1  # for nothing else is there in this test
     if own is None and code.severity is not Severity.INFO:
         expected[generic[code.severity]] = 1
-    elif own in ("PgofflinedGuestStuck", "PgofflinedCapReached", "PgofflinedConfigRejected"):
+    elif own is not None and own != "PgofflinedNoSource":  # which goes by a gauge of its own
         expected[own] = 1
     unit_test(tmp_path, count_of(attention(code, "1x40"), expected, "30m"))
 
@@ -273,6 +279,12 @@ def test_what_an_alert_says_names_host_and_reason(tmp_path: Path) -> None:
         ],
     }
     unit_test(tmp_path, test)
+
+
+def test_no_alert_tells_to_let_a_guest_run_by_hand() -> None:
+    """Each of these may be about a guest that must not be; what is to be done `status` says."""
+    texts = re.findall(r"(?:summary|description): .*", RULES.read_text())
+    assert not [text for text in texts if re.search("xl (unpause|resume|restore)", text)]
 
 
 @pytest.mark.parametrize("acknowledged", ["nothing", "everything"])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from pgofflined.aftercare import Aftercare, CareTimes
+from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.outcomes import Standing
 from pgofflined.ports import SuspendLimits
@@ -155,6 +156,7 @@ def test_a_guest_that_is_left_to_a_person_is_shown_until_it_runs_and_never_touch
     domain = held.host.domain(held.pv).identity
     aftercare.leave_to_operator(domain, "it may run elsewhere")
     began = aftercare.stuck[domain].since
+    assert aftercare.stuck[domain].code is ConditionCode.GUEST_HELD
     held.host.clock.wait(10_000)
     aftercare.look()
     assert not runs(held)

@@ -15,7 +15,7 @@ from pgofflined.core.conditions import Condition, ConditionCode
 from pgofflined.core.frames import Mfn, Pfn
 from pgofflined.core.outcomes import Damaged, Exchanged, ExchangeReport
 from pgofflined.core.policy import Policy
-from pgofflined.core.status import Snapshot, SourceStatus
+from pgofflined.core.status import JobStatus, PutOff, Snapshot, SourceStatus
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.sim.clock import ManualClock
 from tests.unit.rim_samples import LEFT_PAGE, NOW, OFFLINED_PAGE, SNAPSHOT, WAITING_PAGE, WEB
@@ -53,6 +53,27 @@ ONE_STATE: dict[ConditionCode, tuple[Snapshot, Circumstances, str]] = {
         replace(ABOUT, stuck={WEB: StuckGuest(since=NOW, text="it does not resume")}),
         "d7 does not run because of pgofflined: it does not resume",
     ),
+    ConditionCode.GUEST_HELD: (
+        CALM,
+        replace(
+            ABOUT,
+            stuck={WEB: StuckGuest(since=NOW, text="it is held", code=ConditionCode.GUEST_HELD)},
+        ),
+        "it is held",
+    ),
+    ConditionCode.GUEST_IN_DOUBT: (
+        CALM,
+        replace(
+            ABOUT,
+            stuck={
+                WEB: StuckGuest(
+                    since=NOW, text="d7 may run at b", code=ConditionCode.GUEST_IN_DOUBT
+                )
+            },
+        ),
+        "d7 may run at b",
+    ),
+    ConditionCode.WORKER_STUCK: (CALM, replace(ABOUT, worker="for 200 s"), "for 200 s"),
     ConditionCode.SAVE_OVERDUE: (CALM, replace(ABOUT, overdue={WEB: "for 40 min"}), "for 40 min"),
     ConditionCode.NO_SOURCE: (
         replace(CALM, source=SourceStatus(name=None, note="mcelog reads it")),
@@ -114,6 +135,35 @@ def test_states_name_their_page_and_guest() -> None:
     assert (stuck.mfn, stuck.domid, stuck.since) == (None, 7, NOW - 9)
     [late] = states(CALM, replace(ABOUT, overdue={WEB: "so"}))
     assert late.domid == 7
+
+
+@pytest.mark.parametrize("needs_person", [True, False])
+def test_a_page_whose_migration_waits_is_shown_with_what_it_waits_for(
+    *, needs_person: bool
+) -> None:
+    page = replace(WAITING_PAGE, phase=Phase.RELOCATION, domain=WEB, detail="marked")
+    job = JobStatus(
+        job="relocation-1",
+        kind="relocation",
+        domid=7,
+        domain_name="web",
+        pages=1,
+        state="deferred",
+        since=NOW,
+        put_off=PutOff(reason="so", detail="no room", needs_person=needs_person),
+    )
+    [state] = states(replace(CALM, pages=(page,), jobs=(job,)), ABOUT)
+    assert state.code is (
+        ConditionCode.PAGE_UNRESOLVED if needs_person else ConditionCode.PAGE_PUT_OFF
+    )
+    assert (state.mfn, state.domid, state.since) == (0x2000, 7, page.since)
+    assert state.text.endswith(": no room")
+    # An uncorrected error of it is an incident already.
+    poisoned = replace(page, cause=Cause.UNCORRECTED)
+    [state] = states(replace(CALM, pages=(poisoned,), jobs=(job,)), ABOUT)
+    assert state.code is ConditionCode.PAGE_PUT_OFF
+    others = (replace(job, domid=8), replace(job, kind="exchange"), replace(job, put_off=None))
+    assert states(replace(CALM, pages=(page,), jobs=others), ABOUT) == ()
 
 
 def test_an_operators_page_is_unresolved_like_any_other() -> None:

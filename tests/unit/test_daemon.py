@@ -10,18 +10,20 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from pgofflined.aftercare import CareTimes
 from pgofflined.core.errors import PortError
 from pgofflined.core.policy import Policy, RetirePolicy
 from pgofflined.core.status import ReloadStatus
 from pgofflined.daemon import EX_UNAVAILABLE, LOCK, STATE, Host, HostClock, _reload, start
 from pgofflined.jobstore import JobStore
 from pgofflined.notify import NullNotifier
-from pgofflined.ports import Hypervisor, nothing
+from pgofflined.ports import DomainEnds, Hypervisor, nothing
 from pgofflined.sim.clock import ManualClock
 from pgofflined.sim.faults import Fault, FaultyHypervisor, Killed, Moment
 from pgofflined.sim.scenarios import demo_host
@@ -65,7 +67,7 @@ class Found:
     def records(self) -> list[str]:
         return [path.name for path in (self.directory / "jobs").iterdir()]
 
-    def start(self) -> int:
+    def start(self, **changes: object) -> int:
         host = Host(
             open_xen=lambda: self.bench.host,
             restore_affinity=nothing,
@@ -74,7 +76,7 @@ class Found:
             directory=self.directory,
             clock=Clock(self.bench),
         )
-        return start(self.config, host)
+        return start(self.config, replace(host, **changes))  # type: ignore[arg-type]
 
     def _release(self) -> None:
         self.ran_at_release = self.runs
@@ -194,6 +196,41 @@ def test_the_service_goes_on_with_what_was_not_ended(
     assert sum("process 5 (xl save)" in line for line in told) == 1
     assert "is in use by another process" not in caplog.text
     assert found.records() == []
+    found.bench.assert_guest_runs_unharmed()
+
+
+def test_systemd_hears_of_a_service_that_has_failed_while_it_looks_after_a_guest(
+    found: Found, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = found.bench.host.simulated(found.bench.domid)
+    guest.somebody = "process 5 (xl save)"
+    heard: list[str] = []
+
+    class Fault(Exception):
+        pass
+
+    def fail() -> DomainEnds:
+        raise Fault
+
+    def notify(status: str) -> None:
+        heard.append(status)
+        if is_fed() > 3:
+            guest.somebody = None
+
+    def is_fed() -> int:
+        return heard.count("WATCHDOG=1")
+
+    systemd = ModuleType("systemd.daemon")
+    systemd.notify = notify  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "systemd", ModuleType("systemd"))
+    monkeypatch.setitem(sys.modules, "systemd.daemon", systemd)
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nowhere")
+    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
+    times = CareTimes(interval=0.05, stop=20.0)
+    with pytest.raises(ExceptionGroup):
+        found.start(open_ends=fail, times=times)
+    assert any(status.startswith("READY=1") for status in heard)
+    assert is_fed() > 3
     found.bench.assert_guest_runs_unharmed()
 
 

@@ -271,6 +271,42 @@ def test_the_next_try_is_shown_by_the_date_as_it_is_now() -> None:
     assert ledger.shown(ledger.book.change(PAGE)).next_try == clock.now() + 50
 
 
+def test_how_long_a_page_is_under_way_is_told_by_no_date() -> None:
+    clock = SetClock()
+    ledger = Ledger(Kept(), clock)
+    assert ledger.oldest_unfinished() is None
+    ledger.begin(PAGE, Cause.CORRECTED, "two errors")
+    clock.wait(10)
+    ledger.begin(Mfn(0x11), Cause.CORRECTED, "two errors")
+    for offset in (0.0, -86_400.0, 86_400.0):
+        clock.offset = offset
+        assert ledger.oldest_unfinished() == clock.now() - 10
+    ledger.wait(PAGE, Backoff(first=60, last=60), "granted", "it is granted")
+    clock.wait(5)
+    assert ledger.oldest_unfinished() == clock.now() - 15
+    ledger.leave(PAGE, "granted", "it is granted", marked=True)
+    assert ledger.oldest_unfinished() == clock.now() - 5
+    # From when it is taken up again, not from when it was first.
+    ledger.look_again([PAGE])
+    ledger.offlined(Mfn(0x11), "it is out of use")
+    assert ledger.oldest_unfinished() == clock.now()
+    ledger.offlined(PAGE, "it is out of use")
+    assert ledger.oldest_unfinished() is None
+
+
+@pytest.mark.parametrize(("since", "age"), [(-40.0, 40.0), (+86_400.0, 0.0), (-86_400.0, 100.0)])
+def test_how_long_a_page_was_under_way_before_a_restart_is_no_longer_than_the_host(
+    since: float, age: float
+) -> None:
+    clock = SetClock()
+    clock.wait(100 - clock.monotonic())
+    entry = PageEntry(
+        mfn=PAGE, cause=Cause.CORRECTED, phase=Phase.WAITING, since=clock.now() + since
+    )
+    ledger = Ledger(Kept(), clock, [entry])
+    assert ledger.oldest_unfinished() == clock.now() - age
+
+
 def test_pages_that_are_held_are_looked_at_when_that_ends_and_others_are_not() -> None:
     kept = Kept()
     ledger = begun(kept)

@@ -240,8 +240,9 @@ async def test_simulated_source_delivers_both_kinds_of_errors() -> None:
     async with listening(intake, source):
         source.push_corrected(Maddr(0x5000), domid=Domid(3), count=2)
         source.push_srao(Mfn(7), Domid(3), guest_address=0x9000)
-        corrected = (await intake.next()).report
+        # What is urgent comes first.
         acted = (await intake.next()).report
+        corrected = (await intake.next()).report
     source.close()
     assert isinstance(corrected, CorrectedPageError)
     assert (corrected.mfn, corrected.count, corrected.domid) == (5, 2, 3)

@@ -434,7 +434,7 @@ async def test_a_page_that_cannot_be_exchanged_has_its_guest_saved_after_the_las
         scene.small.host.pause(scene.small.pv)
         scene.retirer.relocation_finished(outcome.domain, outcome)
         assert (await scene.pages.until(mfn, Phase.LEFT)).reason == "guest_stuck"
-        assert [one.text for one in scene.retirer.aftercare.stuck.values()] == ["look"]
+        assert [one.text for one in scene.retirer.in_doubt.stuck.values()] == ["look"]
         await asyncio.to_thread(scene.retirer.aftercare.look)
         assert scene.small.host.domain(scene.small.pv).paused, "that is for a person to end"
         scene.small.host.unpause(scene.small.pv)

@@ -69,10 +69,11 @@ async def test_a_mark_that_cannot_be_taken_back_is_told_and_tried_again(
     mfn = small.host.frame_of(small.pv, small.host.pv(small.pv).layout.plain[0])
     small.host.offline(mfn)
     left = PageEntry(mfn=mfn, cause=Cause.CORRECTED, phase=Phase.LEFT, since=1.0, marked=True)
-    refused = Fault(method="online", times=5, error=XenError(EIO, op="page_online"))
+    refused = Fault(method="online", times=10**6, error=XenError(EIO, op="page_online"))
     async with at_work(tmp_path, small=small, earlier=[left], faults=[refused]) as whole:
         await whole.until(lambda: f"xen-hptool mem-online {mfn:x}" in caplog.text)
         assert whole.service.retirer.ledger.book[mfn].marked
+        whole.xen.plan.clear()
         whole.service.retirer.domain_ended()
         await whole.until(lambda: not whole.service.retirer.ledger.book[mfn].marked)
         assert not small.host.query(mfn)

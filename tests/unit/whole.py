@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC
 from pathlib import Path
 
+from pgofflined.aftercare import CareTimes
 from pgofflined.core.book import PageEntry, Phase
 from pgofflined.core.domains import DomainIdentity
 from pgofflined.core.frames import Domid, Mfn, maddr_of
@@ -192,6 +193,7 @@ async def at_work(
     small: SmallHost | None = None,
     faults: Iterable[Fault] = (),
     earlier: Iterable[PageEntry] = (),
+    times: CareTimes = CareTimes(),  # noqa: B008 - it does not change
 ) -> AsyncIterator[Whole]:
     """A service that runs; ``earlier`` are pages that a daemon before it had in hand."""
     clock = SettableClock()
@@ -219,6 +221,7 @@ async def at_work(
             notifier=NullNotifier(),
             saves=Saves("this", notes=folder),
             ends=lambda: SimulatedEnds(host),
+            times=times,
         )
         service = Service(world, as_tested(policy, folder))
         whole = Whole(small, xen, clock, telemetry, service, store, migration)

@@ -96,8 +96,6 @@ def test_what_is_summed_up_is_what_the_entries_say(changes: list[PageEntry | int
         assert book.by_phase()[phase] == len(there)
     unfinished = [entry for entry in entries if not entry.phase.is_final]
     assert {entry.mfn for entry in book.unfinished()} == {entry.mfn for entry in unfinished}
-    oldest = min((entry.since for entry in unfinished), default=None)
-    assert book.oldest_unfinished() == oldest
 
 
 def test_a_page_is_in_the_book_until_it_is_removed() -> None:

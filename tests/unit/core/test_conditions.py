@@ -57,6 +57,9 @@ def test_the_runbook_has_no_section_for_a_code_that_is_gone() -> None:
 def test_where_a_guest_stands_still_or_nothing_is_seen_nobody_can_acknowledge_it_away() -> None:
     assert {code for code in ConditionCode if not code.can_be_acknowledged} == {
         ConditionCode.GUEST_STUCK,
+        ConditionCode.GUEST_HELD,
+        ConditionCode.GUEST_IN_DOUBT,
+        ConditionCode.WORKER_STUCK,
         ConditionCode.SAVE_UNFINISHED,
         ConditionCode.SAVE_OVERDUE,
         ConditionCode.NO_SOURCE,

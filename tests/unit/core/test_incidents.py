@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pgofflined.core.conditions import Condition, ConditionCode, Severity
@@ -94,6 +96,71 @@ def test_an_acknowledged_page_stays_known_while_nothing_new_is_said(incidents: K
     [anew] = incidents.all()
     assert anew.counts
     assert anew.since == 9.0
+
+
+def error_of(kind: str, text: str = "", *, since: float = 1.0) -> Condition:
+    return replace(condition(ERROR, 1, since=since, text=text or kind), kind=kind)
+
+
+def test_what_was_acknowledged_is_each_kind_that_was_told_whatever_its_text(
+    incidents: Kept,
+) -> None:
+    for one in (error_of("found"), error_of("scrubbed")):
+        incidents.note(one)
+    incidents.acknowledge()
+    stored = incidents.stored
+    for _ in range(2):
+        for one in (error_of("found", "elsewhere in the page"), error_of("scrubbed")):
+            incidents.note(one)
+            assert [known.acknowledged for known in incidents.all()] == [True]
+    assert incidents.stored == stored
+    incidents.note(error_of("acted", since=5.0))
+    [anew] = incidents.all()
+    assert (anew.counts, anew.since) == (True, 5.0)
+    # The next acknowledgement is of all three.
+    incidents.acknowledge()
+    again = Incidents()
+    again.load(incidents.dump())
+    for kind in ("found", "scrubbed", "acted"):
+        again.note(error_of(kind, "once more"))
+        assert [known.acknowledged for known in again.with_states(())] == [True]
+
+
+def test_what_has_come_to_its_end_and_comes_back_is_told_whatever_its_kind(
+    incidents: Kept,
+) -> None:
+    incidents.note(error_of("found"))
+    incidents.acknowledge()
+    incidents.resolve(mfn=Mfn(1))
+    incidents.note(error_of("found"))
+    assert [one.counts for one in incidents.all()] == [True]
+
+
+def test_a_state_of_another_kind_is_not_acknowledged(incidents: Kept) -> None:
+    def page(kind: str) -> Condition:
+        return replace(condition(ConditionCode.PAGE_UNRESOLVED, 1), kind=kind)
+
+    incidents.with_states([page("denied")])
+    incidents.acknowledge()
+    again = Incidents()
+    again.load(incidents.dump())
+    for kept in (incidents, again):
+        kept.with_states([], open_pages={Mfn(1)})
+        assert [one.acknowledged for one in kept.with_states([page("denied")])] == [True]
+        assert [one.acknowledged for one in kept.with_states([page("granted")])] == [False]
+        assert [one.acknowledged for one in kept.with_states([page("denied")])] == [False]
+
+
+def test_what_an_earlier_version_has_acknowledged_stays_so(incidents: Kept) -> None:
+    incidents.load(
+        '{"incidents": [{"code": "uncorrected_error", "text": "so", "since": 1.0, "mfn": 1, '
+        '"acknowledged": true}], "acknowledged": [["page_unresolved", 2, null]]}'
+    )
+    incidents.note(error_of("found", "so"))
+    page = replace(condition(ConditionCode.PAGE_UNRESOLVED, 2), kind="denied")
+    assert [one.acknowledged for one in incidents.with_states([page])] == [True, True]
+    other = replace(page, kind="granted")
+    assert [one.acknowledged for one in incidents.with_states([other])] == [False, True]
 
 
 @pytest.mark.parametrize(

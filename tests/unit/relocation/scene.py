@@ -47,6 +47,7 @@ class World:
     denied: dict[int, str]
     outcomes: list[RelocationOutcome] = field(default_factory=list)
     saved_in_vain: list[DomainIdentity] = field(default_factory=list)
+    ended: list[tuple[DomainIdentity, str]] = field(default_factory=list)
     denied_asked: Callable[[], None] = lambda: None
 
     async def submit(self, domid: int, *mfns: int, uuid: int | None = None) -> DomainIdentity:
@@ -70,6 +71,7 @@ async def running(
     outcomes: list[RelocationOutcome] = []
     denied: dict[int, str] = {}
     saved_in_vain: list[DomainIdentity] = []
+    ended: list[tuple[DomainIdentity, str]] = []
 
     def denial(info: DomainInfo) -> str | None:
         world.denied_asked()
@@ -88,13 +90,16 @@ async def running(
         denial=denial,
         objection=unless_announced,
         saved_in_vain=saved_in_vain.append,
+        ended=lambda domain, how: ended.append((domain, how)),
         sleep=time.sleep,
         in_thread=inline,
         saves=saves,
         stop_grace=20.0,
     )
     task = asyncio.create_task(service.run())
-    world = World(service, task, time, host, relocator, links, denied, outcomes, saved_in_vain)
+    world = World(
+        service, task, time, host, relocator, links, denied, outcomes, saved_in_vain, ended
+    )
     try:
         await quiet()
         yield world
