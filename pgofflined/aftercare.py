@@ -110,9 +110,10 @@ class Aftercare:
 
     There is no need to look where there is no such guest.  ``ended`` is told of a guest that needs
     nothing more; no exchange may begin in it before.  ``keep`` records a guest of whom no later
-    process would know, and says whether one does now: else it is tried again.  Both are called by
-    ``look``.  ``under_way`` says which guest an exchange of this process is at work on, or has not
-    ended: it is left to that until it has.
+    process would know, and says whether one does now: else it is tried again.  ``crashed`` is told
+    of one that has crashed meanwhile.  All three are called by ``look``.  ``under_way`` says which
+    guest an exchange of this process is at work on, or has not ended: it is left to that until it
+    has.
 
     Any thread may call any method; ``look`` one at a time.
     """
@@ -126,12 +127,14 @@ class Aftercare:
         ended: Callable[[DomainIdentity], None],
         keep: Callable[[DomainInfo], bool] = lambda _: True,
         under_way: Callable[[DomainIdentity], bool] = lambda _: False,
+        crashed: Callable[[DomainIdentity], None] = lambda _: None,
     ) -> None:
         self.times = times
         self._xen = xen
         self._ended = ended
         self._keep = keep
         self._under_way = under_way
+        self._crashed = crashed
         self._clock = clock
         self._lock = threading.Lock()
         # Never changed, only replaced: it is read on the loop while a thread looks at guests.
@@ -273,6 +276,8 @@ class Aftercare:
                 settled = is_settled(domain.uuid, self._xen.conditions())
                 return (_Found.ENDED if settled else _Found.WAITS), case
             info = self._xen.condition(domid)
+            if info.identity == domain and info.shutdown is ShutdownReason.CRASH:
+                self._crashed(domain)
             if info.identity != domain or info.shutdown not in (None, ShutdownReason.SUSPEND):
                 return _Found.ENDED, case
             stands = info.shutdown is ShutdownReason.SUSPEND or info.paused

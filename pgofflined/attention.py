@@ -17,7 +17,7 @@ from pgofflined.core.incidents import Incidents
 from pgofflined.core.machine import CpuVendor
 from pgofflined.core.outcomes import Damaged, ExchangeReport
 from pgofflined.core.policy import Policy, effective
-from pgofflined.core.recovery import RecoveryReport
+from pgofflined.core.recovery import Recovered, RecoveryReport
 from pgofflined.core.status import Snapshot
 from pgofflined.core.xenversion import XenVersion, unseen_errors
 from pgofflined.ports import Clock
@@ -121,7 +121,10 @@ class Attention:
     def note_recovered(self, reports: Iterable[RecoveryReport]) -> None:
         """Take note of jobs of an earlier process that could not be ended well."""
         for report in reports:
-            self._note(ConditionCode.JOB_NOT_RECOVERED, report.detail, report.domain.domid)
+            code = ConditionCode.JOB_NOT_RECOVERED
+            if report.outcome is Recovered.CRASHED:
+                code = ConditionCode.GUEST_ENDED
+            self._note(code, report.detail, report.domain.domid)
             for page in report.damaged:
                 self._note_damaged(page, report.domain.domid)
 

@@ -17,7 +17,7 @@ from pgofflined.core.frames import Mfn
 from pgofflined.core.offline import WhenMarked
 from pgofflined.core.outcomes import ExchangeReport, Refusal, RefusalReason, Standing
 from pgofflined.core.policy import ExchangePolicy, Marking
-from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.core.recovery import Recovered, RecoveryReport, crashed_when_asked
 from pgofflined.core.suspending import Objection, SuspendSupport, ended_before, objection
 from pgofflined.marks import take_marks_back
 from pgofflined.ports import (
@@ -168,6 +168,14 @@ class Exchanging:
             detail = "a fault of our own, which the journal tells; please report it"
             report = _refused(domain, mfns, RefusalReason.INTERNAL, detail)
         return report
+
+    def has_crashed(self, domain: DomainIdentity) -> None:
+        """A guest has crashed that was looked after because it might follow a request yet."""
+        detail = crashed_when_asked(domain.domid)
+        report = RecoveryReport(domain=domain, outcome=Recovered.CRASHED, detail=detail)
+        tell(report)
+        self.has_ended(domain)
+        self._note(report)
 
     def has_ended(self, domain: DomainIdentity) -> None:
         """A guest has ended that somebody had asked for us: it is not asked again."""
@@ -321,6 +329,8 @@ class Exchanging:
                 return None
             case _:
                 tell(report)
+                if report.outcome is Recovered.CRASHED:
+                    self.has_ended(domain)
                 del self._tries[domain]
                 if report.stuck is not None or report.may_suspend_late:
                     self.hold_off(domain)

@@ -100,7 +100,13 @@ class Leftovers:
         )
         self._care = GuestCare(
             exchanging,
-            Aftercare(xen, clock, times=times, ended=exchanging.done_with),
+            Aftercare(
+                xen,
+                clock,
+                times=times,
+                ended=exchanging.done_with,
+                crashed=exchanging.has_crashed,
+            ),
         )
 
     def recover(self) -> None:

@@ -17,6 +17,8 @@ def tell(report: RecoveryReport) -> None:
     domid, job = report.domain.domid, "recovery"
     message = f"an exchange was cut off: {report.detail}"
     match report.outcome:
+        case Recovered.CRASHED:
+            event(log, logging.CRITICAL, Event.GUEST_ENDED, report.detail, domid=domid, job=job)
         case Recovered.NOTHING_TO_DO | Recovered.GONE:
             event(log, logging.INFO, Event.JOB_RECOVERED, message, domid=domid, job=job)
         case Recovered.FINISHED:

@@ -100,6 +100,7 @@ class Retirer:
             ended=self.exchanging.done_with,
             keep=self.exchanging.keep_asked,
             under_way=self.exchanging.is_under_way,
+            crashed=self.exchanging.has_crashed,
         )
         self.in_doubt = GuestsInDoubt(xen, clock) if in_doubt is None else in_doubt
         self.care = GuestCare(self.exchanging, self.aftercare, self.in_doubt)

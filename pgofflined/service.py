@@ -26,6 +26,7 @@ from pgofflined.core.history import History
 from pgofflined.core.incidents import Acknowledged
 from pgofflined.core.outcomes import ExchangeReport
 from pgofflined.core.policy import Policy, effective
+from pgofflined.core.recovery import Recovered
 from pgofflined.core.relocation_outcomes import RelocationOutcome
 from pgofflined.core.status import FrameAnswer, OfflineAnswer, ReloadStatus, Snapshot, SourceStatus
 from pgofflined.endwatch import watch_ends
@@ -349,7 +350,11 @@ class Service:
 
         At once: records are put away, and only what is stored outlives the daemon.
         """
-        self._attention.note_recovered(self.retirer.exchanging.take_not_recovered())
+        reports = self.retirer.exchanging.take_not_recovered()
+        for report in reports:
+            if report.outcome is Recovered.CRASHED:
+                self.metrics.observe_end()
+        self._attention.note_recovered(reports)
         self.retirer.in_doubt.keep()
 
     def _load_history(self) -> History:

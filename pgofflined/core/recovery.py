@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pgofflined.core.domains import DomainIdentity
+from pgofflined.core.frames import Domid
 from pgofflined.core.outcomes import Damaged, PageResult, Standing
 
 
@@ -29,8 +30,18 @@ class Recovered(StrEnum):
     """
     LEFT_ALONE = "left_alone"
     """Somebody else has let the guest go meanwhile, or changed it: nothing can be put right."""
+    CRASHED = "crashed"
+    """The guest has crashed since it was asked to suspend itself."""
     GONE = "gone"
     """The guest is gone."""
+
+
+def crashed_when_asked(domid: Domid) -> str:
+    """What is said of a guest that has crashed some time after we asked it to suspend itself."""
+    return (
+        f"d{domid} has crashed since pgofflined asked it to suspend itself for an exchange; start "
+        "it again"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +69,8 @@ class RecoveryReport:
 
         A guest that is held, or stuck, has a record on, and whoever finds that tells of it.
         """
-        return self.outcome in (Recovered.LEFT_ALONE, Recovered.STANDS_STILL) or (
-            self.outcome is Recovered.BUSY and bool(self.results)
-        )
+        ends = (Recovered.LEFT_ALONE, Recovered.STANDS_STILL, Recovered.CRASHED)
+        return self.outcome in ends or (self.outcome is Recovered.BUSY and bool(self.results))
 
     @property
     def damaged(self) -> tuple[Damaged, ...]:

@@ -21,7 +21,7 @@ from pgofflined.core.domains import DomainInfo, ShutdownReason
 from pgofflined.core.errors import DomainGone, PortError
 from pgofflined.core.moves import Group
 from pgofflined.core.outcomes import Damaged, PageResult, Standing
-from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.core.recovery import Recovered, RecoveryReport, crashed_when_asked
 from pgofflined.exchanger.poison import NO_POISON, Poison
 from pgofflined.exchanger.transfer import Transfer
 from pgofflined.letgo import Kept, by_hand, let_go, resume_only, told
@@ -111,6 +111,8 @@ class _Recovery:
             raise DomainGone(domid)
         # Who resumed it may have died before xenstored was told.
         told(self._xen, domid)
+        if info.shutdown is ShutdownReason.CRASH:
+            return self.report(Recovered.CRASHED, crashed_when_asked(domid))
         if info.shutdown not in (None, ShutdownReason.SUSPEND):
             detail = f"d{domid} is shut down ({info.shutdown.name.lower()})"
             return self.report(Recovered.GONE, detail)

@@ -148,3 +148,18 @@ def test_what_cannot_be_stored_is_said_in_the_journal(
     finally:
         store.close()
     assert f"no alert for d{found.bench.domid}" in caplog.text
+
+
+@pytest.mark.parametrize("environ", [KILLED, None])
+@pytest.mark.parametrize("call", ["suspend", "exchange"])
+def test_a_guest_that_has_crashed_since_it_was_asked(
+    tmp_path: Path, environ: dict[str, str] | None, call: str
+) -> None:
+    found = found_after(tmp_path, call)
+    found.bench.host.crash(found.bench.domid, "it could not suspend itself")
+    if environ is not None:
+        After(found).run(environ)
+    conditions = shown(found)
+    assert "has crashed since pgofflined asked it" in conditions["guest_ended"]
+    assert "job_not_recovered" not in conditions
+    assert shown(found) == conditions

@@ -235,6 +235,25 @@ async def test_a_guest_that_ends_after_our_request_is_our_doing_and_is_not_asked
         assert len(bench.entries.of(Event.GUEST_ENDED)) == 1
 
 
+async def test_a_guest_that_crashes_some_time_after_our_request_is_our_doing(
+    tmp_path: Path,
+) -> None:
+    async with bench_at(tmp_path, support=SuspendSupport.ANNOUNCED) as bench:
+        bench.guest.behaviour = SuspendBehaviour(answer=Answer.STALLS)
+        mfn = bench.frame()
+        await bench.service.offline(mfn)
+        await bench.entries.until(Event.EXCHANGE_DONE)
+        assert bench.entries.of(Event.GUEST_ENDED) == []
+        bench.demo.host.crash(bench.domid, "on the way to its suspend")
+        told = await bench.entries.until(Event.GUEST_ENDED)
+        assert told.levelno == logging.CRITICAL
+        assert "has crashed since pgofflined asked it" in told.getMessage()
+        while bench.metric("guests_ended_total") == 0:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.001)
+        codes = [one.code.value for one in bench.service.snapshot().attention]
+        assert "guest_ended" in codes
+
+
 @pytest.mark.parametrize("support", [SuspendSupport.SILENT, SuspendSupport.DENIED])
 async def test_a_pvh_guest_that_may_crash_when_asked_is_not_migrated(
     tmp_path: Path, support: SuspendSupport
