@@ -16,15 +16,28 @@ from typing import Final
 from tests.mutants.selection import Group
 
 _UNDERNEATH: Final = Path(__file__).with_name("underneath.py")
-_COPIED: Final = ("pgofflined", "tests", "bench", "config", "systemd")
-# A mutant that takes so much longer than its tests take without it hangs, and is noticed by that.
+# What tests read beside the code: of files that are shipped, and of what is written about them.
+_BESIDE: Final = ("bench", "config", "docs", "prometheus", "scripts", "systemd")
+_READ: Final = (*_BESIDE, "Makefile", "README.md")
+    "bench",
+    "config",
+    "docs",
+    "prometheus",
+    "scripts",
+    "systemd",
+    "Makefile",
+    "README.md",
+)
+_COPIED: Final = ("pgofflined", "tests", *_READ)
+# A mutant that takes so much longer (wall clock, seconds) than its tests take without it hangs, and
+# is noticed by that.  There is room for what else a machine does meanwhile.
 _SETTINGS: Final = {
     "source_paths": ["pgofflined"],
-    "also_copy": ["bench", "config", "systemd"],
+    "also_copy": _READ,
     # Where mypy has seen to it that nothing comes by.
     "do_not_mutate_patterns": ["assert_never"],
     "pytest_add_cli_args": ["-p", "no:cacheprovider"],
-    "timeout_constant": 8.0,
+    "timeout_constant": 20.0,
     "timeout_multiplier": 2.0,
     "use_git_change_detection": False,
     "track_dependencies": False,
@@ -65,10 +78,7 @@ class Workplace:
             shutil.rmtree(self._folder, ignore_errors=True)
         before = self._sources()
         for name in _COPIED:
-            shutil.rmtree(self._folder / name, ignore_errors=True)
-            shutil.copytree(
-                self._root / name, self._folder / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
+            _copy(self._root / name, self._folder / name)
         shutil.rmtree(self._folder / "mutants/tests", ignore_errors=True)
         (self._folder / "mutants/mutmut-stats.json").unlink(missing_ok=True)
         # mutmut leaves alone what is there, and mutates what is newer than its own copy.
@@ -133,6 +143,15 @@ class Workplace:
                 check=True,
             )
         return [_mutant(found) for found in json.loads(self._results.read_text())]
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 def _mutant(found: dict[str, str]) -> Mutant:
