@@ -19,15 +19,6 @@ _UNDERNEATH: Final = Path(__file__).with_name("underneath.py")
 # What tests read beside the code: of files that are shipped, and of what is written about them.
 _BESIDE: Final = ("bench", "config", "docs", "prometheus", "scripts", "systemd")
 _READ: Final = (*_BESIDE, "Makefile", "README.md")
-    "bench",
-    "config",
-    "docs",
-    "prometheus",
-    "scripts",
-    "systemd",
-    "Makefile",
-    "README.md",
-)
 _COPIED: Final = ("pgofflined", "tests", *_READ)
 # A mutant that takes so much longer (wall clock, seconds) than its tests take without it hangs, and
 # is noticed by that.  There is room for what else a machine does meanwhile.
