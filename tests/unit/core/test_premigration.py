@@ -309,15 +309,15 @@ def test_a_pv_guest_that_can_be_restored_is_saved() -> None:
         (
             {"has_config": False},
             (
-                "xl does not know how d7 was configured, so that it could not restore it; whoever has "
-                "created it can save and restore it"
+                "xl does not know how d7 was configured, so that it could not restore it; whoever "
+                "has created it can save and restore it"
             ),
         ),
         (
             {"manager": "libvirt"},
             (
-                "d7 is managed by libvirt, which would start it again or lose track of it; save and "
-                "restore it with libvirt's own commands"
+                "d7 is managed by libvirt, which would start it again or lose track of it; save "
+                "and restore it with libvirt's own commands"
             ),
         ),
     ],
