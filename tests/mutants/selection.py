@@ -67,7 +67,7 @@ GROUPS: Final = (
         tests=_unit(
             *("core/test_conditions.py", "core/test_incidents.py", "core/test_suspending.py"),
             *("exchanger/test_marks.py", "test_attention.py", "test_promises.py"),
-            *("test_service_people.py", "test_word_of_ends.py"),
+            *("test_service_people.py", "test_service_questions.py", "test_word_of_ends.py"),
         ),
     ),
     Group(

@@ -42,6 +42,22 @@ def test_only_the_two_defined_values_say_anything(value: bytes) -> None:
     assert says_something is (value in (b"0", b"1"))
 
 
+@pytest.mark.parametrize(
+    ("value", "support"),
+    [
+        (b"1", SuspendSupport.ANNOUNCED),
+        (b"0", SuspendSupport.DENIED),
+        (b"", SuspendSupport.SILENT),
+        (b"1\0", SuspendSupport.SILENT),
+        (None, SuspendSupport.SILENT),
+    ],
+)
+def test_an_announcement_is_read_as_xen_defines_it(
+    value: bytes | None, support: SuspendSupport
+) -> None:
+    assert read_announcement(value) is support
+
+
 @pytest.mark.parametrize("support", [SuspendSupport.ANNOUNCED, SuspendSupport.NOT_ASKED])
 def test_a_guest_that_can_or_is_not_asked_is_no_matter_of_policy(support: SuspendSupport) -> None:
     assert objection(GUEST, support, ()) is None
