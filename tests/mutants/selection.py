@@ -83,7 +83,8 @@ GROUPS: Final = (
         name="pages",
         modules=_beside("jobs", "ledger", "owners", "triage", "uncorrected", "unresolved"),
         tests=_unit(
-            *("test_jobs.py", "test_ledger.py", "test_triage.py", "test_triage_answers.py"),
+            *("test_jobs.py", "test_ledger.py", "test_owners.py"),
+            *("test_triage.py", "test_triage_answers.py"),
             *("test_uncorrected.py", "test_unresolved.py"),
         ),
     ),
