@@ -57,7 +57,7 @@ class _AtImport:
             state().tests_by_mangled_function_name[name].update(state().duration_by_test)
 
 
-class _Runner(PytestRunner):
+class _Runner(PytestRunner):  # type: ignore[misc]
     """Runs tests in a process of their own, for each mutant."""
 
     at_import: Final = _AtImport()

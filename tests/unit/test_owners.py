@@ -9,6 +9,7 @@ from uuid import UUID
 import numpy as np
 import pytest
 
+from pgofflined.core.domains import DomainInfo
 from pgofflined.core.errors import XenError
 from pgofflined.core.frames import DOM0, Domid, Mfn
 from pgofflined.owners import find_pv_owner, named, named_if_possible
@@ -64,7 +65,7 @@ def test_a_domain_that_goes_meanwhile_hides_no_other_owner(small: SmallHost) -> 
     class Late(FaultyHypervisor):
         """Still names the domain that has gone."""
 
-        def conditions(self) -> list[object]:  # type: ignore[override]
+        def conditions(self) -> list[DomainInfo]:
             return [gone, *super().conditions()]
 
     found = find_pv_owner(mfn, Late(host))

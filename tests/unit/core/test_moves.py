@@ -112,7 +112,8 @@ def test_parts_of_references_follow_one_another_in_their_own_types() -> None:
     joined = References.joined([first, second])
     assert places(joined) == [(4, 0), (1, 1), (2, 2)]
     for one in (joined, References.joined([])):
-        assert (one.pages.dtype, one.levels.dtype) == (np.intp, np.uint8)
+        assert one.pages.dtype == np.intp
+        assert one.levels.dtype == np.uint8
         assert {array.dtype for array in (one.tables, one.indexes, one.values)} == {
             np.dtype(np.uint64)
         }

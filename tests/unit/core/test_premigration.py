@@ -287,12 +287,15 @@ SAVABLE = SaveFacts(
 )
 
 
-def saved(policy: RelocationPolicy = SAVING, **changes: object) -> PreMigration:
+def saved(
+    policy: RelocationPolicy = SAVING,
+    *,
+    save: SaveFacts = SAVABLE,
+    domain: DomainInfo = PV_GUEST,
+    **changes: object,
+) -> PreMigration:
     """The verdict on a PV guest, which is saved and restored."""
-    save = replace(
-        SAVABLE, **{key: changes.pop(key) for key in list(changes) if hasattr(SAVABLE, key)}
-    )  # type: ignore[arg-type]
-    return judged(policy, **{"domain": PV_GUEST, "save": save, **changes})
+    return judged(policy, save=save, domain=domain, **changes)
 
 
 def test_a_pv_guest_that_can_be_restored_is_saved() -> None:
@@ -300,21 +303,21 @@ def test_a_pv_guest_that_can_be_restored_is_saved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("save", "told"),
     [
         (
-            {"serves": "drives a device of the host"},
+            replace(SAVABLE, serves="drives a device of the host"),
             "d7 drives a device of the host, and others would fail while it is away",
         ),
         (
-            {"has_config": False},
+            replace(SAVABLE, has_config=False),
             (
                 "xl does not know how d7 was configured, so that it could not restore it; whoever "
                 "has created it can save and restore it"
             ),
         ),
         (
-            {"manager": "libvirt"},
+            replace(SAVABLE, manager="libvirt"),
             (
                 "d7 is managed by libvirt, which would start it again or lose track of it; save "
                 "and restore it with libvirt's own commands"
@@ -322,10 +325,8 @@ def test_a_pv_guest_that_can_be_restored_is_saved() -> None:
         ),
     ],
 )
-def test_a_pv_guest_that_nobody_could_restore_is_never_saved(
-    changes: dict[str, object], told: str
-) -> None:
-    assert saved(**changes) == Never(reason=RelocationReason.NOT_SAVABLE, detail=told)
+def test_a_pv_guest_that_nobody_could_restore_is_never_saved(save: SaveFacts, told: str) -> None:
+    assert saved(save=save) == Never(reason=RelocationReason.NOT_SAVABLE, detail=told)
 
 
 def test_a_guest_that_is_no_pv_guest_is_never_saved() -> None:
@@ -333,7 +334,7 @@ def test_a_guest_that_is_no_pv_guest_is_never_saved() -> None:
 
 
 def test_a_guest_is_not_saved_twice() -> None:
-    assert saved(unfinished="/state/saves/7.json") == NotNow(
+    assert saved(save=replace(SAVABLE, unfinished="/state/saves/7.json")) == NotNow(
         hindrance=Hindrance.DOMAIN_BUSY,
         detail="an earlier save of d7 is not ended, see /state/saves/7.json",
     )
@@ -347,14 +348,14 @@ def test_no_guest_is_saved_while_memory_is_kept_for_another() -> None:
 
 
 def test_a_directory_that_is_not_fit_keeps_a_guest_from_being_saved() -> None:
-    assert saved(trouble="/saves is not there") == NotNow(
+    assert saved(save=replace(SAVABLE, trouble="/saves is not there")) == NotNow(
         hindrance=Hindrance.NO_DISK_SPACE, detail="/saves is not there"
     )
 
 
 def test_a_save_needs_room_for_all_of_the_guest_and_its_margin() -> None:
-    assert saved(free=SAVE_SIZE) == Go()
-    assert saved(free=SAVE_SIZE - 1) == NotNow(
+    assert saved(save=replace(SAVABLE, free=SAVE_SIZE)) == Go()
+    assert saved(save=replace(SAVABLE, free=SAVE_SIZE - 1)) == NotNow(
         hindrance=Hindrance.NO_DISK_SPACE,
         detail="saving d7 takes 577 MiB, and /var/lib/pgofflined/saves "
         "(relocation.save_directory) has 576 MiB besides a reserve",
