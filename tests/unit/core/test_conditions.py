@@ -198,7 +198,7 @@ def test_of_what_is_as_urgent_the_oldest_comes_first_then_the_lowest_page() -> N
     code = ConditionCode.PAGE_UNRESOLVED
     old, low, high = (
         Condition(code=code, text="", since=1.0, mfn=Mfn(9)),
-        Condition(code=code, text="", since=2.0, mfn=Mfn(3)),
+        Condition(code=code, text="", since=2.0, mfn=Mfn(1)),
         Condition(code=code, text="", since=2.0, mfn=Mfn(5)),
     )
     # One without a page comes before all; another code of the same severity after all.

@@ -232,6 +232,16 @@ def test_what_is_read_is_added_to_what_is_known(incidents: Kept) -> None:
     }
 
 
+def test_what_is_acknowledged_of_a_page_and_of_a_guest_is_kept_together(incidents: Kept) -> None:
+    code = ConditionCode.PAGE_UNRESOLVED
+    both = condition(code, 2), condition(code, domid=5)
+    incidents.with_states(both)
+    assert incidents.acknowledge(code).done == both
+    again = Incidents()
+    again.load(incidents.dump())
+    assert [one.acknowledged for one in again.with_states(both)] == [True, True]
+
+
 def test_only_what_is_of_the_guest_is_acknowledged(incidents: Kept) -> None:
     for domid in (7, 8):
         incidents.note(condition(ConditionCode.GUEST_ENDED, domid=domid))
