@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--again",
         action="store_true",
-        help="only those that survived the last time, and what has changed since",
+        help="only those that were not killed the last time, and what has changed since",
     )
     parser.add_argument("modules", nargs="*", type=_module, metavar="MODULE")
     return parser

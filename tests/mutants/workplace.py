@@ -20,6 +20,9 @@ _UNDERNEATH: Final = Path(__file__).with_name("underneath.py")
 _BESIDE: Final = ("bench", "config", "docs", "prometheus", "scripts", "systemd")
 _READ: Final = (*_BESIDE, "Makefile", "README.md")
 _COPIED: Final = ("pgofflined", "tests", *_READ)
+# mutmut's exit codes of mutants that survived, that no test came by, and that took too long
+# (mutmut/stats.py): on a busy machine that may be for no fault of theirs.
+_NOT_KILLED: Final = frozenset({0, 33, 24, -24, 36, 152, 255})
 # A mutant that takes so much longer (wall clock, seconds) than its tests take without it hangs, and
 # is noticed by that.  There is room for what else a machine does meanwhile.
 _SETTINGS: Final = {
@@ -64,7 +67,7 @@ class Workplace:
         self._modules = tuple(modules)
 
     def prepare(self, *, again: bool) -> None:
-        """Copy everything anew; ``again`` keeps verdicts but those of mutants that survived."""
+        """Copy everything anew; ``again`` keeps the verdicts of mutants that tests have killed."""
         if not again:
             shutil.rmtree(self._folder, ignore_errors=True)
         before = self._sources()
@@ -78,7 +81,7 @@ class Workplace:
             copy = self._folder / "mutants" / name
             if name in self._modules:
                 path.write_text(without_properties(path.read_text()))
-                self._forget_survivors(name)
+                self._forget_all_but_killed(name)
             else:
                 copy.unlink(missing_ok=True)
         # What types refuse is known of what was tried and has not changed; it takes minutes.
@@ -109,13 +112,13 @@ class Workplace:
             *self._modules,
         ]
 
-    def _forget_survivors(self, module: str) -> None:
+    def _forget_all_but_killed(self, module: str) -> None:
         path = self._folder / "mutants" / f"{module}.meta"
         if not path.exists():
             return
         found = json.loads(path.read_text())
         codes = found["exit_code_by_key"]
-        for name in [name for name, code in codes.items() if code in {0, 33}]:
+        for name in [name for name, code in codes.items() if code in _NOT_KILLED]:
             codes[name] = None
         path.write_text(json.dumps(found))
 
