@@ -84,7 +84,7 @@ GROUPS: Final = (
         modules=_beside("jobs", "ledger", "owners", "triage", "uncorrected", "unresolved"),
         tests=_unit(
             *("test_jobs.py", "test_ledger.py", "test_owners.py"),
-            *("test_triage.py", "test_triage_answers.py"),
+            *("test_triage.py", "test_triage_answers.py", "test_triage_marks.py"),
             *("test_uncorrected.py", "test_unresolved.py"),
         ),
     ),
