@@ -368,6 +368,7 @@ def test_another_policy_lets_what_was_hindered_begin_anew() -> None:
     queue.set_policy(POLICY, at(70))
     job = queue.job(domain(1))
     assert (job.state(at(70)), job.due, job.deferrals) == ("due", at(70).steady, 0)
+    assert job.hindrance is None
     [status] = queue.statuses(at(70))
     assert status.next_try is None
 
@@ -496,3 +497,14 @@ def test_a_save_waits_until_it_is_alone_and_nothing_overtakes_it() -> None:
     assert queue.take(at()) is None
     queue.finish(domain(2))
     assert taken(queue) == 3
+
+
+def test_a_job_that_is_due_outside_the_windows_keeps_nobody_busy() -> None:
+    queue = queue_of(1, policy=windows("22:00-06:00"))
+    assert queue.next_event(at()) == LOOK
+    assert queue.take(at()) is None
+    assert queue.next_event(at()) == LOOK
+    # At the latest look before it opens, the opening itself is waited for.
+    late = at(10 * HOUR - 60)
+    assert queue.to_look_at(late)
+    assert queue.next_event(late) == at(10 * HOUR).steady
