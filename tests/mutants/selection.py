@@ -89,8 +89,17 @@ GROUPS: Final = (
         ),
     ),
     Group(
+        name="exchanging",
+        modules=_beside("exchanging"),
+        # What an earlier process has left is ended here as well.
+        tests=_unit(
+            *("exchanger", "test_leftovers.py", "test_retirer.py", "test_service_pages.py"),
+            "test_stop.py",
+        ),
+    ),
+    Group(
         name="service",
-        modules=_beside("consequences", "exchanging", "intake", "retiring"),
+        modules=_beside("consequences", "intake", "retiring"),
         # The service with everything in it, on a simulated host.
         tests=_unit(
             *("test_consequences.py", "test_dispositions.py", "test_intake.py", "test_promises.py"),
