@@ -103,7 +103,8 @@ GROUPS: Final = (
         # The service with everything in it, on a simulated host.
         tests=_unit(
             *("test_consequences.py", "test_dispositions.py", "test_intake.py", "test_promises.py"),
-            *("test_retirer.py", "test_retirer_guests.py", "test_retiring.py"),
+            *("test_retirer.py", "test_retirer_guests.py", "test_retirer_waits.py"),
+            "test_retiring.py",
             *("test_service_errors.py", "test_service_pages.py"),
         ),
     ),
