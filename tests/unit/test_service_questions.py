@@ -186,3 +186,29 @@ async def test_only_what_is_of_a_guest_is_acknowledged_for_it(
         == Event.ACKNOWLEDGED.message_id
     ]
     assert (fields["MFN"], fields["DOMID"]) == (hex(mfn), str(domid))
+
+
+async def test_a_page_that_goes_out_of_use_ends_its_own_error_and_nothing_else(
+    bench: Bench,
+) -> None:
+    domid, mfn = bench.page()
+    others = bench.dom0s()
+    bench.demo.telemetry.push_srao(mfn, domid)
+    bench.demo.telemetry.push_srao(others, DOM0)
+    book = bench.service.retirer.ledger.book
+    await bench.until(lambda: mfn in book and others in book)
+    bench.service.incidents.note(
+        Condition(code=ConditionCode.PAGE_DAMAGED, text="no frame", since=1.0, mfn=mfn)
+    )
+
+    def incidents() -> set[tuple[ConditionCode, Mfn | None]]:
+        kept = (ConditionCode.UNCORRECTED_ERROR, ConditionCode.PAGE_DAMAGED)
+        attention = bench.service.snapshot().attention
+        return {(one.code, one.mfn) for one in attention if one.code in kept}
+
+    damaged = (ConditionCode.PAGE_DAMAGED, mfn)
+    error, other = ((ConditionCode.UNCORRECTED_ERROR, which) for which in (mfn, others))
+    assert incidents() == {damaged, error, other}
+    bench.service.retirer.ledger.offlined(mfn, "its owner has ended")
+    # What the guest has lost stays to be seen to.
+    assert incidents() == {damaged, other}

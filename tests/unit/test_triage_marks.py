@@ -29,10 +29,11 @@ def test_a_page_that_has_its_mark_already_keeps_it_where_no_call_can_be_made() -
     assert (disposition.reason, disposition.marked) == (LeftReason.UNSAFE_CALL, True)
 
 
-def test_a_page_whose_owner_goes_as_it_is_named_stays_marked() -> None:
+@pytest.mark.parametrize("method", ["condition", "domain"])
+def test_a_page_whose_owner_goes_as_it_is_looked_up_stays_marked(method: str) -> None:
     small = small_host()
     mfn = small.host.frame_of(small.pvh, 5)
-    gone = Fault(method="domain", times=10, error=DomainGone(small.pvh))
+    gone = Fault(method=method, times=10, error=DomainGone(small.pvh))
     disposition = triage(mfn, FaultyHypervisor(small.host, gone), OPEN)
     assert isinstance(disposition, Later)
     assert (disposition.reason, disposition.marked) == (LaterReason.OWNER_CHANGED, True)
