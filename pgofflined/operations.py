@@ -129,7 +129,7 @@ class Operations:
             uncorrected=is_poisoned or is_broken,
         )
 
-    async def offline(self, mfn: Mfn, *, is_awaited: bool = True) -> OfflineAnswer:
+    async def offline(self, mfn: Mfn, *, is_awaited: bool) -> OfflineAnswer:
         """Retire a frame by the policy's rules.
 
         ``is_awaited``: answer when the first look at it is over, and not before.

@@ -245,8 +245,9 @@ def _look_at_domain(
         return _busy(f"d{job.domid} is left alone until {facts.somebody} has ended")
     if facts.twins:
         others = ", ".join(f"d{twin.domid}" for twin in facts.twins)
+        have = "has" if len(facts.twins) == 1 else "have"
         return _busy(
-            f"{others} has the same uuid as d{job.domid}: a migration of it is under way, or a "
+            f"{others} {have} the same uuid as d{job.domid}: a migration of it is under way, or a "
             "failed one has left a copy, which `xl destroy` removes if it is paused"
         )
     if domain.shutdown is ShutdownReason.SUSPEND:

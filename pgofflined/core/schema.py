@@ -49,7 +49,6 @@ class Invalid(Exception):
         self.allowed = allowed
         self.items = items
         self.twice = twice
-        super().__init__(allowed)
 
 
 def _strict(untrusted_value: object, expected: object, allowed: str) -> object:

@@ -80,7 +80,7 @@ def parse_version(version: int, extra: str) -> XenVersion:
 
     Raises ValueError when the extra version has no point release in front.
     """
-    found = re.match(r"\.(\d{1,6})(.*)", extra.rstrip("\0 "))
+    found = re.match(r"\.(\d{1,6})(.*)", extra)
     if found:
         patch = int(found[1])
         if _PRE_RELEASE.match(found[2]):

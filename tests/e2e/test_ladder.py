@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PurePath
 
 import pytest
 
@@ -148,6 +149,7 @@ def test_a_guest_is_restored_though_the_daemon_is_restarted_when_it_is_saved(hos
 
 # In place of the real one, which is masked here: it is the order that counts.
 XENDOMAINS = "/etc/systemd/system/xendomains.service"
+DOWN = "/run/systemd/system/rig-down.target"
 STAND_IN = """\
 [Service]
 Type=oneshot
@@ -166,7 +168,7 @@ def xendomains(host: Host) -> Iterator[None]:
     try:
         yield
     finally:
-        host.run(["rm", XENDOMAINS])
+        host.run(["rm", "-f", XENDOMAINS, DOWN])
         host.run("systemctl mask xendomains.service && systemctl daemon-reload")
 
 
@@ -180,9 +182,12 @@ def test_who_ends_all_guests_at_a_shutdown_waits_for_a_save(host: Host) -> None:
     with before_xl(host, WAITS_AT_THE_SAVE), xendomains(host), running(host, SAVING) as daemon:
         daemon.offline(ring)
         wait_until(lambda: "begun" in left_in(host, BIN), timeout=300, what="the save", interval=1)
-        # A shutdown stops all in one transaction, this one after another: the save has to be first
-        # for its being stopped to be known when the other's turn is.
-        host.run("systemctl stop --no-block 'pgofflined-save-*.service' xendomains.service")
+        # As shutdown.target has it: all are stopped in one transaction, which orders them.
+        [save] = host.run(
+            "systemctl list-units --plain --no-legend 'pgofflined-save-*.service' | cut -d' ' -f1"
+        ).out.split()
+        host.write_text(DOWN, f"[Unit]\nConflicts=xendomains.service {save}\n")
+        host.run(f"systemctl daemon-reload && systemctl start --no-block {PurePath(DOWN).name}")
         wait_until(
             lambda: state_of(host, "pgofflined-save-*.service") == ["deactivating"],
             timeout=60,

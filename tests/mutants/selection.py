@@ -67,7 +67,7 @@ GROUPS: Final = (
         tests=_unit(
             *("core/test_conditions.py", "core/test_incidents.py", "core/test_suspending.py"),
             *("exchanger/test_marks.py", "test_attention.py", "test_promises.py"),
-            "test_service_people.py",
+            *("test_service_people.py", "test_service_questions.py", "test_word_of_ends.py"),
         ),
     ),
     Group(
@@ -83,17 +83,28 @@ GROUPS: Final = (
         name="pages",
         modules=_beside("jobs", "ledger", "owners", "triage", "uncorrected", "unresolved"),
         tests=_unit(
-            *("test_jobs.py", "test_ledger.py", "test_triage.py", "test_triage_answers.py"),
+            *("test_jobs.py", "test_ledger.py", "test_owners.py"),
+            *("test_triage.py", "test_triage_answers.py", "test_triage_marks.py"),
             *("test_uncorrected.py", "test_unresolved.py"),
         ),
     ),
     Group(
+        name="exchanging",
+        modules=_beside("exchanging"),
+        # What an earlier process has left is ended here as well.
+        tests=_unit(
+            *("exchanger", "test_leftovers.py", "test_retirer.py", "test_service_pages.py"),
+            "test_stop.py",
+        ),
+    ),
+    Group(
         name="service",
-        modules=_beside("consequences", "exchanging", "intake", "retiring"),
+        modules=_beside("consequences", "intake", "retiring"),
         # The service with everything in it, on a simulated host.
         tests=_unit(
             *("test_consequences.py", "test_dispositions.py", "test_intake.py", "test_promises.py"),
-            *("test_retirer.py", "test_retirer_guests.py", "test_retiring.py"),
+            *("test_retirer.py", "test_retirer_guests.py", "test_retirer_waits.py"),
+            "test_retiring.py",
             *("test_service_errors.py", "test_service_pages.py"),
         ),
     ),

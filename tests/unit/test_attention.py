@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from pgofflined.aftercare import StuckGuest
-from pgofflined.attention import Attention, Circumstances, config_rejected, states
-from pgofflined.core.book import Cause, Phase
+from pgofflined.attention import (
+    Attention,
+    Circumstances,
+    config_rejected,
+    policy_digest,
+    states,
+)
+from pgofflined.core.book import NOT_RAM, Cause, Phase
 from pgofflined.core.conditions import Condition, ConditionCode
 from pgofflined.core.frames import Mfn, Pfn
+from pgofflined.core.machine import CpuVendor
 from pgofflined.core.outcomes import Damaged, Exchanged, ExchangeReport
 from pgofflined.core.policy import Policy
-from pgofflined.core.status import JobStatus, PutOff, Snapshot, SourceStatus
+from pgofflined.core.recovery import Recovered, RecoveryReport
+from pgofflined.core.status import JobStatus, PutOff, ReloadStatus, Snapshot, SourceStatus
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.sim.clock import ManualClock
 from tests.unit.rim_samples import LEFT_PAGE, NOW, OFFLINED_PAGE, SNAPSHOT, WAITING_PAGE, WEB
@@ -267,5 +276,113 @@ def test_incidents_that_cannot_be_read_are_done_without(
     meta.set_meta("incidents", "{")
     with caplog.at_level(logging.ERROR):
         attention = Attention(meta, ManualClock())
-    assert "cannot read stored incidents" in caplog.text
+    [told] = caplog.messages
+    assert told.startswith("cannot read stored incidents; continuing without them: ")
+    assert "truncated" in told
     assert attention.conditions(CALM, ABOUT) == ()
+
+
+def test_an_acknowledged_page_is_known_until_it_is_out_of_use(meta: Meta) -> None:
+    attention = Attention(meta, ManualClock())
+    left = replace(CALM, pages=(LEFT_PAGE,))
+    attention.conditions(left, ABOUT)
+    attention.incidents.acknowledge(mfn=LEFT_PAGE.mfn)
+    # A new try, which is in vain as well.
+    assert (
+        attention.conditions(replace(CALM, pages=(replace(LEFT_PAGE, phase=Phase.TRIAGE),)), ABOUT)
+        == ()
+    )
+    [known] = attention.conditions(left, ABOUT)
+    assert known.acknowledged
+    attention.conditions(replace(CALM, pages=(replace(LEFT_PAGE, phase=Phase.OFFLINED),)), ABOUT)
+    [anew] = attention.conditions(left, ABOUT)
+    assert not anew.acknowledged
+
+
+def test_a_guest_that_ended_when_it_was_asked_is_shown_with_what_is_known(
+    meta: Meta, kept: Callable[[Snapshot], tuple[Condition, ...]]
+) -> None:
+    clock = ManualClock()
+    Attention(meta, clock).note_exchange(
+        ExchangeReport(domain=WEB, results=(), blackout=None, ended="d7 crashed")
+    )
+    [condition] = kept(CALM)
+    assert (condition.code, condition.domid) == (ConditionCode.GUEST_ENDED, 7)
+    assert (condition.text, condition.since) == ("d7 crashed", clock.now())
+
+
+def test_a_job_that_was_not_recovered_is_shown_with_its_guest(
+    meta: Meta, kept: Callable[[Snapshot], tuple[Condition, ...]]
+) -> None:
+    report = RecoveryReport(domain=WEB, outcome=Recovered.STANDS_STILL, detail="d7 is not whole")
+    Attention(meta, ManualClock()).note_recovered([report])
+    [condition] = kept(CALM)
+    assert (condition.code, condition.domid) == (ConditionCode.JOB_NOT_RECOVERED, 7)
+    assert condition.text == "d7 is not whole"
+
+
+def test_a_page_that_xen_has_broken_is_shown_from_when_it_was_seen(
+    meta: Meta, kept: Callable[[Snapshot], tuple[Condition, ...]]
+) -> None:
+    clock = ManualClock()
+    Attention(meta, clock).note_broken(Mfn(0x77), "restart d4")
+    [condition] = kept(CALM)
+    assert (condition.code, condition.mfn) == (ConditionCode.UNCORRECTED_ERROR, 0x77)
+    assert condition.since == clock.now()
+    assert "restart d4" in condition.text
+
+
+def test_what_nobody_noted_the_beginning_of_began_now() -> None:
+    snapshot, about, _ = ONE_STATE[ConditionCode.DRY_RUN]
+    [dry] = states(snapshot, about)
+    assert dry.since == NOW
+    [late] = states(CALM, replace(ABOUT, overdue={WEB: "so"}))
+    assert late.since == NOW
+
+
+def test_an_amd_host_is_told_that_it_is_blind() -> None:
+    version = XenVersion(major=4, minor=17, patch=5)
+    about = replace(ABOUT, version=version, vendor=CpuVendor.AMD)
+    found = {state.code: state.text for state in states(CALM, about)}
+    assert "nothing else looks at those of AMD" in found[ConditionCode.NO_POLLING]
+
+
+@pytest.mark.parametrize(
+    ("cap", "codes"), [(4, [ConditionCode.CAP_REACHED]), (5, []), (3, [ConditionCode.CAP_REACHED])]
+)
+def test_the_cap_is_reached_with_its_last_page(cap: int, codes: list[ConditionCode]) -> None:
+    found = states(replace(CALM, retired_frames=4, cap_frames=cap), ABOUT)
+    assert [state.code for state in found] == codes
+
+
+def test_a_rejected_configuration_is_shown_with_its_time() -> None:
+    reload = ReloadStatus(
+        successful=False, when=4.0, last_success=1.0, problems=("retire.window: found 24",)
+    )
+    [rejected] = states(replace(CALM, reload=reload), ABOUT)
+    assert (rejected.code, rejected.since) == (ConditionCode.CONFIG_REJECTED, 4.0)
+    assert "retire.window: found 24" in rejected.text
+
+
+def test_a_page_is_told_with_its_reason_where_nothing_more_is_known() -> None:
+    for page, told in (
+        (LEFT_PAGE, f"although it is failing: {LEFT_PAGE.reason}"),
+        (WAITING_PAGE, f"waits for a later try: {WAITING_PAGE.reason}"),
+    ):
+        [state] = states(replace(CALM, pages=(replace(page, detail=""),)), ABOUT)
+        assert state.text.endswith(told)
+
+
+def test_what_is_no_memory_is_not_called_unresolved() -> None:
+    assert states(replace(CALM, pages=(replace(LEFT_PAGE, reason=NOT_RAM),)), ABOUT) == ()
+
+
+def test_a_policy_is_known_by_twelve_digits_that_change_with_it() -> None:
+    digest = policy_digest(Policy())
+    assert re.fullmatch(r"[0-9a-f]{12}", digest)
+    assert policy_digest(Policy()) == digest
+    assert policy_digest(retiring(dry_run=True)) != digest
+    # Several settings at once are told apart by every one of them.
+    assert policy_digest(retiring(dry_run=True, enabled=False)) != policy_digest(
+        retiring(enabled=False)
+    )

@@ -21,7 +21,7 @@ from pgofflined.core.policy import (
 )
 from pgofflined.core.schedule import parse_window
 from pgofflined.core.schema import SECTIONS
-from pgofflined.core.units import AmountOfMemory, ShareOfMemory
+from pgofflined.core.units import AmountOfMemory, ShareOfMemory, parse_duration
 
 SHIPPED = Path(__file__).parents[2] / "config" / "pgofflined.toml"
 
@@ -170,8 +170,58 @@ def test_longest_socket_path_and_highest_port_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "least", "below", "most", "above"),
+    [
+        ("retire.window", "1s", "999ms", "365d", "366d"),
+        ("exchange.acknowledge_timeout", "100ms", "99ms", "2m", "121s"),
+        ("exchange.suspend_timeout", "100ms", "99ms", "2m", "121s"),
+        ("exchange.max_blackout", "10ms", "9ms", "20s", "21s"),
+        ("exchange.scrub_wait", "1s", "999ms", "1h", "3601s"),
+        ("relocation.time_limit", "1s", "999ms", "7d", "8d"),
+    ],
+)
+def test_durations_are_taken_up_to_their_limits(
+    key: str, least: str, below: str, most: str, above: str
+) -> None:
+    section, field = key.split(".")
+    for text in (least, most):
+        policy = parse(f'{key} = "{text}"', name="x").policy
+        assert getattr(getattr(policy, section), field) == parse_duration(text)
+    for text in (below, above):
+        assert f"from {least} to {most}" in problems_of(f'{key} = "{text}"')[key]
+
+
+def test_texts_and_lists_are_taken_up_to_their_limits() -> None:
+    longest = "ssh " + "x" * 1020
+    policy = parse(f'relocation.ssh_command = "{longest}"', name="x").policy
+    assert policy.relocation.ssh_command == longest
+    assert list(problems_of(f'relocation.ssh_command = "{longest}x"')) == ["relocation.ssh_command"]
+    names = ", ".join(f'"d{number}"' for number in range(1000))
+    assert len(parse(f"domains.deny = [{names}]", name="x").policy.domains.deny) == 1000
+    assert list(problems_of(f'domains.deny = [{names}, "x"]')) == ["domains.deny"]
+
+
+@pytest.mark.parametrize("path", ["/saves", "/var/lib/pgofflined/saves", "/a..b/.c"])
+def test_directories_that_are_taken(path: str) -> None:
+    policy = parse(f'relocation.save_directory = "{path}"', name="x").policy
+    assert policy.relocation.save_directory == path
+
+
+@pytest.mark.parametrize(
     ("line", "key", "found", "allowed"),
     [
+        ('relocation.save_directory = "saves"', "relocation.save_directory", '"saves"', "absolute"),
+        ('relocation.save_directory = "/my saves"', "relocation.save_directory", "/my saves",
+         "without blanks"),
+        ('relocation.save_directory = "/a;b"', "relocation.save_directory", "/a;b", "absolute"),
+        ('relocation.save_directory = "/a/"', "relocation.save_directory", "/a/", "absolute"),
+        ('relocation.save_directory = "/a/../b"', "relocation.save_directory", "/a/../b",
+         "absolute"),
+        ('relocation.save_directory = "/.."', "relocation.save_directory", "/..", "absolute"),
+        ('control.socket = "/run/"', "control.socket", '"/run/"', "absolute path"),
+        ('metrics.listen = "[::1:9709"', "metrics.listen", "[::1:9709", "[::1]"),
+        ('metrics.listen = "::1]:9709"', "metrics.listen", "::1]:9709", "[::1]"),
+        ('metrics.listen = "127.0.0.1:٩٧٠٩"', "metrics.listen", "127", '"off"'),
         ('retire.window = "72"', "retire.window", '"72"', '"72h"'),
         ("retire.window = 72", "retire.window", "72", '"72h"'),
         ('retire.window = "0s"', "retire.window", '"0s"', "from 1s to 365d"),

@@ -113,3 +113,19 @@ def test_after_a_success_the_guest_is_found_by_its_uuid() -> None:
     domid, stuck = after_success(RUNS.identity, [COPY])
     assert domid == 8
     assert stuck is not None
+
+
+@pytest.mark.parametrize(
+    ("twins", "where"),
+    [
+        ((), "may run at spare: look there"),
+        ((COPY,), "may run at spare as d8: look there"),
+        ((COPY, replace(COPY, domid=Domid(9))), "may run at spare as d8, d9: look there"),
+    ],
+)
+def test_who_is_sent_to_look_is_told_where_and_for_whom(
+    twins: tuple[DomainInfo, ...], where: str
+) -> None:
+    aftermath = after(SUSPENDED, *twins, in_doubt=True, target="spare")
+    assert isinstance(aftermath, Stuck)
+    assert aftermath.what.startswith(f"d7 is suspended and {where}, then either `xl destroy 7`")

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from pgofflined.core.classify import classify, classify_bank, errors_overwritten
-from pgofflined.core.frames import Mfn
+from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.machine import CpuVendor, Machine
 from pgofflined.core.reports import (
     CorrectedPageError,
@@ -27,10 +27,12 @@ from tests.unit.mca_records import (
     ADDRV,
     AR,
     EN,
+    MCE,
     MISC_PAGE,
     MISCV,
     OVER,
     PCC,
+    RECOVERABLE,
     UC,
     VAL,
     BankError,
@@ -378,3 +380,70 @@ def test_an_uncorrected_error_without_a_page_says_why_there_is_none() -> None:
     )
     assert "beyond the host's last frame" in report.describe()
     assert "no address" in classified(VAL | 0x90).describe()
+
+
+@pytest.mark.parametrize(
+    ("count", "overflow", "owner", "told"),
+    [
+        (1, False, None, "in mfn 0x12345 ({})"),
+        (2, False, Domid(7), "in mfn 0x12345 of d7 ({}; 2 errors counted in this bank)"),
+        (1, True, Domid(0), "in mfn 0x12345 of d0 ({}; others were overwritten)"),
+    ],
+)
+def test_a_corrected_error_is_told_with_its_owner_and_what_else_the_bank_has_had(
+    count: int,
+    overflow: bool,  # noqa: FBT001
+    owner: Domid | None,
+    told: str,
+) -> None:
+    report = CorrectedPageError(
+        mfn=MFN,
+        count=count,
+        overflow=overflow,
+        granularity=64,
+        domid=owner,
+        bank=BankEntry(bank=9, status=VAL | ADDRV, addr=ADDR, misc=0),
+    )
+    place = "bank 9, status 0x8400000000000000, address 0x12345678"
+    assert report.describe() == f"a corrected memory error {told.format(place)}"
+
+
+def test_an_uncorrected_error_is_told_with_its_owner() -> None:
+    bank = BankEntry(bank=2, status=USABLE, addr=ADDR, misc=0)
+    kind = OtherKind.UNCORRECTED_NOT_SIGNALLED
+    owned = UncorrectedPageError(mfn=MFN, kind=kind, domid=Domid(7), bank=bank)
+    assert owned.describe().startswith("an uncorrected error in mfn 0x12345 of d7 (bank 2, ")
+    nobodys = UncorrectedPageError(mfn=MFN, kind=kind, domid=None, bank=bank)
+    assert nobodys.describe().startswith("an uncorrected error in mfn 0x12345 (bank 2, ")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (USABLE | 0x90, CorrectedPageError),
+        (USABLE | UC | 0x90, UncorrectedPageError),
+        (USABLE | UC | S | EN | 0x17A, HypervisorActed),
+    ],
+)
+def test_every_report_of_a_page_has_the_owner_that_xen_names(status: int, kind: type) -> None:
+    [report] = classify(decode_mc_info(mc_info_of(BankError(status=status, domid=7))), INTEL)
+    assert type(report) is kind
+    assert not isinstance(report, OtherError)
+    assert report.domid == 7
+
+
+def test_what_xen_may_have_acted_upon_is_told_with_what_is_in_doubt() -> None:
+    status = USABLE | UC | S | 0x17A
+    without_flags = classified(status)
+    assert without_flags.describe().startswith(
+        "Xen may have acted on an uncorrected error in an unknown frame (bank 9, status "
+    )
+    assert without_flags.describe().endswith(
+        "): the record does not say which frame it was, nor whether it is from before this boot; "
+        "its address may be a guest's and is not used"
+    )
+    with_flags = classified(status, flags=MCE | RECOVERABLE)
+    assert with_flags.describe().endswith(
+        "): the record does not say which frame it was; its address may be a guest's and is not "
+        "used"
+    )

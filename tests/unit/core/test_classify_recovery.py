@@ -91,6 +91,10 @@ def test_frame_beyond_the_host_is_not_passed_on() -> None:
     [report] = reports(recovery_entry(bank=7, mfn=0x100000, status=0x2002))
     assert isinstance(report, HypervisorActed)
     assert (report.mfn, report.broken) == (None, False)
+    assert report.describe() == (
+        "Xen acted on an uncorrected error in an unknown frame (no bank in the record): it names "
+        "mfn 0x100000, which the host has not"
+    )
 
 
 def test_last_frame_of_the_host_is_passed_on_and_no_bank_is_needed() -> None:
@@ -110,6 +114,10 @@ def test_owner_of_the_bank_entry_serves_where_the_status_names_none() -> None:
     [report] = reports(bank_entry(SRAO), recovery_entry(bank=7, mfn=0x100, status=0x2002))
     assert isinstance(report, HypervisorActed)
     assert report.domid == Domid(1)
+    assert report.describe().startswith(
+        "Xen acted on an uncorrected error in mfn 0x100 of d1 (bank 7, status "
+    )
+    assert report.describe().endswith("): the page is offline")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pgofflined.core.conditions import (
     Severity,
     by_urgency,
     uncorrected_error,
+    unreported_error,
 )
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.reports import (
@@ -170,3 +172,45 @@ def test_what_xen_acted_on_is_an_incident_with_or_without_its_page(
     assert incident.key == (ConditionCode.UNCORRECTED_ERROR, mfn, None if mfn else Domid(4))
     assert said in incident.text
     assert incident.ends_by_itself is (mfn is not None)
+
+
+@pytest.mark.parametrize("owner", [None, Domid(4)])
+def test_an_uncorrected_error_names_the_guest_that_xen_names(owner: Domid | None) -> None:
+    in_page = UncorrectedPageError(
+        mfn=Mfn(7), kind=OtherKind.UNCORRECTED_NOT_SIGNALLED, domid=owner, bank=bank(UC)
+    )
+    elsewhere = OtherError(kind=OtherKind.FATAL, bank=replace(bank(UC), domid=owner))
+    for report in (in_page, elsewhere):
+        incident = uncorrected_error(report, 9.0)
+        assert incident is not None
+        assert incident.domid == owner
+
+
+def test_a_page_that_xen_has_broken_by_itself_is_told_with_what_ends_it() -> None:
+    incident = unreported_error(Mfn(0x77), "restart d4", 9.0)
+    assert (incident.code, incident.mfn, incident.domid, incident.since) == (
+        *(ConditionCode.UNCORRECTED_ERROR, 0x77, None, 9.0),
+    )
+    assert incident.text == (
+        "mfn 0x77 has had an uncorrected error, of which no record came: restart d4; `pgofflined "
+        "query 0x77` says whose page it is and what ends this"
+    )
+
+
+def test_of_what_is_as_urgent_the_oldest_comes_first_then_the_lowest_page() -> None:
+    code = ConditionCode.PAGE_UNRESOLVED
+    old, low, high = (
+        Condition(code=code, text="", since=1.0, mfn=Mfn(9)),
+        Condition(code=code, text="", since=2.0, mfn=Mfn(1)),
+        Condition(code=code, text="", since=2.0, mfn=Mfn(5)),
+    )
+    # One without a page comes before all; another code of the same severity after all.
+    nowhere = Condition(code=code, text="", since=2.0)
+    cap = Condition(code=ConditionCode.CAP_REACHED, text="", since=0.0)
+    assert sorted([cap, high, low, nowhere, old], key=by_urgency) == [old, nowhere, low, high, cap]
+
+
+def test_only_errors_of_known_pages_end_by_themselves() -> None:
+    assert condition(ConditionCode.UNCORRECTED_ERROR, mfn=Mfn(0)).ends_by_itself
+    assert not condition(ConditionCode.UNCORRECTED_ERROR, domid=Domid(3)).ends_by_itself
+    assert not condition(ConditionCode.PAGE_DAMAGED, mfn=Mfn(1)).ends_by_itself

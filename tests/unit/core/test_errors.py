@@ -6,7 +6,14 @@ from errno import EBUSY, EEXIST, EINVAL
 
 import pytest
 
-from pgofflined.core.errors import DomainGone, GuestDidNotSuspend, SourceUnavailable, XenError
+from pgofflined.core.domains import ShutdownReason
+from pgofflined.core.errors import (
+    DomainGone,
+    GuestDidNotSuspend,
+    GuestEnded,
+    SourceUnavailable,
+    XenError,
+)
 from pgofflined.core.frames import Domid, Mfn
 
 
@@ -56,3 +63,15 @@ def test_a_guest_that_does_not_suspend_says_how_far_it_came(stage: str, what: st
     error = GuestDidNotSuspend(Domid(7), stage=stage, seconds=2.5)
     assert str(error) == f"d7 {what} within 2.5 s; it runs on"
     assert (error.domid, error.stage, error.seconds) == (7, stage, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("reason", "what"),
+    [(None, "is gone"), (ShutdownReason.REBOOT, "has shut down (reboot)")],
+)
+def test_a_guest_that_ends_when_asked_to_suspend_says_how(
+    reason: ShutdownReason | None, what: str
+) -> None:
+    error = GuestEnded(Domid(7), reason)
+    assert str(error) == f"d7 {what} after it was asked to suspend itself"
+    assert (error.domid, error.reason) == (7, reason)

@@ -270,6 +270,53 @@ def test_what_is_kept_is_read_by_the_next_process(incidents: Kept) -> None:
     assert found[ConditionCode.CAP_REACHED, None].acknowledged
 
 
+def test_what_is_read_is_added_to_what_is_known(incidents: Kept) -> None:
+    damaged, ended = (
+        condition(ConditionCode.PAGE_DAMAGED, 1, domid=3),
+        condition(ConditionCode.GUEST_ENDED, domid=4),
+    )
+    state = condition(ConditionCode.EXCHANGES_OFF)
+    late, cap = (
+        condition(ConditionCode.PAGE_UNRESOLVED, 2),
+        condition(ConditionCode.CAP_REACHED, domid=5),
+    )
+    incidents.with_states([late, cap])
+    for one in (late, cap):
+        incidents.acknowledge(one.code)
+    incidents.note(damaged)
+    again = Incidents()
+    again.note(ended)
+    again.with_states([state])
+    again.acknowledge(state.code)
+    again.load(incidents.dump())
+    found = {one.code: one.acknowledged for one in again.with_states([state, late, cap])}
+    assert found == {
+        ConditionCode.PAGE_DAMAGED: False,
+        ConditionCode.GUEST_ENDED: False,
+        ConditionCode.EXCHANGES_OFF: True,
+        ConditionCode.PAGE_UNRESOLVED: True,
+        ConditionCode.CAP_REACHED: True,
+    }
+
+
+def test_what_is_acknowledged_of_a_page_and_of_a_guest_is_kept_together(incidents: Kept) -> None:
+    code = ConditionCode.PAGE_UNRESOLVED
+    both = condition(code, 2), condition(code, domid=5)
+    incidents.with_states(both)
+    assert incidents.acknowledge(code).done == both
+    again = Incidents()
+    again.load(incidents.dump())
+    assert [one.acknowledged for one in again.with_states(both)] == [True, True]
+
+
+def test_only_what_is_of_the_guest_is_acknowledged(incidents: Kept) -> None:
+    for domid in (7, 8):
+        incidents.note(condition(ConditionCode.GUEST_ENDED, domid=domid))
+    [done] = incidents.acknowledge(domid=Domid(8)).done
+    assert done.domid == 8
+    assert [one.domid for one in incidents.all()] == [7]
+
+
 def test_codes_of_another_version_are_left_out(incidents: Kept) -> None:
     incidents.load(
         '{"incidents": [{"code": "sunspots", "text": "", "since": 1.0}, '
@@ -279,8 +326,16 @@ def test_codes_of_another_version_are_left_out(incidents: Kept) -> None:
     assert incidents.all() == (condition(ConditionCode.RECORDS_LOST),)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"incidents": 3}', "\udce9"])
-def test_what_makes_no_sense_is_told(incidents: Kept, text: str) -> None:
-    with pytest.raises(ValueError, match=r".+"):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "truncated"),
+        ("[]", "Expected `object`"),
+        ('{"incidents": 3}', r"Expected `array`.*\$\.incidents"),
+        ("\udce9", r"surrogates|UTF-8|utf-8"),
+    ],
+)
+def test_what_makes_no_sense_is_told(incidents: Kept, text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
         incidents.load(text)
     assert incidents.all() == ()

@@ -45,3 +45,9 @@ def test_missing_line_of_cpuinfo_is_named(missing: str) -> None:
 def test_impossible_address_width_is_refused(bits: int) -> None:
     with pytest.raises(ValueError, match="physical address bits"):
         Machine(vendor=CpuVendor.INTEL, family=6, physical_bits=bits, max_mfn=Mfn(5))
+
+
+@pytest.mark.parametrize("bits", [13, 46, 52])
+def test_every_bit_of_an_address_counts(bits: int) -> None:
+    machine = Machine(vendor=CpuVendor.INTEL, family=6, physical_bits=bits, max_mfn=Mfn(5))
+    assert machine.address_mask == sum(1 << bit for bit in range(bits))

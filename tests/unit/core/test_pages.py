@@ -141,6 +141,17 @@ def test_each_block_of_a_search_is_looked_through_from_its_first_entry_to_its_la
         assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == few
 
 
+@pytest.mark.parametrize("frames", [1, 64])
+@pytest.mark.parametrize("count", [1, 2, 3, 31, 32, 33, 34, 100, 512])
+def test_entries_that_follow_one_another_are_all_found(count: int, frames: int) -> None:
+    # Few candidates are found in another way than many.
+    places = [(0, column) for column in range(count)]
+    wanted = np.arange(0x100, 0x100 + frames, dtype=np.uint64)
+    tables = _tables(dict.fromkeys(places, 0x100 << 12 | 1), 2)
+    rows, columns = find_references(tables, np.ones(2, dtype=np.uint8), wanted)
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == places
+
+
 def test_missing_identity_and_foreign_entries_of_a_p2m_are_not_the_guests_frames() -> None:
     p2m = np.array([0x123, (1 << 64) - 1, 1 << 62 | 5, 1 << 63 | 5, 1 << 40], dtype=np.uint64)
     assert guest_frames(p2m).tolist() == [True, False, False, False, False]

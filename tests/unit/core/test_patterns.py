@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import string
 from fnmatch import fnmatchcase
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgofflined.core.patterns import NAME_LIMIT, unmatchable
+from pgofflined.core.patterns import NAME_LIMIT, names, unmatchable
 
 
 @pytest.mark.parametrize(
@@ -53,3 +54,17 @@ def test_of_a_pattern_that_names_something_only_broken_brackets_are_told(
     if fnmatchcase(name, pattern):
         problem = unmatchable(pattern)
         assert problem is None or "itself is written" in problem
+
+
+@pytest.mark.parametrize("pattern", ["*", "**", "*****"])
+def test_nothing_but_stars_names_every_domain_also_one_without_a_name(pattern: str) -> None:
+    assert names(pattern, "")
+    assert names(pattern, "web")
+
+
+@pytest.mark.parametrize("letter", string.ascii_letters)
+def test_any_other_pattern_names_only_what_it_matches(letter: str) -> None:
+    for pattern in (letter, letter * 2, f"{letter}*", f"*{letter}"):
+        assert names(pattern, letter * 2) is (pattern != letter)
+        assert not names(pattern, "7")
+        assert not names(pattern, "")

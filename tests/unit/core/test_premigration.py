@@ -22,9 +22,11 @@ from pgofflined.core.premigration import (
     NoWay,
     PreMigration,
     Route,
+    forbidden,
     judge,
 )
 from pgofflined.core.relocation_outcomes import RelocationReason
+from pgofflined.core.saves import SaveFacts
 from pgofflined.core.suspending import Objection
 from pgofflined.core.xenversion import XenVersion
 
@@ -206,3 +208,194 @@ def test_another_host_must_be_reachable(way: Route | NoWay, expected: Hindrance)
 def test_another_name_of_this_host_is_refused() -> None:
     verdict = judged(AWAY, way=replace(WAY, interface="lo", local=True))
     assert reason(verdict) is RelocationReason.TARGET_IS_THIS_HOST
+
+
+def detail(verdict: PreMigration) -> str:
+    assert isinstance(verdict, NotNow | Never)
+    return verdict.detail
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"twins": (replace(GUEST, domid=Domid(9)),)}, "d9 has the same uuid as d7: "),
+        (
+            {"twins": (replace(GUEST, domid=Domid(9)), replace(GUEST, domid=Domid(10)))},
+            "d9, d10 have the same uuid as d7: ",
+        ),
+        (
+            {"domain": replace(GUEST, shutdown=ShutdownReason.SUSPEND)},
+            "d7 is suspended by somebody else; `xl resume` (Xen 4.20 or later) lets it run",
+        ),
+        ({"domain": replace(GUEST, shutdown=ShutdownReason.CRASH)}, "d7 is shut down (crash)"),
+        (
+            {"domain": replace(GUEST, paused=True)},
+            "d7 is paused by somebody else; `xl unpause` lets it run",
+        ),
+        ({"somebody": "xl (4711)"}, "d7 is left alone until xl (4711) has ended"),
+        (
+            {"states": {BAD: OfflineState.ONLINE, Mfn(0x99): OfflineState.ONLINE}},
+            "mfn 0x99 and 1 more is no longer marked",
+        ),
+        (
+            {"states": {Mfn(number): OfflineState.BROKEN for number in (0x12, 0x11, 0x10)}},
+            "mfn 0x10 and 2 more of d7 is broken",
+        ),
+        ({"states": {BAD: OfflineState.ONLINE}}, "mfn 0x1234 is no longer marked"),
+    ],
+)
+def test_what_keeps_a_guest_is_told_with_its_remedy(changes: dict[str, object], told: str) -> None:
+    assert detail(judged(HERE, **changes)).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("way", "state"),
+    [
+        (replace(WAY, up=False, carrier=False), "is down"),
+        (replace(WAY, carrier=False), "has no carrier"),
+    ],
+)
+def test_a_link_that_is_down_is_named_with_what_is_the_matter(way: Route, state: str) -> None:
+    assert detail(judged(AWAY, way=way)) == f"the way to spare is eth0, which {state}"
+
+
+def test_no_second_copy_is_made_in_memory_that_a_guest_in_a_file_needs() -> None:
+    verdict = judged(saved_guest="d3 is in /saves/3")
+    assert verdict == NotNow(
+        hindrance=Hindrance.NO_FREE_MEMORY,
+        detail="free memory is kept for a guest that may be in a file: d3 is in /saves/3",
+    )
+
+
+def test_too_little_memory_is_told_in_mebibytes() -> None:
+    assert detail(judged(free_frames=700 * MIB)) == (
+        "a second copy of d7 needs 513 MiB and 256 MiB are to stay free, but only 700 MiB are"
+    )
+
+
+PV_GUEST = replace(GUEST, kind=GuestKind.PV)
+SAVING = RelocationPolicy(save_restore=True, free_memory_reserve=256 << 20)
+# Its memory, and 64 MiB of what a save has besides.
+SAVE_SIZE = (513 + 64) << 20
+SAVABLE = SaveFacts(
+    serves=None,
+    manager=None,
+    unfinished=None,
+    has_config=True,
+    trouble=None,
+    free=SAVE_SIZE,
+)
+
+
+def saved(
+    policy: RelocationPolicy = SAVING,
+    *,
+    save: SaveFacts = SAVABLE,
+    domain: DomainInfo = PV_GUEST,
+    **changes: object,
+) -> PreMigration:
+    """The verdict on a PV guest, which is saved and restored."""
+    return judged(policy, save=save, domain=domain, **changes)
+
+
+def test_a_pv_guest_that_can_be_restored_is_saved() -> None:
+    assert saved() == Go()
+
+
+@pytest.mark.parametrize(
+    ("save", "told"),
+    [
+        (
+            replace(SAVABLE, serves="drives a device of the host"),
+            "d7 drives a device of the host, and others would fail while it is away",
+        ),
+        (
+            replace(SAVABLE, has_config=False),
+            (
+                "xl does not know how d7 was configured, so that it could not restore it; whoever "
+                "has created it can save and restore it"
+            ),
+        ),
+        (
+            replace(SAVABLE, manager="libvirt"),
+            (
+                "d7 is managed by libvirt, which would start it again or lose track of it; save "
+                "and restore it with libvirt's own commands"
+            ),
+        ),
+    ],
+)
+def test_a_pv_guest_that_nobody_could_restore_is_never_saved(save: SaveFacts, told: str) -> None:
+    assert saved(save=save) == Never(reason=RelocationReason.NOT_SAVABLE, detail=told)
+
+
+def test_a_guest_that_is_no_pv_guest_is_never_saved() -> None:
+    assert reason(saved(domain=GUEST)) is RelocationReason.NOT_HVM
+
+
+def test_a_guest_is_not_saved_twice() -> None:
+    assert saved(save=replace(SAVABLE, unfinished="/state/saves/7.json")) == NotNow(
+        hindrance=Hindrance.DOMAIN_BUSY,
+        detail="an earlier save of d7 is not ended, see /state/saves/7.json",
+    )
+
+
+def test_no_guest_is_saved_while_memory_is_kept_for_another() -> None:
+    assert saved(saved_guest="d3 is in /saves/3") == NotNow(
+        hindrance=Hindrance.NO_FREE_MEMORY,
+        detail="free memory is kept for a guest that may be in a file: d3 is in /saves/3",
+    )
+
+
+def test_a_directory_that_is_not_fit_keeps_a_guest_from_being_saved() -> None:
+    assert saved(save=replace(SAVABLE, trouble="/saves is not there")) == NotNow(
+        hindrance=Hindrance.NO_DISK_SPACE, detail="/saves is not there"
+    )
+
+
+def test_a_save_needs_room_for_all_of_the_guest_and_its_margin() -> None:
+    assert saved(save=replace(SAVABLE, free=SAVE_SIZE)) == Go()
+    assert saved(save=replace(SAVABLE, free=SAVE_SIZE - 1)) == NotNow(
+        hindrance=Hindrance.NO_DISK_SPACE,
+        detail="saving d7 takes 577 MiB, and /var/lib/pgofflined/saves "
+        "(relocation.save_directory) has 576 MiB besides a reserve",
+    )
+
+
+def test_a_restore_needs_memory_that_the_guest_had_given_back_and_the_reserve() -> None:
+    ballooned = replace(PV_GUEST, tot_pages=413 * MIB)  # of 513
+    needed = 100 * MIB + 256 * MIB
+    assert saved(domain=ballooned, free_frames=needed) == Go()
+    assert saved(domain=ballooned, free_frames=needed - 1) == NotNow(
+        hindrance=Hindrance.NO_FREE_MEMORY,
+        detail="356 MiB are to be free for d7 to be restored with certainty, but only 355 MiB are",
+    )
+
+
+def test_a_guest_with_all_its_memory_needs_no_more_than_the_reserve_to_be_restored() -> None:
+    for tot_pages in (PV_GUEST.max_pages, PV_GUEST.max_pages + MIB):
+        whole = replace(PV_GUEST, tot_pages=tot_pages)
+        assert saved(domain=whole, free_frames=256 * MIB) == Go()
+        assert hindrance(saved(domain=whole, free_frames=256 * MIB - 1)) is Hindrance.NO_FREE_MEMORY
+
+
+def test_a_reserve_is_rounded_up_to_whole_pages() -> None:
+    policy = replace(SAVING, free_memory_reserve=4097)
+    whole = replace(PV_GUEST, tot_pages=PV_GUEST.max_pages)
+    assert saved(policy, domain=whole, free_frames=2) == Go()
+    assert hindrance(saved(policy, domain=whole, free_frames=1)) is Hindrance.NO_FREE_MEMORY
+
+
+def test_guests_are_saved_only_where_the_policy_says_so() -> None:
+    verdict = saved(replace(SAVING, save_restore=False))
+    assert verdict == Never(
+        reason=RelocationReason.DISABLED,
+        detail="saving and restoring PV guests is switched off (relocation.save_restore = false); "
+        "its pages stay until d7 restarts",
+    )
+    # A target is for those that are migrated.
+    assert forbidden(GUEST.identity, SAVING, by_saving=True) is None
+    assert forbidden(GUEST.identity, AWAY, by_saving=False) is None
+    no_target = forbidden(GUEST.identity, SAVING, by_saving=False)
+    assert no_target is not None
+    assert no_target.reason is RelocationReason.NO_TARGET

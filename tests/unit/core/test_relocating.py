@@ -351,3 +351,160 @@ def test_what_hindered_a_job_before_a_window_closed_does_not_count_in_the_next()
     taken(queue, 23 * HOUR)
     job = queue.defer(domain(1), Hindrance.DOMAIN_BUSY, "paused", at(23 * HOUR))
     assert job.due == at(23 * HOUR + 60).steady
+
+
+def test_jobs_are_numbered_in_the_order_in_which_they_came() -> None:
+    queue = queue_of(5, 6)
+    queue.finish(domain(5))
+    assert queue.submit(domain(7), "guest7", mfns(7), at()) is not None
+    assert [status.job for status in queue.statuses(at())] == ["relocation-2", "relocation-3"]
+
+
+def test_another_policy_lets_what_was_hindered_begin_anew() -> None:
+    queue = queue_of(1)
+    for now in (0.0, 60.0):
+        taken(queue, now)
+        queue.defer(domain(1), Hindrance.NO_FREE_MEMORY, "full", at(now))
+    queue.set_policy(POLICY, at(70))
+    job = queue.job(domain(1))
+    assert (job.state(at(70)), job.due, job.deferrals) == ("due", at(70).steady, 0)
+    assert job.hindrance is None
+    [status] = queue.statuses(at(70))
+    assert status.next_try is None
+
+
+def test_another_policy_lets_a_save_fail_as_often_as_at_first() -> None:
+    queue = queue_of(1)
+    for _ in range(2):
+        taken(queue, 1000)
+        queue.failed(domain(1), "no", at(), stood_still=True)
+    assert queue.may_not_be_saved(domain(1))
+    queue.set_policy(POLICY, at())
+    assert not queue.may_not_be_saved(domain(1))
+
+
+def test_a_guest_that_stood_still_for_nothing_twice_is_not_saved_again() -> None:
+    queue = queue_of(1, 2)
+    assert not queue.may_not_be_saved(domain(1))
+    taken(queue)
+    queue.started(domain(1))
+    assert queue.failed(domain(1), "no", at(), stood_still=True) is not None
+    assert not queue.may_not_be_saved(domain(1))
+    queue.hurry(domain(1), at())
+    taken(queue)
+    queue.started(domain(1))
+    assert queue.failed(domain(1), "no", at(), stood_still=True) is None
+    assert queue.may_not_be_saved(domain(1))
+    assert not queue.may_not_be_saved(domain(2))
+    # Also not for pages that it gets later.
+    queue.finish(domain(1))
+    assert queue.may_not_be_saved(domain(1))
+
+
+def test_a_try_that_failed_says_why_until_the_next_begins() -> None:
+    queue = queue_of(1)
+    taken(queue)
+    queue.started(domain(1))
+    assert queue.failed(domain(1), "xl said no", at()) is not None
+    [status] = queue.statuses(at())
+    assert status.detail == "xl said no"
+    taken(queue, 60)
+    [status] = queue.statuses(at(60))
+    assert (status.state, status.detail) == ("running", "")
+    queue.note(domain(1), "20 % are there")
+    [status] = queue.statuses(at(61))
+    assert (status.state, status.detail, status.next_try) == ("running", "20 % are there", None)
+
+
+def test_a_job_that_runs_is_hindered_no_more() -> None:
+    queue = queue_of(1)
+    taken(queue)
+    queue.defer(domain(1), Hindrance.LINK_DOWN, "eth0 is down", at())
+    queue.link_changed(at(5))
+    taken(queue, 6)
+    queue.started(domain(1))
+    assert queue.failed(domain(1), "no", at(6)) is not None
+    [status] = queue.statuses(at(6))
+    assert status.state == "waiting"
+    assert not queue.waits_for_link()
+
+
+def test_a_migration_that_starts_ends_the_count_of_what_hindered_it() -> None:
+    queue = queue_of(1)
+    for now in (0.0, 60.0):
+        taken(queue, now)
+        queue.defer(domain(1), Hindrance.DOMAIN_BUSY, "paused", at(now))
+    taken(queue, 180)
+    queue.started(domain(1))
+    assert queue.failed(domain(1), "no", at(180)) is not None
+    taken(queue, 240)
+    assert queue.defer(domain(1), Hindrance.DOMAIN_BUSY, "paused", at(240)).due == at(300).steady
+
+
+def test_a_window_that_closes_while_a_job_is_looked_at_lets_it_wait_for_the_next() -> None:
+    queue = queue_of(1, policy=windows("11:00-13:00"))
+    for _ in range(2):
+        taken(queue)
+        queue.defer(domain(1), Hindrance.DOMAIN_BUSY, "paused", at(-60))
+    taken(queue, 3000)
+    queue.defer(domain(1), Hindrance.OUTSIDE_WINDOW, "", at(HOUR))
+    [status] = queue.statuses(at(HOUR))
+    assert (status.state, status.next_try) == ("deferred", NOON + 23 * HOUR)
+    assert "maintenance window" in status.detail
+    assert queue.job(domain(1)).due == at(HOUR).steady
+
+
+def test_a_window_that_opens_in_less_than_a_second_is_not_put_off() -> None:
+    queue = queue_of(1, policy=windows("22:00-06:00"))
+    assert queue.take(at(10 * HOUR - 0.5)) is None
+    assert queue.closed_for(at(10 * HOUR - 0.5)) == pytest.approx(0.5)
+    assert taken(queue, 10 * HOUR) == 1
+
+
+def test_a_try_in_less_than_a_second_is_shown_as_that() -> None:
+    queue = queue_of(1)
+    taken(queue)
+    queue.started(domain(1))
+    assert queue.failed(domain(1), "no", at()) is not None
+    [status] = queue.statuses(at(59.5))
+    assert status.next_try == NOON + 60
+
+
+def test_what_is_looked_at_for_its_end_is_not_said_to_wait_for_a_window() -> None:
+    queue = queue_of(1, 2, 3, policy=windows("22:00-06:00"))
+    queue.hurry(domain(2), at())
+    queue.hurry(domain(3), at())
+    assert taken(queue) == 2
+    assert [status.state for status in queue.statuses(at())] == ["deferred", "running", "due"]
+
+
+def saving_queue() -> RelocationQueue:
+    """A migration, a save and a migration, for two at a time."""
+    queue = RelocationQueue(replace(POLICY, parallel=2), UTC)
+    for domid in (1, 2, 3):
+        queue.submit(domain(domid), f"guest{domid}", mfns(domid), at(), by_saving=domid == 2)
+    return queue
+
+
+def test_a_save_waits_until_it_is_alone_and_nothing_overtakes_it() -> None:
+    queue = saving_queue()
+    assert taken(queue) == 1
+    assert queue.take(at()) is None
+    assert queue.next_event(at()) == LOOK
+    queue.finish(domain(1))
+    assert queue.next_event(at()) == BOOT
+    assert taken(queue) == 2
+    assert queue.take(at()) is None
+    queue.finish(domain(2))
+    assert taken(queue) == 3
+
+
+def test_a_job_that_is_due_outside_the_windows_keeps_nobody_busy() -> None:
+    queue = queue_of(1, policy=windows("22:00-06:00"))
+    assert queue.next_event(at()) == LOOK
+    assert queue.take(at()) is None
+    assert queue.next_event(at()) == LOOK
+    # At the latest look before it opens, the opening itself is waited for.
+    late = at(10 * HOUR - 60)
+    assert queue.to_look_at(late)
+    assert queue.next_event(late) == at(10 * HOUR).steady

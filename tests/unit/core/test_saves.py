@@ -30,6 +30,7 @@ from pgofflined.core.saves import (
     left_over,
     seen_to_run,
     stand_of,
+    under_way,
     when_unclear,
     without_note,
 )
@@ -269,3 +270,13 @@ def test_what_a_person_is_told_reaches_him_whole(phase: SavePhase, stand: Stand)
     path = f"/var/lib/pgofflined/notes/{UUID(int=7)}"
     left = replace(LEFT, note=note, path=f"{path}.save", log=f"{path}.log", same_boot=False)
     assert len(left_over(left, stand)) <= MAX_ADVICE
+
+
+def test_a_save_that_an_earlier_daemon_began_is_named_and_left_to_itself() -> None:
+    identity = DomainIdentity(Domid(7), UUID(int=7))
+    note = SaveNote(domain=identity, phase=SavePhase.SAVED, file="/saves/x", boot="b")
+    unfinished = under_way(note)
+    assert unfinished.domain == identity
+    assert unfinished.is_under_way
+    assert unfinished.text.startswith(f"the guest that was d7 (uuid {UUID(int=7)}) is being saved")
+    assert unfinished.text.endswith("do nothing about it")

@@ -11,6 +11,7 @@ from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
 from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.suspending import (
     SuspendSupport,
+    ended_before,
     how_it_ended,
     objection,
     read_announcement,
@@ -39,6 +40,22 @@ ANYBODY = ("*",)
 def test_only_the_two_defined_values_say_anything(value: bytes) -> None:
     says_something = read_announcement(value) is not SuspendSupport.SILENT
     assert says_something is (value in (b"0", b"1"))
+
+
+@pytest.mark.parametrize(
+    ("value", "support"),
+    [
+        (b"1", SuspendSupport.ANNOUNCED),
+        (b"0", SuspendSupport.DENIED),
+        (b"", SuspendSupport.SILENT),
+        (b"1\0", SuspendSupport.SILENT),
+        (None, SuspendSupport.SILENT),
+    ],
+)
+def test_an_announcement_is_read_as_xen_defines_it(
+    value: bytes | None, support: SuspendSupport
+) -> None:
+    assert read_announcement(value) is support
 
 
 @pytest.mark.parametrize("support", [SuspendSupport.ANNOUNCED, SuspendSupport.NOT_ASKED])
@@ -91,3 +108,21 @@ def test_every_end_is_told_with_the_domain_and_what_to_do(reason: ShutdownReason
     told = how_it_ended(Domid(7), reason)
     assert told.startswith("d7 ")
     assert "domains.deny" in told
+
+
+@pytest.mark.parametrize(
+    ("reason", "what"),
+    [
+        (None, "d7 ended: it is gone, and whether it crashed or was destroyed cannot be told"),
+        (ShutdownReason.CRASH, "d7 crashed"),
+        (ShutdownReason.POWEROFF, "d7 powered itself off"),
+    ],
+)
+def test_an_end_is_told_as_what_it_was(reason: ShutdownReason | None, what: str) -> None:
+    assert how_it_ended(Domid(7), reason).startswith(f"{what}; we had just asked it to suspend")
+
+
+def test_a_guest_that_has_ended_when_it_was_asked_is_not_asked_again() -> None:
+    found = ended_before(Domid(7))
+    assert not found.may_pass
+    assert found.detail.startswith("the guest that is d7 now has ended before")

@@ -121,7 +121,7 @@ def test_recovery_entry_names_frame_and_owner() -> None:
     )
 
 
-@pytest.mark.parametrize("status", [0x01010101, 0x4000, 1 << 33])
+@pytest.mark.parametrize("status", [0x01010101, 0x4000, 1 << 32 | 0x2002, 1 << 33])
 def test_recovery_with_a_status_word_not_understood_keeps_the_frame(status: int) -> None:
     [recovery] = decode_mc_info(
         mc_info(recovery_entry(bank=7, mfn=0x100, status=status))
@@ -154,6 +154,29 @@ def test_record_of_wrong_size_or_format_is_dropped_whole(
 ) -> None:
     telemetry = decode(format_name, bytes(size))
     assert (telemetry.banks, telemetry.recoveries, flaws(telemetry)) == ((), (), [flaw])
+
+
+@pytest.mark.parametrize(
+    ("format_name", "size", "told"),
+    [
+        ("mc_info", 767, "mc_info of 767 bytes, 768 expected"),
+        ("xen_mce", 100, "xen_mce of 100 bytes, 88 or 112 expected"),
+        ("edac", 88, "records of format 'edac' are not known"),
+    ],
+)
+def test_a_record_that_is_dropped_is_told_with_what_was_expected(
+    format_name: str, size: int, told: str
+) -> None:
+    [flaw] = decode(format_name, bytes(size)).flaws
+    assert flaw.detail == told
+
+
+def test_a_record_without_it_gets_the_capabilities_that_are_known_of_the_processors() -> None:
+    for mcg_cap in (None, 0x1000C14):
+        [entry] = decode("mc_info", mc_info_of(ERROR), mcg_cap).banks
+        assert entry.mcg_cap == mcg_cap
+    [entry] = decode("xen_mce", xen_mce_of(ERROR, mcg_cap=0xC09), 0x1000C14).banks
+    assert entry.mcg_cap == 0xC09
 
 
 @pytest.mark.parametrize("count", [191, 192, 0xFFFF_FFFF])

@@ -18,6 +18,8 @@ from pgofflined.core.xenversion import XenVersion, parse_version, unseen_errors
         (4 << 16 | 22, "-rc", XenVersion(4, 22, -1)),
         (4 << 16 | 21, ".2-rc1", XenVersion(4, 21, 1)),
         (4 << 16 | 20, ".4~rc2", XenVersion(4, 20, 3)),
+        (4 << 16 | 17, ".5 \0", XenVersion(4, 17, 5)),
+        (4 << 16 | 22, ".x", XenVersion(4, 22, -1)),
     ],
 )
 def test_a_pre_release_contains_only_the_point_release_before_it(
@@ -79,6 +81,8 @@ def test_pre_releases_of_fixed_versions_are_older_than_the_fix(
 def test_a_version_before_its_first_release_is_named_so() -> None:
     assert str(XenVersion(4, 22, -1)) == "4.22-pre"
     assert str(XenVersion(4, 20, 4)) == "4.20.4"
+    assert str(XenVersion(4, 22, 0)) == "4.22.0"
+    assert str(XenVersion(4, 22, 1)) == "4.22.1"
 
 
 @pytest.mark.parametrize(
@@ -111,4 +115,25 @@ def test_an_amd_host_on_a_xen_that_polls_nothing_is_called_blind() -> None:
     assert partly is not None
     assert "without CMCI" in partly
     for vendor in CpuVendor:
+        told = unseen_errors(XenVersion(4, 17, 7), vendor)
+        assert told is not None
+        assert told.startswith("Xen 4.17.7 polls no machine-check bank")
+        assert told.endswith("; update Xen to 4.19.4, 4.20.2, 4.21 or later")
         assert unseen_errors(XenVersion(4, 20, 2), vendor) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "ends"),
+    [
+        (XenVersion(4, 17, 7), True),
+        (XenVersion(4, 19, 5), True),
+        (XenVersion(4, 20, 0), False),
+        (XenVersion(4, 21, 0), False),
+        (XenVersion(5, 0, 0), False),
+    ],
+)
+def test_until_4_20_what_monitors_a_guest_ends_when_it_suspends(
+    version: XenVersion,
+    ends: bool,  # noqa: FBT001
+) -> None:
+    assert version.xl_takes_a_suspend_for_the_end is ends
