@@ -62,12 +62,13 @@ GROUPS: Final = (
         name="people",
         modules=(
             *_core("conditions", "incidents", "suspending"),
-            *_beside("attention", "endwatch", "marks", "operations"),
+            *_beside("attention", "endwatch", "indoubt", "marks", "operations"),
         ),
         tests=_unit(
             *("core/test_conditions.py", "core/test_incidents.py", "core/test_suspending.py"),
             *("exchanger/test_marks.py", "test_attention.py", "test_promises.py"),
-            *("test_service_people.py", "test_service_questions.py", "test_word_of_ends.py"),
+            *("test_service_attention.py", "test_service_people.py", "test_service_questions.py"),
+            "test_word_of_ends.py",
         ),
     ),
     Group(
@@ -90,11 +91,11 @@ GROUPS: Final = (
     ),
     Group(
         name="exchanging",
-        modules=_beside("exchanging"),
+        modules=_beside("exchanging", "recoverylog"),
         # What an earlier process has left is ended here as well.
         tests=_unit(
             *("exchanger", "test_leftovers.py", "test_retirer.py", "test_service_pages.py"),
-            "test_stop.py",
+            *("test_next_daemon.py", "test_service_suspend.py", "test_stop.py"),
         ),
     ),
     Group(
@@ -105,7 +106,7 @@ GROUPS: Final = (
             *("test_consequences.py", "test_dispositions.py", "test_intake.py", "test_promises.py"),
             *("test_retirer.py", "test_retirer_guests.py", "test_retirer_waits.py"),
             "test_retiring.py",
-            *("test_service_errors.py", "test_service_pages.py"),
+            *("test_service_errors.py", "test_service_pages.py", "test_service_xen.py"),
         ),
     ),
     Group(
