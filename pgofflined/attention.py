@@ -108,14 +108,21 @@ class Attention:
             Condition(code=ConditionCode.HEAP_IN_DOUBT, text=text, since=self._clock.now(), mfn=mfn)
         )
 
-    def note_state_lost(self, lost: str, found: str) -> None:
-        """Take note that what was known of this boot of the host is lost; ``found`` by Xen."""
-        text = (
-            f"{lost}: {found}; of these the ones in use count as pages with an uncorrected error, "
-            "errors are counted anew, and what was known of guests and jobs is in the journal only"
-        )
+    def note_state_lost(self, text: str) -> None:
+        """Take note that what was known of this boot of the host is lost."""
         self.incidents.note(
             Condition(code=ConditionCode.STATE_LOST, text=text, since=self._clock.now())
+        )
+
+    def note_state_found(self, lost: str, held_back: int) -> None:
+        """Take note of how many pages Xen holds back of which nothing is known any more."""
+        if not held_back:
+            self.incidents.resolve(ConditionCode.STATE_LOST)
+            return
+        self.note_state_lost(
+            f"{lost}, and Xen holds {held_back} pages back: those in use count as pages with an "
+            "uncorrected error, errors are counted anew, and what was known of guests and jobs is "
+            "in the journal only"
         )
 
     def note_recovered(self, reports: Iterable[RecoveryReport]) -> None:

@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 # An owner that is ending, or a page that is being handed out, settles within moments; a host
 # that cannot be asked may take longer.
 SOON = Backoff(first=2.0, last=300.0)
+_DYING_SECONDS = 10.0
 # A page that is being handed to its owner has one a moment later.  One that Xen cannot name an
 # owner of after these tries (2 + 4 + 8 s) is Xen's own, allocated without an owner.
 _ANONYMOUS_TRIES = 3
@@ -121,8 +122,12 @@ class Consequences:
                     "of use if Xen frees it; plan a reboot with badpage="
                 )
                 self._ledger.leave(mfn, LeftReason.XEN.value, detail, marked=True)
-            case Later(reason=until, detail=detail, marked=marked):
-                self._ledger.wait(mfn, self._soon, until.value, detail, marked=marked)
+            case Later(reason=until, detail=detail, marked=marked, domain=owner):
+                # The page of a domain that is being taken apart is free any moment.
+                pause = self._soon
+                if until is LaterReason.OWNER_DYING:
+                    pause = Backoff(first=pause.first, last=min(pause.last, _DYING_SECONDS))
+                self._ledger.wait(mfn, pause, until.value, detail, marked=marked, domain=owner)
             case PortError():
                 self._ledger.wait(mfn, self._soon, "cannot_ask_xen", str(disposition))
             case _:

@@ -107,6 +107,8 @@ class Exchanging:
             "_looked_after",
             "_next_try",
             "_not_recovered",
+            "_ended",
+            "_unkept",
         )
         vars(self).update({name: vars(earlier).pop(name) for name in names})
         self._took_over = True

@@ -83,7 +83,7 @@ class GuestCare:
         by_care = [*self.aftercare.left()]
         if self.in_doubt is not None:
             by_care += [
-                LeftGuest(domain=domain, text=case.text, is_kept=False)
+                LeftGuest(domain=domain, text=case.text, is_kept=False, is_ours=False)
                 for domain, case in self.in_doubt.stuck.items()
             ]
         seen = {guest.domain for guest in by_care}

@@ -75,6 +75,7 @@ class GuestsInDoubt:
         self._cases: Mapping[DomainIdentity, StuckGuest] = _load(store)
         self._before = frozenset(before)
         self._kept = self._cases
+        self._is_blind = False
 
     def __bool__(self) -> bool:
         """Whether there is any guest to look at."""
@@ -107,8 +108,11 @@ class GuestsInDoubt:
             for domain in self._before:
                 self._see(domain, here)
         except PortError as error:
-            log.warning("what became of guests that were migrated cannot be seen: %s", error)
+            if not self._is_blind:
+                log.warning("what became of guests that were migrated cannot be seen: %s", error)
+            self._is_blind = True
             return
+        self._is_blind = False
         with self._lock:
             self._cases = {
                 domain: case

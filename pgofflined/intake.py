@@ -9,10 +9,8 @@ from typing import Protocol, assert_never
 
 from pgofflined.core.book import Cause, Phase
 from pgofflined.core.conditions import Condition, uncorrected_error
-from pgofflined.core.domains import GuestKind
-from pgofflined.core.errors import PortError
 from pgofflined.core.events import Event
-from pgofflined.core.frames import DOM0, Mfn
+from pgofflined.core.frames import Mfn
 from pgofflined.core.history import History
 from pgofflined.core.incidents import Incidents
 from pgofflined.core.policy import CapReached, DryRun, Ignore, Policy, Retire, Watch, decide
@@ -224,8 +222,6 @@ class Intake:
             self._retirer.errors.add(report.mfn)
         if report.domid is not None:
             self._retirer.errors.add_wedged_domid(report.domid)
-        if report.may_be_anybodys:
-            await self._wedge_all()
         if report.mfn is not None:
             self._retirer.take_poisoned(report.mfn, report.describe())
 
@@ -250,17 +246,3 @@ class Intake:
             self._retirer.take_poisoned(mfn, "it has had an uncorrected error, and is used again")
         else:
             self._decide(mfn, self.history.hits(mfn, self._clock.monotonic()))
-
-    async def _wedge_all(self) -> None:
-        """Of all domains that there are now no page is to be marked."""
-        errors = self._retirer.errors
-        errors.add_wedged_domid(DOM0)  # at once, for triage may be at it
-        try:
-            domains = await asyncio.to_thread(self._xen.conditions)
-        except PortError:
-            errors.add_every_domain_wedged()
-            return
-        for domain in domains:
-            # The lock is sound in the others, and none of their pages is known to be bad.
-            if domain.kind is GuestKind.PV:
-                errors.add_wedged(domain.identity)

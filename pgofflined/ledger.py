@@ -161,7 +161,6 @@ class Ledger:
         entry = self.book.change(mfn)
         if (entry.reason, entry.detail, entry.marked) != (reason, detail, marked):
             tell(logging.WARNING, Event.PAGE_LEFT, f"stays where it is: {detail}", mfn)
-        owner = {} if domain is None else {"domain": domain.identity, "domain_name": domain.name}
         self._enter(
             mfn,
             phase=Phase.LEFT,
@@ -169,15 +168,22 @@ class Ledger:
             reason=reason,
             detail=detail,
             next_try=None,
-            **owner,
+            **_owner(domain),
         )
 
     def wait(
-        self, mfn: Mfn, backoff: Backoff, reason: str, detail: str, *, marked: bool | None = None
+        self,
+        mfn: Mfn,
+        backoff: Backoff,
+        reason: str,
+        detail: str,
+        *,
+        marked: bool | None = None,
+        domain: DomainInfo | None = None,
     ) -> None:
         """Look at the page again later; no try of an exchange is lost.
 
-        ``marked`` None keeps what is known of the mark.
+        ``marked`` None keeps what is known of the mark, ``domain`` what is known of the owner.
         """
         waits = self.waits(mfn, reason) + 1
         self._waits[mfn] = (reason, waits)
@@ -188,6 +194,7 @@ class Ledger:
             marked=self.book.change(mfn).marked if marked is None else marked,
             reason=reason,
             detail=detail,
+            **_owner(domain),
         )
 
     def waits(self, mfn: Mfn, reason: str) -> int:
@@ -262,6 +269,10 @@ class Ledger:
             self.book.remove(mfn)
             self._store.remove_page(mfn)
         self.changed(entry)
+
+
+def _owner(domain: DomainInfo | None) -> dict[str, object]:
+    return {} if domain is None else {"domain": domain.identity, "domain_name": domain.name}
 
 
 def tell(

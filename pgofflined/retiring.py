@@ -126,12 +126,15 @@ class Retirer:
         self._slowly = slowly
         # Seconds to the look after the next one.
         self._pause = slowly
+        self._next_look = clock.monotonic() + slowly
         self._next_slow_look = clock.monotonic() + slowly
         self._was_full = False
         # Told when there is room for further pages again.
         self.room_again: Callable[[], None] = nothing
         # Told when all pages were looked at under the policy that is in force.
         self.policy_taken_up: Callable[[], None] = nothing
+        # Why it is not known yet which pages have had uncorrected errors in this boot.
+        self.forgotten: str | None = None
         # Told of pages that were out of use, and whether they are still.
         self.doubt_settled: Callable[[Mfn, bool], None] = lambda _mfn, _is_offlined: None
         self._doubted: set[Mfn] = set()
@@ -234,6 +237,8 @@ class Retirer:
 
     def on_hold(self) -> str | None:
         """Why nothing is done about any page; None where it is."""
+        if self.forgotten is not None:
+            return self.forgotten
         if not self.policy.retire.enabled:
             return "retiring is switched off (retire.enabled = false)"
         if self.policy.retire.dry_run:
@@ -287,31 +292,38 @@ class Retirer:
         if not self._doubted:
             return
         doubted, self._doubted = self._doubted, set()
-        in_use = await self._in_thread(lambda: {mfn for mfn in doubted if self._is_in_use(mfn)})
-        for mfn in doubted:
+        answers = await self._in_thread(lambda: [(mfn, self._is_in_use(mfn)) for mfn in doubted])
+        for mfn, is_in_use in answers:
+            if is_in_use is None:
+                self._doubted.add(mfn)  # it is asked again with whatever comes next
+                continue
             entry = self.ledger.book.get(mfn)
-            if mfn in in_use and entry is not None and entry.phase is Phase.OFFLINED:
+            if is_in_use and entry is not None and entry.phase is Phase.OFFLINED:
                 log.warning("mfn %#x was out of use, and somebody has given it back to Xen", mfn)
                 self.ledger.forget(mfn)
-            self.doubt_settled(mfn, mfn not in in_use)
+            self.doubt_settled(mfn, not is_in_use)
 
-    def _is_in_use(self, mfn: Mfn) -> bool:
+    def _is_in_use(self, mfn: Mfn) -> bool | None:
+        """Whether a frame is not out of use; None where Xen cannot be asked."""
         try:
             return not self._xen.query(mfn) & OfflineState.OFFLINED
         except PortError:
-            return False  # the next error of it asks again
+            return None
 
     def _is_time_to_look(self) -> bool:
-        is_time = self._clock.monotonic() >= self._next_slow_look
+        is_time = self._clock.monotonic() >= self._next_look
         return is_time or (self._occasion is not None and not self._missed_looks)
 
     async def _look_at_unresolved(self) -> None:
         await self._take_dangerous_marks_back()
-        is_after_an_end = self._pause < self._slowly
-        rest = Occasion.DOMAIN_ENDED if is_after_an_end else Occasion.SLOWLY
-        occasion = self._occasion or rest
+        now = self._clock.monotonic()
+        occasion = self._occasion
+        if occasion is not Occasion.POLICY_CHANGED:
+            # Not put off for ever where domains come and go.
+            is_time = now >= self._next_slow_look
+            occasion = Occasion.SLOWLY if is_time else Occasion.DOMAIN_ENDED
         self._occasion = None
-        self._next_slow_look = self._clock.monotonic() + self._pause
+        self._next_look = now + self._pause
         self._pause = min(2 * self._pause, self._slowly)
         resting = tuple(self.ledger.book.in_phase(*_RESTING))
         found: Found | None = Found(offlined=(), to_triage=())
@@ -321,6 +333,8 @@ class Retirer:
             self._look_is_missed(occasion)
             return
         self._missed_looks = 0
+        if occasion is not Occasion.DOMAIN_ENDED:
+            self._next_slow_look = now + self._slowly
         # What has changed meanwhile is known better already.
         current = [mfn for mfn in found.offlined if self._rests(mfn)]
         for mfn in current:
@@ -341,13 +355,16 @@ class Retirer:
         book = self.ledger.book
         resting = book.in_phase(Phase.TRIAGE, *_RESTING)
         marked = [entry.mfn for entry in resting if entry.marked]
-        problems = await self._in_thread(
-            lambda: {mfn: take_marks_back(self._xen, [mfn]) for mfn in marked}
+        answers = await self._in_thread(
+            lambda: [
+                (mfn, take_marks_back(self._xen, [mfn]), self._is_in_use(mfn)) for mfn in marked
+            ]
         )
-        for mfn, told in problems.items():
-            for problem in told:
+        for mfn, problems, is_in_use in answers:
+            for problem in problems:
                 log.critical("%s", problem)
-            if not told:
+            # One that was freed with its mark is a matter of its own.
+            if is_in_use and not problems:
                 self.ledger.unmark(mfn)
 
     def _look_is_missed(self, occasion: Occasion) -> None:
@@ -355,7 +372,7 @@ class Retirer:
         self._occasion = max(occasion, self._occasion or occasion)
         self._missed_looks += 1
         wait = self._soon.delay(self._missed_looks) or self._soon.last
-        self._next_slow_look = self._clock.monotonic() + wait
+        self._next_look = self._clock.monotonic() + wait
 
     def _rests(self, mfn: Mfn) -> bool:
         entry = self.ledger.book.get(mfn)
@@ -379,7 +396,7 @@ class Retirer:
         if self.care:
             waits.append(self.care.times.interval)
         if next(self.ledger.book.in_phase(*_RESTING), None) is not None:
-            waits.append(max(0.0, self._next_slow_look - self._clock.monotonic()))
+            waits.append(max(0.0, self._next_look - self._clock.monotonic()))
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def seconds_in_a_call(self) -> float:
@@ -432,10 +449,10 @@ class Retirer:
         self.exchanging.has_ended(domain)
         event(log, logging.CRITICAL, Event.GUEST_ENDED, how, domid=domain.domid)
 
-    def save_failed(self, domain: DomainIdentity) -> None:
-        """Look after a guest that was asked to suspend itself for a save, which has failed."""
+    def asked_in_vain(self, domain: DomainIdentity) -> None:
+        """Look after a guest that a save or migration that failed had asked to suspend itself."""
         self.exchanging.hold_off(domain)
-        self.aftercare.note("save", domain, stuck=None, may_suspend_late=True, is_kept=False)
+        self.aftercare.note("relocation", domain, stuck=None, may_suspend_late=True, is_kept=False)
         self._wake.set()
 
     def _triage_all(self, mfns: Sequence[Mfn]) -> list[tuple[Mfn, bool, Disposition | PortError]]:

@@ -154,7 +154,7 @@ class Service:
             is_poisoned=lambda mfn: mfn in self.retirer.errors.poisoned,
             denial=self.retirer.denial,
             objection=self.retirer.exchanging.objection,
-            saved_in_vain=self.retirer.save_failed,
+            asked_in_vain=self.retirer.asked_in_vain,
             ended=self._guest_ended,
         )
         self.retirer.poison_reported = self.relocation.poison_reported
@@ -175,8 +175,9 @@ class Service:
         # Before anything else: guests may stand still because of a daemon that was killed.
         await asyncio.to_thread(self.retirer.recover)
         self._looked_after()
-        if self._world.store.lost is not None:
-            await self._find_again(self._world.store.lost)
+        lost = self._world.store.lost
+        if lost is not None:
+            self.retirer.forgotten = f"{lost}; what Xen holds back has to be found out first"
         # About what was counted by an earlier daemon too, perhaps in a dry run.
         self.intake.decide_again()
         async with self._sockets() as servers, asyncio.TaskGroup() as tasks:
@@ -188,6 +189,7 @@ class Service:
             relocations = tasks.create_task(self.relocation.run(), name="relocations")
             rest = [
                 tasks.create_task(self._feed_watchdog(), name="watchdog"),
+                tasks.create_task(self._find_again(lost), name="state"),
                 tasks.create_task(
                     self._saves.run(
                         self._world.saves,
@@ -310,16 +312,23 @@ class Service:
 
     # Inner workings.
 
-    async def _find_again(self, lost: str) -> None:
-        """Ask Xen what was forgotten."""
-        try:
-            found = await asyncio.to_thread(self._world.xen.held_back)
-        except PortError as error:
-            self._attention.note_state_lost(lost, f"Xen could not be asked ({error})")
-            return
-        if found:
-            self.retirer.take_held_back(found)
-            self._attention.note_state_lost(lost, f"Xen holds {len(found)} pages back")
+    async def _find_again(self, lost: str | None) -> None:
+        """Ask Xen what was forgotten, until it answers; nothing is done about pages before."""
+        while lost is not None:
+            try:
+                found = await asyncio.to_thread(self._world.xen.held_back)
+            except PortError as error:
+                self._attention.note_state_lost(
+                    f"{lost}, and Xen cannot be asked what it holds back ({error}): nothing is "
+                    "done about any page until it can"
+                )
+                await asyncio.sleep(_ASK_AGAIN_SECONDS)
+            else:
+                self.retirer.take_held_back(found)
+                self._world.store.found_again()
+                self._attention.note_state_found(lost, len(found))
+                self.retirer.forgotten = lost = None
+                self.retirer.policy_changed(self.policy)
 
     def _connect(self, policy: Policy) -> None:
         wanted = policy.relocation.target or policy.relocation.save_restore
@@ -468,3 +477,4 @@ class Service:
 _IDLE_SCRUB = "idle_scrub"
 _RESTORED = "restored"
 _POLICY = "policy"
+_ASK_AGAIN_SECONDS = 60.0

@@ -41,6 +41,7 @@ CREATE INDEX hits_by_mfn ON hits (mfn);
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
 """
 _BOOT_ID: Final = "boot_id"
+_LOST: Final = "lost"
 _PUT_META: Final = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
 
 # What may wait in memory for a disk that takes nothing; the oldest hits go first.
@@ -88,8 +89,7 @@ class Store:
         self._meta: dict[str, str] = {}
         self._hits: list[StoredHit] = []
         self._without_file = trouble
-        # Why what an earlier daemon of this boot may have stored cannot be had.
-        self.lost: str | None = trouble
+        self._is_found_again = False
         self._trouble: str | None = None
 
     @classmethod
@@ -125,8 +125,23 @@ class Store:
             event(_log, logging.ERROR, Event.STATE_NOT_STORED, trouble)
             return cls(_begin(":memory:", boot_id), max_hits=max_hits, trouble=trouble)
         store = cls(connection, max_hits=max_hits)
-        store.lost = lost
+        if lost is not None:
+            # Whoever has it open next has to know as well.
+            store.set_meta(_LOST, lost)
         return store
+
+    @property
+    def lost(self) -> str | None:
+        """Why what an earlier daemon of this boot may have stored cannot be had, until it is."""
+        if self._is_found_again:
+            return None
+        return self._without_file or self.get_meta(_LOST) or None
+
+    def found_again(self) -> None:
+        """What can be known without it is known."""
+        self._is_found_again = True
+        if self._without_file is None:
+            self.set_meta(_LOST, "")
 
     @property
     def trouble(self) -> str | None:

@@ -18,7 +18,7 @@ from errno import EINVAL
 
 from pgofflined.core.book import NOT_RAM
 from pgofflined.core.domains import DomainInfo, GuestKind, ShutdownReason
-from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, XenError
+from pgofflined.core.errors import DomainGone, OfflineCallUnsafe, PortError, XenError
 from pgofflined.core.frames import DOM0, DOMID_COW, DOMID_IO, DOMID_XEN, Domid, Mfn
 from pgofflined.core.offline import OfflineFlag, OfflineReply, OfflineState
 from pgofflined.marks import may_join, take_mark_back, take_marks_back
@@ -55,6 +55,8 @@ class LaterReason(StrEnum):
 
     ANONYMOUS = "anonymous"
     OWNER_ENDING = "owner_ending"
+    OWNER_DYING = "owner_dying"
+    OWNER_UNNAMED = "owner_unnamed"
     OWNER_CHANGED = "owner_changed"
 
 
@@ -99,12 +101,13 @@ class Left:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Later:
-    """Cannot be settled now."""
+    """Cannot be settled now.  ``domain`` is its owner, where that is known."""
 
     mfn: Mfn
     reason: LaterReason
     detail: str
     marked: bool = False
+    domain: DomainInfo | None = None
 
 
 Disposition = Offlined | ToExchange | ToRelocate | Left | Later
@@ -214,12 +217,12 @@ def _poison_settled_by_owner(
 ) -> Disposition | None:
     """The same for a page with an uncorrected error."""
     owner = _find_owner(mfn, xen, rules)
-    if owner is not None and owner.is_dom0 and owner.shared_info == mfn:
+    if owner is not None and owner.is_dom0:
+        # It lives on when Xen has broken a page of it, and not every source tells whose that was.
         return _dom0(mfn, marked=_is_marked(state))
     if owner is not None and (rules.wedged(owner) or _is_ending(owner)):
         # One that has crashed may have by what Xen did about another page of it.
-        marked = _is_marked(state)
-        return _dom0(mfn, marked=marked) if owner.is_dom0 else _ending(mfn, owner, marked=marked)
+        return _ending(mfn, owner, marked=_is_marked(state))
     if xen.version().offlines_free_frames_safely:
         return None
     whose = "it is in use or Xen's own" if owner is None else f"d{owner.domid} has it"
@@ -232,7 +235,7 @@ def _poison_settled_by_owner(
         "taking it out, so that it is not marked: whoever is given it next may be hit.  Reboot the "
         f"host with badpage={mfn:#x} on Xen's command line, and do not end its owner before that",
         marked=_is_marked(state),
-        domain=None if owner is None or owner.is_dom0 else owner,
+        domain=owner,
     )
 
 
@@ -262,13 +265,20 @@ def _is_ending(owner: DomainInfo) -> bool:
 
 
 def _ending(mfn: Mfn, owner: DomainInfo, *, marked: bool) -> Later:
-    detail = f"its owner d{owner.domid} has crashed or is ending"
+    if owner.dying:
+        detail = f"its owner d{owner.domid} is being taken apart"
+        return Later(
+            mfn=mfn, reason=LaterReason.OWNER_DYING, detail=detail, marked=marked, domain=owner
+        )
+    detail = f"its owner d{owner.domid} has crashed"
     if not _is_ending(owner):
         detail = (
             f"Xen has broken a page of its owner d{owner.domid} by itself, or may have, and to "
             f"mark another one could hang the host: it waits until d{owner.domid} has ended"
         )
-    return Later(mfn=mfn, reason=LaterReason.OWNER_ENDING, detail=detail, marked=marked)
+    return Later(
+        mfn=mfn, reason=LaterReason.OWNER_ENDING, detail=detail, marked=marked, domain=owner
+    )
 
 
 def _denied(mfn: Mfn, state: OfflineState, xen: Hypervisor, owner: DomainInfo, denial: str) -> Left:
@@ -354,7 +364,16 @@ def _settled_by_marked_owner(
             marked=True,
             domain=named_if_possible(unnamed, xen),
         )
-    domain = named(unnamed, xen)
+    try:
+        domain = named(unnamed, xen)
+    except PortError as error:
+        return Later(
+            mfn=mfn,
+            reason=LaterReason.OWNER_UNNAMED,
+            detail=f"what d{owner} is called cannot be told: {error}",
+            marked=True,
+            domain=unnamed,
+        )
     if domain is None:
         return _owner_gone(mfn, owner, marked=True)
     denial = rules.denial(domain)

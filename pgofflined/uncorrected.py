@@ -16,7 +16,7 @@ import msgspec
 from pgofflined.core.book import Book
 from pgofflined.core.domains import DomainIdentity, DomainInfo, GuestKind
 from pgofflined.core.errors import XenError
-from pgofflined.core.frames import DOMID_INVALID, Domid, Mfn
+from pgofflined.core.frames import Domid, Mfn
 from pgofflined.core.offline import OfflineState
 from pgofflined.owners import find_pv_owner
 from pgofflined.ports import Hypervisor
@@ -27,7 +27,6 @@ _POISONED = "poisoned"
 _WEDGED = "wedged"
 # Stands for whichever domain has a number.
 _ANY = UUID(int=(1 << 128) - 1)
-_EVERY_DOMAIN = DomainIdentity(DOMID_INVALID, _ANY)
 
 
 class FactStore(Protocol):
@@ -65,16 +64,11 @@ class UncorrectedErrors:
 
     def is_wedged(self, domain: DomainIdentity) -> bool:
         """Whether Xen has broken a page of a domain, or may have."""
-        meant = {domain, DomainIdentity(domain.domid, _ANY), _EVERY_DOMAIN}
-        return not meant.isdisjoint(self.wedged)
+        return domain in self.wedged or DomainIdentity(domain.domid, _ANY) in self.wedged
 
     def add_wedged_domid(self, domid: Domid) -> None:
         """Xen has broken a page of the domain that has this number, and perhaps another later."""
         self.add_wedged(DomainIdentity(domid, _ANY))
-
-    def add_every_domain_wedged(self) -> None:
-        """Xen has broken a page of a domain, and of which cannot be told."""
-        self.add_wedged(_EVERY_DOMAIN)
 
     def add_wedged(self, domain: DomainIdentity) -> None:
         """Xen has broken a page of a domain."""
@@ -105,7 +99,7 @@ def _stored_wedged(store: FactStore) -> frozenset[DomainIdentity]:
         found = msgspec.json.decode(store.get_meta(_WEDGED) or "[]", type=list[DomainIdentity])
     except msgspec.MsgspecError as error:
         log.error("what was stored of domains that Xen has hit cannot be read: %s", error)
-        return frozenset({_EVERY_DOMAIN})
+        return frozenset()
     return frozenset(found)
 
 

@@ -14,7 +14,6 @@ from before this boot, and its address is a machine address still.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final, assert_never
 
 from pgofflined.core.frames import DOMID_FIRST_RESERVED, PAGE_SHIFT, PAGE_SIZE, Maddr, Mfn
@@ -103,18 +102,11 @@ def classify(telemetry: Telemetry, machine: Machine) -> tuple[ErrorReport, ...]:
     return (
         *(_acted(recovery, banks.get(recovery.bank), machine) for recovery in telemetry.recoveries),
         *(
-            _in_doubt(classify_bank(entry, machine), cut_off=telemetry.incomplete)
+            classify_bank(entry, machine)
             for entry in telemetry.banks
             if entry.bank not in recovered
         ),
     )
-
-
-def _in_doubt(report: ErrorReport, *, cut_off: bool) -> ErrorReport:
-    """What Xen did may stand in the part of a record that there was no room for."""
-    if cut_off and isinstance(report, HypervisorActed):
-        return replace(report, may_be_anybodys=True)
-    return report
 
 
 def classify_bank(entry: BankEntry, machine: Machine) -> ErrorReport:
@@ -331,8 +323,6 @@ def _signalled(entry: BankEntry) -> HypervisorActed:
             "is not used"
         ),
         bank=entry,
-        # Where Xen's own words are passed on, it has done nothing without one.
-        may_be_anybodys=not entry.flags,
     )
 
 
@@ -350,7 +340,6 @@ def _acted(recovery: RecoveryEntry, bank: BankEntry | None, machine: Machine) ->
         result=result,
         reason=reason if in_host else f"it names mfn {recovery.mfn:#x}, which the host has not",
         bank=bank,
-        may_be_anybodys=recovery.reply is None,
     )
 
 

@@ -186,7 +186,9 @@ def uncorrected_error(report: ErrorReport, when: float) -> Condition | None:
         case CorrectedPageError():
             return None
         case HypervisorActed(mfn=mfn, domid=domid):
-            return _uncorrected(report.describe(), when, mfn, domid, _ACTED)
+            # What it did counts too: it may have crashed the owner this time.
+            kind = f"{_ACTED}:{report.result.value}"
+            return _uncorrected(report.describe(), when, mfn, domid, kind)
         case UncorrectedPageError(mfn=mfn, domid=domid, kind=kind):
             return _uncorrected(report.describe(), when, mfn, domid, kind.value)
         case OtherError():

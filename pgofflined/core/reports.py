@@ -152,8 +152,7 @@ class HypervisorActed:
 
     ``mfn`` is the frame as Xen's own recovery entry names it; None where there is no such entry,
     as always with /dev/mcelog.  ``broken`` says that Xen is known to have marked it broken.
-    ``bank`` is None where the record holds only the recovery entry.  ``may_be_anybodys`` says that
-    Xen may have broken a page of some domain, and nothing says of which.
+    ``bank`` is None where the record holds only the recovery entry.
     """
 
     mfn: Mfn | None
@@ -162,7 +161,6 @@ class HypervisorActed:
     result: HypervisorResult
     reason: str
     bank: BankEntry | None
-    may_be_anybodys: bool = False
 
     def describe(self) -> str:
         """A sentence for the journal."""

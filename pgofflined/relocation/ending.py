@@ -23,13 +23,16 @@ class Ending:
         self._in_thread = in_thread
         self._tell = tell
 
-    async def has_ended(self, domain: DomainIdentity, *, may_be_away: bool = False) -> bool:
+    async def has_ended(
+        self, domain: DomainIdentity, *, may_be_away: bool = False, crash_only: bool = False
+    ) -> bool:
         """Whether the guest has ended, which is told; not where that cannot be seen.
 
-        ``may_be_away``: that it is not here may have another cause.
+        ``may_be_away`` and ``crash_only`` are those of ``MigrationHost.end_of``.
         """
+        end_of = partial(self._host.end_of, domain, may_be_away=may_be_away, crash_only=crash_only)
         try:
-            how = await self._in_thread(partial(self._host.end_of, domain, may_be_away=may_be_away))
+            how = await self._in_thread(end_of)
         except (PortError, OSError):
             return False
         if how is not None:

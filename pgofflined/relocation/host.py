@@ -210,12 +210,17 @@ class MigrationHost:
             case _:
                 assert_never(aftermath)
 
-    def end_of(self, domain: DomainIdentity, *, may_be_away: bool = False) -> str | None:
+    def end_of(
+        self, domain: DomainIdentity, *, may_be_away: bool = False, crash_only: bool = False
+    ) -> str | None:
         """How a guest has ended that a toolstack has asked to suspend itself for us, if it has.
 
-        ``may_be_away``: that it is not here may have another cause.  Raises PortError.
+        ``may_be_away``: that it is not here may have another cause.  ``crash_only``: it may not
+        have been asked yet, so that any other end is somebody's order.  Raises PortError.
         """
         info, twins = self._find(domain)
+        if crash_only and (info is None or info.shutdown is not ShutdownReason.CRASH):
+            return None
         if info is None or info.dying:
             return None if twins or may_be_away else how_it_ended(domain.domid, None)
         if info.shutdown in (None, ShutdownReason.SUSPEND):

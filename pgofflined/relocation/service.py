@@ -70,8 +70,8 @@ class RelocationService:
     or may own and that must not be read, ``is_poisoned`` there of each page of the job, then
     ``denial`` for why the domain is to be left alone, if it is, and ``objection`` for why it must
     not be asked to suspend itself.
-    ``saved_in_vain`` is told of a guest that a save has asked to suspend itself, and that runs, and
-    ``ended`` of one that has ended when a save or a migration had asked it, and how.
+    ``asked_in_vain`` is told of a guest that a save or a migration has asked to suspend itself, and
+    that runs, and ``ended`` of one that has ended when a save or a migration had asked it, and how.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class RelocationService:
         is_poisoned: Callable[[Mfn], bool],
         denial: Callable[[DomainInfo], str | None],
         objection: MayNotBeAsked,
-        saved_in_vain: Callable[[DomainIdentity], None],
+        asked_in_vain: Callable[[DomainIdentity], None],
         ended: Callable[[DomainIdentity, str], None],
         sleep: Sleep = asyncio.sleep,
         in_thread: InThread = asyncio.to_thread,
@@ -103,7 +103,7 @@ class RelocationService:
         self._clock = clock
         self._finished = finished
         self._denial = denial
-        self._saved_in_vain = saved_in_vain
+        self._asked_in_vain = asked_in_vain
         self._ending = Ending(self._host, in_thread, ended)
         self._sleep = sleep
         self._in_thread = in_thread
@@ -271,7 +271,7 @@ class RelocationService:
                 await self._settle(domain, outcome, self._clock.monotonic() - start)
             case NotMigrated(detail=detail, was_asked=was_asked):
                 if was_asked and not await self._ending.has_ended(domain):
-                    self._saved_in_vain(domain)
+                    self._asked_in_vain(domain)
                 self._retry(domain, detail, stood_still=was_asked)
             case InDoubt(detail=detail):
                 # Not ``stuck``: what is left is told for as long as its note is there.
@@ -305,11 +305,14 @@ class RelocationService:
             await self._settle(domain, Migrated(), seconds)
         elif care.ended:
             if isinstance(outcome, InDoubt) or outcome.was_asked:
-                await self._ending.has_ended(domain)
+                # xl asks at the end of what it calls saving; until then users end their guests.
+                await self._ending.has_ended(domain, crash_only=True)
             await self._settle(domain, outcome, 0.0, otherwise=RelocationReason.DOMAIN_GONE)
         elif care.stuck is not None:
             self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=care.stuck)
         else:
+            if isinstance(outcome, NotMigrated) and outcome.was_asked:
+                self._asked_in_vain(domain)
             self._retry(domain, f"{detail}; d{domain.domid} runs on")
 
     def _retry(self, domain: DomainIdentity, detail: str, *, stood_still: bool = False) -> None:

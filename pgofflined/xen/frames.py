@@ -52,6 +52,9 @@ _CHUNK: Final = 2 << 20
 _PFN_LIMIT: Final = 1 << 40
 # Frames that one call asks about; Xen allocates a word for each, and is not interrupted meanwhile.
 _QUERIES: Final = 1024
+# At most so many frames of a hole in the memory map are leapt over: 1 MiB, so that only an island
+# of memory that is smaller could be missed.
+_LEAP: Final = 256
 # page_offline_op carries frames in 32 bits.
 _MFN_LIMIT: Final = 1 << 32
 
@@ -114,12 +117,23 @@ class Frames:
         """
         found: dict[Mfn, OfflineState] = {}
         start, last = 0, min(self.max_mfn(), _MFN_LIMIT - 1)
+        # The last frame seen that is no memory, how far to leap from one to the next, and up to
+        # where not to, for memory is known to begin somewhere before.
+        hole, leap, careful = -1, 1, 0
         while start <= last:
             words = self._query_words(start, min(last, start + _QUERIES - 1))
-            for mfn, word in enumerate(words, start):
-                if word:
-                    found[Mfn(mfn)] = _decode(decode_query, word, Mfn(mfn))
-            start += max(1, len(words))
+            if not words:
+                hole = start
+                # Not over the last one, which is memory.
+                start = start + 1 if start < careful else min(start + leap, max(last, start + 1))
+                leap = min(2 * leap, _LEAP)
+            elif start >= careful and start > hole + 1 and leap > 1:
+                start, careful, leap = hole + 1, start, 1
+            else:
+                for mfn, word in enumerate(words, start):
+                    if word:
+                        found[Mfn(mfn)] = _decode(decode_query, word, Mfn(mfn))
+                start, leap = start + len(words), 1
         return found
 
     def _query_words(self, first: int, last: int) -> list[int]:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
-from errno import EIO
 from pathlib import Path
 
 import pytest
 
 from pgofflined.core.book import Cause, Phase
 from pgofflined.core.domains import ShutdownReason
-from pgofflined.core.errors import XenError
 from pgofflined.core.events import Event
 from pgofflined.core.frames import DOM0, Domid, Mfn, maddr_of
 from pgofflined.core.policy import DomainPolicy, Policy
@@ -26,7 +24,6 @@ from pgofflined.core.reports import (
 )
 from pgofflined.core.telemetry import BankEntry
 from pgofflined.core.units import AmountOfMemory
-from pgofflined.sim.faults import Fault
 
 from .whole import POLICY, Whole, at_work, retiring
 from .whole_pages import fields, poison, told
@@ -188,34 +185,16 @@ async def test_what_xen_did_to_a_page_that_nobody_owned_spares_nobody(tmp_path: 
         assert (errors.wedged, errors.poisoned) == (frozenset(), frozenset())
 
 
-@pytest.mark.parametrize("can_be_asked", [True, False])
-async def test_what_xen_may_have_done_to_any_domain_spares_all_that_there_are(
-    tmp_path: Path, *, can_be_asked: bool
-) -> None:
-    # As /dev/mcelog has it.  In Xen the page was dom0's.
+async def test_no_page_of_dom0_is_marked_whatever_error_it_has_had(tmp_path: Path) -> None:
+    # Xen has broken another one, and the record of that was lost, or does not say whose it was.
     async with at_work(tmp_path) as whole:
-        host = whole.small.host
-        dom0, other = whole.of_dom0(0), whole.of_dom0(1)
-        host.poison(dom0, known=True)
-        if not can_be_asked:
-            whole.xen.plan.append(Fault(method="conditions", error=XenError(EIO, op="list")))
-        await take(whole, replace(acted(None, None), may_be_anybodys=True))
-        for mfn in (other, whole.plain(0)):
-            whole.telemetry.push_ucna(maddr_of(mfn))
-        await whole.page(other, Phase.LEFT, reason="dom0")
-        entry = await whole.page(whole.plain(0), Phase.WAITING, reason="owner_ending")
-        assert "could hang the host" in entry.detail
-        await whole.corrected(whole.plain(1))
-        await whole.page(whole.plain(1), Phase.WAITING, reason="owner_ending")
-        assert whole.calls("offline", other) == whole.calls("offline", whole.plain(0)) == 0
-        assert whole.suspended() == []
-        # An HVM-class guest's lock is sound, and a guest that starts now was not hit.
-        pvh = host.frame_of(whole.small.pvh, 5)
-        whole.telemetry.push_ucna(maddr_of(pvh))
-        if can_be_asked:
-            assert (await whole.page(pvh, Phase.LEFT, reason="uncorrected")).marked
-            new = host.add_pv()
-            assert not whole.service.retirer.errors.is_wedged(host.domain(new).identity)
+        whole.small.host.poison(whole.of_dom0(0), known=True)
+        whole.telemetry.push_ucna(maddr_of(whole.of_dom0(1)))
+        entry = await whole.page(whole.of_dom0(1), Phase.LEFT, reason="dom0")
+        assert not entry.marked
+        await whole.corrected(whole.of_dom0(2))
+        await whole.page(whole.of_dom0(2), Phase.LEFT, reason="dom0")
+        assert whole.xen.trace.of("offline") == []
 
 
 async def test_a_page_that_is_found_broken_spares_its_owner(tmp_path: Path) -> None:
@@ -247,8 +226,9 @@ async def test_a_page_of_a_crashed_guest_is_marked_when_it_has_gone(tmp_path: Pa
         mfn = whole.plain(1)
         whole.telemetry.push_ucna(maddr_of(mfn))
         entry = await whole.page(mfn, Phase.WAITING, reason="owner_ending")
-        assert "has crashed or is ending" in entry.detail
+        assert "has crashed" in entry.detail
         assert whole.calls("offline", mfn) == 0
+        assert entry.domain == host.domain(whole.small.pv).identity
         await asyncio.to_thread(host.destroy, whole.small.pv)
         await whole.page(mfn, Phase.OFFLINED)
 

@@ -10,6 +10,7 @@ import pytest
 from pgofflined.aftercare import Aftercare, CareTimes
 from pgofflined.core.domains import ShutdownReason
 from pgofflined.core.frames import Domid
+from pgofflined.core.suspending import SuspendSupport
 from pgofflined.exchanging import RECOVERY_TRIES
 from pgofflined.guestcare import GuestCare
 from pgofflined.leftovers import Leftovers
@@ -138,6 +139,20 @@ def test_the_service_watches_guests_that_may_follow_late(bench: Bench) -> None:
     bench.host.suspend(bench.domid, SuspendLimits())
     care.look()
     bench.assert_guest_runs_unharmed()
+
+
+def test_the_service_knows_of_a_guest_that_crashed_when_an_earlier_daemon_had_asked_it(
+    bench: Bench,
+) -> None:
+    killed(bench, "suspend", Moment.AFTER)
+    bench.host.crash(bench.domid, "it cannot suspend itself")
+    left = leftovers(bench)
+    left.recover()
+    work = bench.work()
+    left.hand_over(GuestCare(work, aftercare(bench)))
+    told = work.objection(bench.host.domain(bench.domid), SuspendSupport.ANNOUNCED)
+    assert told is not None
+    assert "has ended before" in told.detail
 
 
 def test_a_signal_to_stop_waits_until_a_guest_is_whole(bench: Bench) -> None:

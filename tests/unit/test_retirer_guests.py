@@ -94,7 +94,7 @@ async def test_a_guest_of_a_failed_save_is_kept_for_whatever_runs_next(tmp_path:
     async with at_work(tmp_path) as whole:
         retirer, host = whole.service.retirer, whole.small.host
         domain = host.domain(whole.small.pv).identity
-        retirer.save_failed(domain)
+        retirer.asked_in_vain(domain)
         # No exchange has kept a record of it.
         assert [left.is_kept for left in retirer.aftercare.left()] == [False]
         await whole.until(lambda: [left.is_kept for left in retirer.aftercare.left()] == [True])

@@ -445,7 +445,7 @@ async def test_a_page_that_cannot_be_exchanged_has_its_guest_saved_after_the_las
 async def test_a_guest_that_follows_the_request_of_a_save_that_failed_is_resumed() -> None:
     async with at_work() as scene:
         domain = scene.small.host.domain(scene.small.pv).identity
-        scene.retirer.save_failed(domain)
+        scene.retirer.asked_in_vain(domain)
         # No exchange may suspend it meanwhile, and be resumed in its middle.
         [refusal] = scene.retirer.exchanging.run(domain, (Mfn(1),)).results
         assert isinstance(refusal, Refusal)

@@ -223,13 +223,15 @@ async def test_a_guest_that_somebody_has_paused_is_in_no_doubt(tmp_path: Path) -
 
 
 async def test_a_guest_in_doubt_is_shown_over_a_restart_until_it_is_settled(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = small_host(clock=SettableClock())
     async with at_work(tmp_path, LOCAL, small=small) as whole:
         await left_in_doubt(whole)
         assert set(codes(whole)) == {"guest_in_doubt", "page_unresolved"}
         [before] = found(whole, ConditionCode.GUEST_IN_DOUBT)
+    # As the next daemon does know of it.
+    assert "no later start knows of it" not in caplog.text
     async with at_work(tmp_path, LOCAL, small=small, times=OFTEN) as whole:
         assert found(whole, ConditionCode.GUEST_IN_DOUBT) == [before]
         small.host.resume(small.pvh)
@@ -270,14 +272,49 @@ async def test_a_reload_takes_the_page_of_a_guest_up_that_was_helped(tmp_path: P
         await whole.page(mfn, Phase.OFFLINED)
 
 
-@pytest.mark.parametrize("how", ["crashed", "vanished"])
-async def test_a_guest_that_ends_when_xl_has_asked_it_is_reported_as_our_doing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str
+@pytest.mark.parametrize("how", ["destroyed", "powered off", "rebooting"])
+async def test_a_guest_that_somebody_ends_while_it_is_migrated_has_not_ended_by_our_doing(
+    tmp_path: Path, how: str
 ) -> None:
+    # xl copies its memory for minutes before it asks it.
     small = small_host(clock=SettableClock())
-    end = small.host.destroy if how == "vanished" else lambda domid: small.host.crash(domid, "")
+
+    def end(domid: Domid) -> None:
+        if how == "destroyed":
+            small.host.destroy(domid)
+        else:
+            reason = ShutdownReason.POWEROFF if how == "powered off" else ShutdownReason.REBOOT
+            small.host.simulated(domid).shutdown = reason
+
     async with at_work(tmp_path, LOCAL, small=small) as whole:
         migrates(whole, replace(FAILED, was_asked=True), end)
+        mfn = page_of(small)
+        await whole.corrected(mfn)
+        if how == "destroyed":
+            await whole.page(mfn, Phase.OFFLINED)
+        else:
+            await whole.until(lambda: bool(found(whole, ConditionCode.PAGE_PUT_OFF)))
+        assert found(whole, ConditionCode.GUEST_ENDED) == []
+
+
+async def test_a_guest_that_follows_the_request_of_a_migration_that_failed_is_let_go(
+    tmp_path: Path,
+) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, LOCAL, small=small, times=OFTEN) as whole:
+        migrates(whole, replace(FAILED, was_asked=True), lambda _domid: None)
+        await whole.corrected(page_of(small))
+        await whole.until(lambda: bool(whole.service.retirer.aftercare))
+        small.host.simulated(small.pvh).shutdown = ShutdownReason.SUSPEND
+        await whole.until(lambda: small.host.domain(small.pvh).shutdown is None)
+
+
+async def test_a_guest_that_crashes_when_xl_has_asked_it_is_reported_as_our_doing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, LOCAL, small=small) as whole:
+        migrates(whole, replace(FAILED, was_asked=True), lambda domid: small.host.crash(domid, ""))
         guest = small.host.domain(small.pvh)
         await whole.corrected(page_of(small))
         await whole.until(lambda: bool(found(whole, ConditionCode.GUEST_ENDED)))

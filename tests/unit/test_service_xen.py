@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from pgofflined.core.book import Cause, PageEntry, Phase
+from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.errors import PortError, XenError
 from pgofflined.core.frames import DOM0, Mfn, maddr_of
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.policy import Marking, Policy, RelocationPolicy
+from pgofflined.core.reports import HypervisorActed, HypervisorResult, Sighting
 from pgofflined.core.xenversion import XenVersion
 from pgofflined.sim.faults import Fault
 from pgofflined.sim.frames import FrameState
@@ -100,6 +102,19 @@ async def test_a_page_that_is_freed_with_its_mark_there_puts_the_heap_in_doubt(
         await whole.corrected(mfn)
         await whole.page(mfn, Phase.OFFLINED)
         assert "heap_in_doubt" not in codes(whole)
+
+
+async def test_a_mark_of_another_release_whose_guest_has_ended_puts_the_heap_in_doubt(
+    tmp_path: Path,
+) -> None:
+    small = old_xen()
+    mfn = small.host.frame_of(small.pv, small.host.pv(small.pv).layout.plain[0])
+    small.host.offline(mfn)
+    left = PageEntry(mfn=mfn, cause=Cause.CORRECTED, phase=Phase.LEFT, since=1.0, marked=True)
+    small.host.destroy(small.pv)
+    async with at_work(tmp_path, small=small, earlier=[left]) as whole:
+        await whole.page(mfn, Phase.OFFLINED)
+        assert "heap_in_doubt" in codes(whole)
 
 
 # Pages that Xen has broken, and the lock that it may have left behind.
@@ -247,14 +262,34 @@ async def test_what_xen_holds_back_is_found_again_when_the_state_is_lost(tmp_pat
 async def test_where_nothing_is_held_back_nothing_was_lost(tmp_path: Path) -> None:
     (tmp_path / "state.db").write_bytes(b"rubbish")
     async with at_work(tmp_path) as whole:
+        await whole.until(lambda: whole.service.retirer.on_hold() is None)
         assert len(whole.xen.trace.of("held_back")) == 1
         assert "state_lost" not in codes(whole)
 
 
-async def test_a_xen_that_cannot_be_asked_what_it_holds_back_is_told(tmp_path: Path) -> None:
+async def test_nothing_is_done_about_pages_before_it_is_known_which_must_not_be_read(
+    tmp_path: Path,
+) -> None:
+    small = small_host(clock=SettableClock())
+    mfn = small.host.frame_of(small.pv, small.host.pv(small.pv).layout.plain[0])
+    async with at_work(tmp_path, small=small) as whole:
+        whole.telemetry.push_ucna(maddr_of(mfn))
+        await whole.page(mfn, Phase.LEFT, reason="uncorrected")
+    small.host.poison(mfn)
     (tmp_path / "state.db").write_bytes(b"rubbish")
-    fault = Fault(method="held_back", error=XenError(EIO, op="query_page_offline"))
-    async with at_work(tmp_path, faults=[fault]) as whole:
+    # Whoever opens it first puts it aside; the next has to know all the same.
+    Store.open(tmp_path / "state.db", "this").close()
+    fault = Fault(method="held_back", times=10**6, error=XenError(EIO, op="query_page_offline"))
+    async with at_work(tmp_path, small=small, faults=[fault]) as whole:
+        await whole.until(lambda: "state_lost" in codes(whole))
+        await whole.corrected(mfn)
+        entry = await whole.page(mfn, Phase.WAITING, reason="on_hold")
+        assert "has to be found out first" in entry.detail
+        assert whole.suspended() == []
+    async with at_work(tmp_path, small=small) as whole:
+        await whole.page(mfn, Phase.LEFT, reason="uncorrected")
+        await whole.corrected(whole.plain(1))
+        await whole.page(whole.plain(1), Phase.OFFLINED)
         assert "state_lost" in codes(whole)
 
 
@@ -267,10 +302,41 @@ def test_the_store_says_what_it_could_not_use(tmp_path: Path) -> None:
     assert again.lost is None
     again.close()
     path.write_bytes(b"rubbish")
-    anew = Store.open(path, "this")
-    assert anew.lost is not None
-    assert str(path) in anew.lost
-    anew.close()
+    for _ in range(2):
+        anew = Store.open(path, "this")
+        assert anew.lost is not None
+        assert str(path) in anew.lost
+        anew.close()
+    found = Store.open(path, "this")
+    found.found_again()
+    assert found.lost is None
+    found.close()
+    last = Store.open(path, "this")
+    assert last.lost is None
+    last.close()
+
+
+async def test_a_second_act_of_xen_on_a_page_is_shown_anew(tmp_path: Path) -> None:
+    async with at_work(tmp_path) as whole:
+        mfn = whole.small.host.frame_of(whole.small.pvh, 5)
+        whole.small.host.break_frame(mfn)
+        whole.telemetry.push_srao(mfn, whole.small.pvh)
+        await whole.page(mfn, Phase.LEFT, reason="broken")
+        whole.service.incidents.acknowledge(ConditionCode.UNCORRECTED_ERROR)
+        again = HypervisorActed(
+            mfn=mfn,
+            domid=whole.small.pvh,
+            broken=True,
+            result=HypervisorResult.REPEATED,
+            reason="Xen crashed its owner",
+            bank=None,
+        )
+        await whole.service.intake.take(Sighting(when=2.0, source="simulated", report=again))
+        [condition] = [
+            one for one in whole.service.snapshot().attention if one.code == "uncorrected_error"
+        ]
+        assert not condition.acknowledged
+        assert "crashed its owner" in condition.text
 
 
 # Marks that are set last.

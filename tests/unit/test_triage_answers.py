@@ -253,12 +253,8 @@ def test_where_the_mark_would_damage_xens_heap_the_operator_is_told_how_to_keep_
     None
 ):
     small = small_host(UNFIXED)
-    dom0 = next(
-        Mfn(m) for m in range(small.host.frames.count) if small.host.frames.owner[m] == DOM0
-    )
     for mfn, whose, domid in (
         (pv_frame(small), f"d{small.pv} has it", small.pv),
-        (dom0, "d0 has it", None),
         (small.host.frame_of(small.pvh, 5), "it is in use or Xen's own", None),
         (free_frame(small.host), "it is free, or Xen's own", None),
     ):

@@ -34,8 +34,8 @@ MFN = Mfn(0x12345)
 SRAO = BankError(status=USABLE | UC | S | EN | 0x17A, bank=7, addr=0x5000, domid=1)
 
 
-def reports(*entries: bytes, flags: int = 0) -> tuple[ErrorReport, ...]:
-    blob = mc_info(global_entry(SRAO), *entries, flags=flags)
+def reports(*entries: bytes) -> tuple[ErrorReport, ...]:
+    blob = mc_info(global_entry(SRAO), *entries)
     return classify(decode_mc_info(blob), INTEL)
 
 
@@ -118,25 +118,3 @@ def test_owner_of_the_bank_entry_serves_where_the_status_names_none() -> None:
         "Xen acted on an uncorrected error in mfn 0x100 of d1 (bank 7, status "
     )
     assert report.describe().endswith("): the page is offline")
-
-
-@pytest.mark.parametrize(
-    ("status", "is_unknown"),
-    [(0x2002, False), (0x23004, False), (0x0108, False), (0x01010101, True)],
-)
-def test_xen_has_told_whose_page_it_broke_unless_its_answer_makes_no_sense(
-    status: int,
-    is_unknown: bool,  # noqa: FBT001
-) -> None:
-    [report] = reports(bank_entry(SRAO), recovery_entry(bank=7, mfn=0x100, status=status))
-    assert isinstance(report, HypervisorActed)
-    assert report.may_be_anybodys is is_unknown
-
-
-@pytest.mark.parametrize("is_cut_off", [True, False])
-def test_xen_has_done_nothing_of_which_a_whole_record_does_not_tell(
-    is_cut_off: bool,  # noqa: FBT001
-) -> None:
-    [report] = reports(bank_entry(SRAO), flags=int(is_cut_off))
-    assert isinstance(report, HypervisorActed)
-    assert report.may_be_anybodys is is_cut_off

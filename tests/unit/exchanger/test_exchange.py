@@ -712,7 +712,7 @@ def test_who_looks_after_guests_keeps_off_one_that_an_exchange_holds(
     mfns = tuple(bench.mark(bench.layout.plain[0]))
 
     def a_save_has_failed() -> None:
-        retirer.save_failed(bench.identity)
+        retirer.asked_in_vain(bench.identity)
         retirer.care.look()
 
     xen = FaultyHypervisor(
@@ -745,7 +745,7 @@ def test_a_guest_of_a_save_that_failed_is_looked_after_when_its_exchange_has_end
     retirer = Retirer(
         xen=FaultyHypervisor(
             bench.host,
-            Fault(method="pause", act=lambda: retirer.save_failed(bench.identity)),
+            Fault(method="pause", act=lambda: retirer.asked_in_vain(bench.identity)),
         ),
         journal=bench.journal,
         clock=bench.host.clock,
@@ -800,7 +800,7 @@ def test_a_failed_save_leaves_the_record_of_a_guest_in_the_middle_of_a_change(
     retirer.exchanging.run(bench.identity, mfns)
     [stage] = tmp_path.glob("*-stage")
     assert stage.read_bytes()[:1] == b"M"
-    retirer.save_failed(bench.identity)
+    retirer.asked_in_vain(bench.identity)
     retirer.care.look()
     assert stage.read_bytes()[:1] == b"M"
     xen.plan.clear()
@@ -816,7 +816,7 @@ def test_a_guest_of_whom_no_record_can_be_kept_is_not_said_to_have_one(
     refusals = ["there is no ramfs"]
     journal = JobStore(tmp_path, refusal=lambda: refusals[-1] if refusals else None)
     retirer = retirer_of(bench, FaultyHypervisor(bench.host), journal)
-    retirer.save_failed(bench.identity)
+    retirer.asked_in_vain(bench.identity)
     for _ in range(3):
         retirer.care.look()
         assert [guest.is_kept for guest in retirer.aftercare.left()] == [False]

@@ -46,7 +46,7 @@ class World:
     links: FakeLinks
     denied: dict[int, str]
     outcomes: list[RelocationOutcome] = field(default_factory=list)
-    saved_in_vain: list[DomainIdentity] = field(default_factory=list)
+    asked_in_vain: list[DomainIdentity] = field(default_factory=list)
     ended: list[tuple[DomainIdentity, str]] = field(default_factory=list)
     denied_asked: Callable[[], None] = lambda: None
 
@@ -70,7 +70,7 @@ async def running(
     time, host, relocator, links = VirtualTime(), FakeHost(), FakeRelocator(), FakeLinks()
     outcomes: list[RelocationOutcome] = []
     denied: dict[int, str] = {}
-    saved_in_vain: list[DomainIdentity] = []
+    asked_in_vain: list[DomainIdentity] = []
     ended: list[tuple[DomainIdentity, str]] = []
 
     def denial(info: DomainInfo) -> str | None:
@@ -89,7 +89,7 @@ async def running(
         is_poisoned=lambda mfn: mfn in host.poisoned,
         denial=denial,
         objection=unless_announced,
-        saved_in_vain=saved_in_vain.append,
+        asked_in_vain=asked_in_vain.append,
         ended=lambda domain, how: ended.append((domain, how)),
         sleep=time.sleep,
         in_thread=inline,
@@ -98,7 +98,7 @@ async def running(
     )
     task = asyncio.create_task(service.run())
     world = World(
-        service, task, time, host, relocator, links, denied, outcomes, saved_in_vain, ended
+        service, task, time, host, relocator, links, denied, outcomes, asked_in_vain, ended
     )
     try:
         await quiet()

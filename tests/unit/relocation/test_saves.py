@@ -56,7 +56,7 @@ async def test_a_guest_that_a_save_has_asked_to_suspend_itself_in_vain_is_looked
         identity = by_saving(world, 7, 0x10)
         await quiet()
         await world.relocator.calls[0].end(failed)
-        assert world.saved_in_vain == [identity]
+        assert world.asked_in_vain == [identity]
         assert world.state() == [(7, "waiting")]
 
 
@@ -74,7 +74,7 @@ async def test_a_guest_whose_save_was_not_begun_is_tried_again_and_not_looked_af
         world.host.change(7, shutdown=None)
         await world.time.advance(3600)
         assert len(world.relocator.calls) == 2
-        assert world.saved_in_vain == []
+        assert world.asked_in_vain == []
 
 
 async def test_a_guest_that_is_down_for_long_raises_an_alarm_again_and_again(

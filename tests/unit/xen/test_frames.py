@@ -247,6 +247,19 @@ def test_all_frames_are_found_that_xen_holds_back() -> None:
     assert {mfn: int(state.value) for mfn, state in found.items()} == words
 
 
+def test_a_large_hole_costs_few_calls_and_hides_nothing_behind_it() -> None:
+    asked = 0
+    answer = memory({0: 1 << 3, 9_001: 1 << 3, 9_300: 1 << 3}, count=9_301, holes=range(1, 9_001))
+
+    def counted(number: int, arguments: tuple[int, ...]) -> int:
+        nonlocal asked
+        asked += 1
+        return answer(number, arguments)
+
+    assert set(frames_over(counted).held_back()) == {0, 9_001, 9_300}
+    assert asked < 600
+
+
 def test_a_host_that_holds_nothing_back_says_so() -> None:
     assert frames_over(memory({}, count=3000, holes=range(0))).held_back() == {}
 
