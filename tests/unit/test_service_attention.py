@@ -290,10 +290,11 @@ async def test_a_guest_that_somebody_ends_while_it_is_migrated_has_not_ended_by_
         migrates(whole, replace(FAILED, was_asked=True), end)
         mfn = page_of(small)
         await whole.corrected(mfn)
-        if how == "destroyed":
-            await whole.page(mfn, Phase.OFFLINED)
-        else:
-            await whole.until(lambda: bool(found(whole, ConditionCode.PAGE_PUT_OFF)))
+        if how != "destroyed":
+            jobs = whole.service.relocation.snapshot
+            await whole.until(lambda: any("has left" in job.detail for job in jobs()))
+            await asyncio.to_thread(small.host.destroy, small.pvh)
+        await whole.page(mfn, Phase.OFFLINED)
         assert found(whole, ConditionCode.GUEST_ENDED) == []
 
 
