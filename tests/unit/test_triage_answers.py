@@ -372,3 +372,58 @@ def test_the_mark_of_a_denied_page_that_has_gone_out_of_use_meanwhile_is_left() 
 
     triage(mfn, small.host, replace(OPEN, denial=ends))
     assert small.host.query(mfn) is OfflineState.OFFLINED
+
+
+@pytest.mark.parametrize("who", ["dom0", "pv", "pvh"])
+def test_whose_a_broken_page_is_is_told_where_xen_tells_it(who: str) -> None:
+    small = small_host()
+    host = small.host
+    mfn, owner = {
+        "dom0": (next(Mfn(m) for m in range(host.frames.count) if host.frames.owner[m] == 0), DOM0),
+        "pv": (pv_frame(small), small.pv),
+        "pvh": (host.frame_of(small.pvh, 5), None),
+    }[who]
+    host.poison(mfn, known=True)
+    disposition = triage(mfn, host, OPEN)
+    assert isinstance(disposition, Left)
+    found = disposition.domain
+    assert (None if found is None else (found.domid, found.name)) == (
+        None if owner is None else (owner, host.domain(owner).name)
+    )
+    told = {"dom0": "it is dom0's", "pv": "leave it as it is", "pvh": "restart that guest"}[who]
+    assert disposition.detail.startswith("Xen holds it for broken while somebody owns it; ")
+    assert told in disposition.detail
+
+
+@pytest.mark.parametrize("why", ["wedged", "crashed", "dying", "nothing"])
+def test_a_page_that_xen_has_lent_a_guest_is_marked_unless_that_may_hang_the_host(why: str) -> None:
+    small = small_host()
+    mfn = Mfn(small.host.simulated(small.pv).shared_info)
+    rules = replace(OPEN, wedged=lambda domain: why == "wedged" and domain.domid == small.pv)
+    if why == "crashed":
+        small.host.crash(small.pv, "by a test")
+    small.host.simulated(small.pv).dying = why == "dying"
+    for poisoned in (True, False):
+        disposition, methods = (
+            _poisoned(small, mfn, rules) if poisoned else traced_triage(small, mfn, rules)
+        )
+        if why == "nothing":
+            assert "offline" in methods
+            continue
+        assert isinstance(disposition, Later)
+        assert "offline" not in methods
+        assert disposition.domain is not None
+        assert disposition.domain.domid == small.pv
+        words = {"wedged": "could hang the host", "crashed": "has crashed", "dying": "taken apart"}
+        assert words[why] in disposition.detail
+        is_dying = disposition.reason is LaterReason.OWNER_DYING
+        assert is_dying is (why == "dying")
+
+
+def test_the_mark_of_a_page_whose_owner_cannot_be_named_is_booked() -> None:
+    small = small_host()
+    mfn = small.host.frame_of(small.pvh, 5)
+    fault = Fault(method="domain", times=10, error=XenError(EPERM, op="name"))
+    disposition = triage(mfn, FaultyHypervisor(small.host, fault), OPEN)
+    assert _described(disposition) == (LaterReason.OWNER_UNNAMED, True)
+    assert small.host.query(mfn) is OfflineState.OFFLINE_PENDING
