@@ -226,8 +226,8 @@ def detail(verdict: PreMigration) -> str:
         (
             {"domain": replace(GUEST, shutdown=ShutdownReason.SUSPEND)},
             (
-                "d7 is suspended: somebody saves or migrates it, or a migration has left it so and it "
-                "may run elsewhere; it is tried again when it runs"
+                "d7 is suspended: somebody saves or migrates it, or a migration has left it so and "
+                "it may run elsewhere; it is tried again when it runs"
             ),
         ),
         ({"domain": replace(GUEST, shutdown=ShutdownReason.CRASH)}, "d7 is shut down (crash)"),
