@@ -39,8 +39,8 @@ class Recovered(StrEnum):
 def crashed_when_asked(domid: Domid) -> str:
     """What is said of a guest that has crashed some time after we asked it to suspend itself."""
     return (
-        f"d{domid} has crashed since pgofflined asked it to suspend itself for an exchange; start "
-        "it again"
+        f"d{domid} has crashed since pgofflined asked it to suspend itself, or had it asked, which "
+        "is a likely cause; start it again"
     )
 
 

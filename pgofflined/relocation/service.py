@@ -311,7 +311,8 @@ class RelocationService:
         elif care.stuck is not None:
             self._give_up(domain, RelocationReason.GUEST_STUCK, detail, stuck=care.stuck)
         else:
-            if isinstance(outcome, NotMigrated) and outcome.was_asked:
+            # One that may run there has followed the request, and is not to be let go for us again.
+            if isinstance(outcome, NotMigrated) and outcome.was_asked and not in_doubt:
                 self._asked_in_vain(domain)
             self._retry(domain, f"{detail}; d{domain.domid} runs on")
 

@@ -310,6 +310,18 @@ async def test_a_guest_that_follows_the_request_of_a_migration_that_failed_is_le
         await whole.until(lambda: small.host.domain(small.pvh).shutdown is None)
 
 
+async def test_a_guest_that_may_run_elsewhere_is_not_let_go_when_it_suspends_later(
+    tmp_path: Path,
+) -> None:
+    small = small_host(clock=SettableClock())
+    async with at_work(tmp_path, LOCAL, small=small, times=OFTEN) as whole:
+        failed = replace(FAILED, was_asked=True, may_run_there=True)
+        migrates(whole, failed, lambda _domid: None)
+        await whole.corrected(page_of(small))
+        await whole.until(lambda: bool(codes(whole)))
+        assert not whole.service.retirer.aftercare
+
+
 async def test_a_guest_that_crashes_when_xl_has_asked_it_is_reported_as_our_doing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
