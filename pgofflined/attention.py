@@ -251,6 +251,9 @@ def _pages(snapshot: Snapshot) -> Iterator[Condition]:
             yield _unresolved(entry, entry.reason, entry.detail or entry.reason)
         elif entry.phase is Phase.WAITING:
             yield _waits(entry, entry.detail or entry.reason)
+        elif entry.phase is Phase.EXCHANGE and entry.reason:
+            # It has been refused before: well it is only when it has gone.
+            yield _waits(entry, entry.detail or entry.reason, "is tried again after it was refused")
         elif entry.phase is Phase.RELOCATION and domid in put_off:
             why = put_off[domid]
             if why.needs_person and entry.cause is not Cause.UNCORRECTED:
@@ -265,8 +268,8 @@ def _unresolved(entry: PageEntry, reason: str, why: str) -> Condition:
     return _of_page(entry, ConditionCode.PAGE_UNRESOLVED, text, reason)
 
 
-def _waits(entry: PageEntry, why: str) -> Condition:
-    text = f"mfn {entry.mfn:#x} waits for a later try: {why}"
+def _waits(entry: PageEntry, why: str, what: str = "waits for a later try") -> Condition:
+    text = f"mfn {entry.mfn:#x} {what}: {why}"
     return _of_page(entry, ConditionCode.PAGE_PUT_OFF, text)
 
 

@@ -70,12 +70,11 @@ class Service:
     def __init__(self, world: World, policy: Policy, warnings: tuple[str, ...] = ()) -> None:
         self._world = world
         self.policy = policy
-        self._started = world.clock.now()
+        self._started = world.clock.monotonic()
         self.metrics_port = 0
         self.ready = asyncio.Event()
-        self._reload = ReloadStatus(
-            successful=True, when=self._started, last_success=self._started, warnings=warnings
-        )
+        now = world.clock.now()
+        self._reload = ReloadStatus(successful=True, when=now, last_success=now, warnings=warnings)
         self._source = SourceStatus(name=None, note="no source has been tried yet")
         self._xen_version = world.xen.version()
         self.counters = IntakeCounters()
@@ -263,9 +262,10 @@ class Service:
     def snapshot(self) -> Snapshot:
         """The daemon at this moment."""
         book = self.retirer.ledger.book
+        clock = self._world.clock
         snapshot = Snapshot(
             version=__version__,
-            started=self._started,
+            started=clock.now() - (clock.monotonic() - self._started),
             xen_version=str(self._xen_version),
             dry_run=self.policy.retire.dry_run,
             source=replace(self._source, last_record=self.counters.last_record),

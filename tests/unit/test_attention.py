@@ -187,7 +187,7 @@ def test_an_operators_page_is_unresolved_like_any_other() -> None:
     [
         replace(LEFT_PAGE, cause=Cause.UNCORRECTED),  # an incident, until it is out of use
         replace(LEFT_PAGE, reason="damaged"),  # exchanged, and so not in use any more
-        replace(LEFT_PAGE, phase=Phase.EXCHANGE),
+        replace(LEFT_PAGE, phase=Phase.EXCHANGE, reason=""),  # its first try
         replace(LEFT_PAGE, phase=Phase.TRIAGE),
         OFFLINED_PAGE,
     ],

@@ -210,6 +210,16 @@ async def test_a_step_of_the_date_makes_no_page_due_at_once(tmp_path: Path, step
         assert 30 < shown.next_try - whole.clock.now() <= 60
 
 
+@pytest.mark.parametrize("step", [-DAY, DAY])
+async def test_how_long_the_daemon_is_up_does_not_change_with_the_date(
+    tmp_path: Path, step: float
+) -> None:
+    async with at_work(tmp_path) as whole:
+        whole.clock.offset = step
+        up = whole.clock.now() - whole.service.snapshot().started
+        assert 0 <= up < DAY / 2
+
+
 async def test_errors_count_together_over_a_step_of_the_date(tmp_path: Path) -> None:
     async with at_work(tmp_path) as whole:
         mfn = whole.plain()

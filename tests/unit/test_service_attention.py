@@ -144,6 +144,27 @@ async def test_a_migration_that_has_failed_and_is_tried_again_is_for_information
         assert "xl failed with status 1" in found(whole, ConditionCode.PAGE_PUT_OFF)[0].text
 
 
+async def test_all_is_not_well_while_a_page_that_waited_is_tried_once_more(
+    tmp_path: Path,
+) -> None:
+    async with at_work(tmp_path, exchanging(attempts=100)) as whole:
+        mfn = whole.granted()
+        await whole.corrected(mfn)
+        await whole.page(mfn, Phase.WAITING, reason="granted")
+        ledger = whole.service.retirer.ledger
+        shown: dict[Phase, set[str]] = {}
+        heard = ledger.changed
+
+        def look(entry: PageEntry) -> None:
+            heard(entry)
+            shown.setdefault(entry.phase, set()).update(codes(whole) or ("none",))
+
+        ledger.changed = look
+        await whole.until(lambda: ledger.book[mfn].attempts >= 3)
+        assert shown.keys() >= {Phase.EXCHANGE, Phase.WAITING}
+        assert set().union(*shown.values()) == {"page_put_off"}, shown
+
+
 async def test_a_migration_that_waits_for_a_person_needs_one(tmp_path: Path) -> None:
     policy = migrating(retry_first=0.05, retry_last=0.05)
     async with at_work(tmp_path, policy) as whole:
