@@ -66,7 +66,12 @@ GROUPS: Final = (
         ),
         tests=_unit(
             *("core/test_conditions.py", "core/test_incidents.py", "core/test_suspending.py"),
-            *("exchanger/test_marks.py", "test_attention.py", "test_promises.py"),
+            *(
+                "exchanger/test_marks.py",
+                "test_attention.py",
+                "test_indoubt.py",
+                "test_promises.py",
+            ),
             *("test_service_attention.py", "test_service_people.py", "test_service_questions.py"),
             "test_word_of_ends.py",
         ),
@@ -95,7 +100,8 @@ GROUPS: Final = (
         # What an earlier process has left is ended here as well.
         tests=_unit(
             *("exchanger", "test_leftovers.py", "test_retirer.py", "test_service_pages.py"),
-            *("test_next_daemon.py", "test_service_suspend.py", "test_stop.py"),
+            *("test_next_daemon.py", "test_recoverylog.py", "test_service_suspend.py"),
+            "test_stop.py",
         ),
     ),
     Group(
