@@ -99,9 +99,9 @@ GROUPS: Final = (
         modules=_beside("exchanging", "recoverylog"),
         # What an earlier process has left is ended here as well.
         tests=_unit(
-            *("exchanger", "test_leftovers.py", "test_retirer.py", "test_service_pages.py"),
-            *("test_next_daemon.py", "test_recoverylog.py", "test_service_suspend.py"),
-            "test_stop.py",
+            *("exchanger", "test_exchanging.py", "test_leftovers.py", "test_next_daemon.py"),
+            *("test_recoverylog.py", "test_retirer.py", "test_service_pages.py"),
+            *("test_service_suspend.py", "test_stop.py"),
         ),
     ),
     Group(
