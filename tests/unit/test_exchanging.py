@@ -310,13 +310,17 @@ def cut_off(bench: Bench, method: str = "exchange", moment: Moment = Moment.AFTE
         run(bench, mfns, dying)
 
 
+def is_tried_again(work: Exchanging) -> tuple[bool, bool]:
+    """Whether there is anything to try again, and whether a stop waits for it."""
+    return work.has_rest, work.holds_up_a_stop
+
+
 def test_a_job_that_cannot_be_ended_is_tried_again_in_its_time(bench: Bench) -> None:
     cut_off(bench)
     xen = FaultyHypervisor(bench.host, Fault(method="condition"))
     work = working(bench, xen)
     assert work.recover() == ()
-    assert work.has_rest
-    assert work.holds_up_a_stop
+    assert is_tried_again(work) == (True, True)
     [(domain, detail)] = work.left()
     assert domain == bench.identity
     assert f"d{bench.domid} may stand still because of us: condition (injected)" in detail
@@ -329,8 +333,7 @@ def test_a_job_that_cannot_be_ended_is_tried_again_in_its_time(bench: Bench) -> 
     bench.host.clock.wait(0.1)
     [report] = work.recover_rest()
     assert report.outcome is Recovered.FINISHED
-    assert not work.has_rest
-    assert not work.holds_up_a_stop
+    assert is_tried_again(work) == (False, False)
     assert not work.is_under_way(bench.identity)
     assert work.left() == []
     bench.assert_guest_runs_unharmed()
