@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -464,38 +463,6 @@ def test_asking_the_daemon_loads_nothing_heavy() -> None:
 def test_durations_have_two_units(seconds: float, shown: str) -> None:
     page = replace(OFFLINED_PAGE, since=NOW - seconds)
     assert f"-       {shown}" in text(replace(SNAPSHOT, pages=(page,)))
-
-
-# What people read that tells them to run something.
-READ = [
-    *ROOT.glob("*.md"),
-    *ROOT.glob("docs/**/*.md"),
-    *(path for name in ("config", "prometheus", "systemd") for path in (ROOT / name).iterdir()),
-    *ROOT.glob("pgofflined/**/*.py"),
-]
-# Messages of the daemon that are quoted, and look like a command.
-MESSAGES = {"ends", "cannot"}
-
-
-def named_commands() -> set[tuple[str, str]]:
-    """Commands that some text names, and what follows."""
-    pattern = re.compile(r"`pgofflined ([a-z-]+)([^`]*)`")
-    found = {match for path in READ for match in pattern.findall(path.read_text())}
-    return {(command, rest) for command, rest in found if command not in MESSAGES}
-
-
-def test_every_command_that_a_text_names_is_there_with_its_options(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    named = named_commands()
-    assert {"status", "offline", "acknowledge", "recover"} <= {command for command, _ in named}
-    for command, rest in sorted(named):
-        with pytest.raises(SystemExit) as ended:
-            main([command, "--help"])
-        assert ended.value.code == 0, command
-        said = capsys.readouterr().out
-        for option in re.findall(r"--[a-z-]+", rest):
-            assert option in said, (command, option)
 
 
 def test_monitors_are_not_released_where_xen_cannot_be_asked(
