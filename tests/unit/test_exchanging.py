@@ -492,6 +492,44 @@ def test_what_cannot_be_noted_is_told_and_given_all_the_same(
     assert record.exc_info
 
 
+def test_what_was_put_right_while_somebody_saved_the_guest_is_not_looked_at_again(
+    bench: Bench,
+) -> None:
+    cut_off(bench)
+    guest = bench.host.simulated(bench.domid)
+    guest.somebody = "process 5 (xl save)"
+    xen = FaultyHypervisor(bench.host)
+    work = working(bench, xen)
+    assert work.recover() == ()
+    assert "update_ptes" in xen.trace.methods
+    # It has let the guest run: now nothing may be changed any more, and nothing is missing.
+    bench.host.unpause(bench.domid)
+    bench.host.resume(bench.domid)
+    guest.cpu_time += 1
+    guest.somebody = None
+    calls = len(xen.trace.of("update_ptes"))
+    bench.host.clock.wait(RECOVERY_SECONDS)
+    [report] = work.recover_rest()
+    assert report.outcome is Recovered.NOTHING_TO_DO
+    assert len(xen.trace.of("update_ptes")) == calls
+
+
+def test_a_mark_that_a_job_could_not_take_back_is_told_with_what_to_do(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with hosts_of(UNFIXED):
+        bench = Bench.build()
+    mfn = bench.host.frame_of(bench.domid, bench.layout.plain[0])
+    bench.host.offline(mfn)
+    failing = FaultyHypervisor(bench.host, Fault(method="online", times=FOR_EVER))
+    assert not is_moved(
+        working(bench, failing, denial=lambda _: DENIED).run(bench.identity, (mfn,))
+    )
+    [record] = [one for one in caplog.records if one.levelno == logging.CRITICAL]
+    assert record.getMessage().startswith(f"the mark of mfn {mfn:#x} could not be taken back (")
+    assert record.getMessage().endswith(f"`xen-hptool mem-online {mfn:x}`")
+
+
 # Faults of our own in ending a job.
 
 

@@ -131,6 +131,9 @@ def test_while_xen_cannot_be_asked_guests_stay_in_doubt_and_it_is_said_once(
     assert said == [1, 1, 1, 2]
     [first, second] = caplog.records
     assert first.levelno == second.levelno == logging.WARNING
+    assert first.getMessage().startswith(
+        "what became of guests that were migrated cannot be seen: "
+    )
     assert "conditions (injected)" in first.getMessage()
 
 

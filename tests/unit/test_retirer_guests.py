@@ -15,6 +15,7 @@ from pgofflined.core.frames import Domid
 from pgofflined.core.offline import OfflineState
 from pgofflined.core.outcomes import ExchangeReport, Standing
 from pgofflined.core.relocation_outcomes import Relocated
+from pgofflined.core.suspending import SuspendSupport
 
 from .whole import at_work, retiring
 from .whole_pages import fields, told
@@ -116,6 +117,19 @@ async def test_what_came_of_each_guest_that_was_moved_here_is_remembered(tmp_pat
             DomainIdentity(Domid(8), domain.uuid),
             DomainIdentity(Domid(9), domain.uuid),
         }
+
+
+async def test_a_guest_that_xl_has_asked_for_us_and_that_ended_is_told_and_not_asked_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path) as whole:
+        retirer = whole.service.retirer
+        info = whole.small.host.domain(whole.small.pvh)
+        retirer.guest_ended(info.identity, "d2 crashed")
+        [record] = told(caplog, Event.GUEST_ENDED)
+        assert (record.levelno, record.getMessage()) == (logging.CRITICAL, "d2 crashed")
+        assert fields(record)["DOMID"] == str(info.domid)
+        assert retirer.exchanging.objection(info, SuspendSupport.ANNOUNCED) is not None
 
 
 async def test_how_a_guest_ended_after_our_request_is_told_as_critical(
