@@ -178,6 +178,21 @@ async def test_what_xen_did_itself_is_told_as_critical_and_spares_its_domain(
         await whole.page(whole.plain(1), Phase.WAITING, reason="owner_ending")
 
 
+async def test_all_that_xen_did_is_told_however_much_it_is_and_the_same_only_at_times(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with at_work(tmp_path) as whole:
+        seen = acted(None, None)
+        for number in range(30):
+            await take(whole, replace(seen, bank=replace(BANK, addr=number << 12)))
+            await take(whole, replace(seen, bank=None, domid=Domid(1000 + number)))
+        assert len(told(caplog, Event.HYPERVISOR_ACTED)) == 60
+        caplog.clear()
+        for _ in range(30):
+            await take(whole, replace(seen, bank=None, domid=Domid(1000)))
+        assert 0 < len(told(caplog, Event.HYPERVISOR_ACTED)) < 30
+
+
 async def test_what_xen_did_to_a_page_that_nobody_owned_spares_nobody(tmp_path: Path) -> None:
     async with at_work(tmp_path) as whole:
         await take(whole, acted(None, None))

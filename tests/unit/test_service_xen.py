@@ -248,6 +248,7 @@ async def test_what_xen_holds_back_is_found_again_when_the_state_is_lost(tmp_pat
         assert entry.marked
         book = whole.service.retirer.ledger.book
         assert book[gone].phase is Phase.OFFLINED
+        assert book[gone].detail == "it was out of use when the stored state was lost"
         assert book.counted() == 1
         assert "state_lost" in codes(whole)
         # Its guest is not migrated for another page: that would read it.
