@@ -102,11 +102,11 @@ def _parse(untrusted_request: bytes) -> dict[str, Any]:
         raise _BadRequest("400 Bad Request") from None
     if not version.startswith("HTTP/1."):
         raise _BadRequest("505 HTTP Version Not Supported")
-    path, _, query = target.partition("?")
+    # A query would choose series that the collector names beforehand, and ours names none.
+    path = target.partition("?")[0]
     return {
         "REQUEST_METHOD": method,
         "PATH_INFO": path,
-        "QUERY_STRING": query,
         "HTTP_ACCEPT": headers.get("Accept", ""),
         "HTTP_ACCEPT_ENCODING": headers.get("Accept-Encoding", ""),
     }

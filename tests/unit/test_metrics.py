@@ -22,7 +22,8 @@ from pgofflined.core.policy import TcpAddress, UnixAddress
 from pgofflined.core.relocation_outcomes import Migrated, Relocated
 from pgofflined.core.reports import REPORT_CLASSES, ErrorReport
 from pgofflined.core.status import ReloadStatus, Snapshot, SourceStatus
-from pgofflined.metrics import Metrics, MetricsServer
+from pgofflined.metrics import Metrics, MetricsServer, http
+from pgofflined.serving import CannotListen
 from tests.unit.rim_samples import NOW, SNAPSHOT, WEB
 
 LOOPBACK = TcpAddress(host="127.0.0.1", port=0)
@@ -156,6 +157,66 @@ def test_relocations_and_migrations_are_counted() -> None:
     assert value(found, "jobs_total", kind="relocation", outcome="done") == 1
 
 
+def test_what_is_done_again_counts_again() -> None:
+    metrics = metrics_of()
+    assert value(read(metrics), "guests_ended_total") == 0
+    exchanged = Exchanged(old=Mfn(1), new=Mfn(2), pfn=Pfn(3), references=1, offlined=True)
+    report = ExchangeReport(
+        domain=WEB,
+        results=(exchanged, exchanged),
+        blackout=Blackout(whole=0.3, ours=0.05),
+        stuck="it does not resume",
+        ended="d7 crashed",
+    )
+    relocated = Relocated(domain=WEB, mfns=frozenset(), new_domid=None, attempts=1, seconds=1.0)
+    for _ in range(2):
+        metrics.observe_exchange(report)
+        metrics.observe_relocation(relocated)
+        metrics.observe_migration(Migrated())
+        metrics.observe_end()
+    found = read(metrics)
+    assert value(found, "exchange_pages_total", outcome="exchanged") == 4
+    assert value(found, "guests_stuck_total") == 2
+    assert value(found, "guests_ended_total") == 4
+    done = [found[key] for key in found if key[0] == "pgofflined_jobs_total" and found[key]]
+    assert done == [2, 2]
+    assert value(found, "migrations_total", outcome="migrated") == 2
+    assert value(found, "guest_blackout_seconds_count") == 2
+    assert value(found, "guest_blackout_seconds_sum") == pytest.approx(0.6)
+    assert value(found, "guest_blackout_own_seconds_sum") == pytest.approx(0.1)
+    # An exchange after which its guest runs is neither.
+    metrics.observe_exchange(ExchangeReport(domain=WEB, results=(), blackout=None))
+    found = read(metrics)
+    assert value(found, "guests_stuck_total") == 2
+    assert value(found, "guests_ended_total") == 4
+
+
+def test_a_page_that_waits_since_later_than_now_has_not_waited() -> None:
+    found = read(metrics_of(replace(SNAPSHOT, oldest_unfinished=NOW + 5)))
+    assert value(found, "pages_pending_oldest_seconds") == 0
+
+
+def test_the_names_are_an_interface() -> None:
+    names = {name for name, _ in read(metrics_of()) if name.startswith("pgofflined_")}
+    assert names == {
+        f"pgofflined_{name}"
+        for name in (
+            *("attention", "build_info", "config_last_reload_successful"),
+            *("config_last_reload_success_timestamp_seconds", "errors_total"),
+            *("evicted_pages_total", "exchange_pages_total"),
+            *("guest_blackout_seconds_bucket", "guest_blackout_seconds_count"),
+            *("guest_blackout_seconds_sum", "guest_blackout_own_seconds_bucket"),
+            *("guest_blackout_own_seconds_count", "guest_blackout_own_seconds_sum"),
+            *("guests_ended_total", "guests_stuck_total", "idle_scrub_pages", "jobs_total"),
+            *("last_record_timestamp_seconds", "migrations_total", "pages"),
+            *("pages_pending_oldest_seconds", "policy_info", "queue_limit_pages", "queue_pages"),
+            *("records_lost_total", "retire_budget_bytes", "retired_bytes", "source_info"),
+            *("source_up", "tracked_pages", "worker_busy_longest_seconds", "workers"),
+            "workers_busy",
+        )
+    }
+
+
 def test_names_follow_the_rules_and_labels_are_bounded() -> None:
     metrics = metrics_of()
     text = generate_latest(metrics.registry).decode()
@@ -265,6 +326,7 @@ async def test_a_unix_socket_serves_as_well(tmp_path: Path) -> None:
         (b"POST /metrics HTTP/1.1\r\n\r\n", "405 Method Not Allowed"),
         (b"GET /metrics HTTP/2.0\r\n\r\n", "505 HTTP Version Not Supported"),
         (b"GET /metrics\r\n\r\n", "400 Bad Request"),
+        (b"GET  /metrics HTTP/1.1\r\n\r\n", "400 Bad Request"),
         (b"G\xc3\x89T /metrics HTTP/1.1\r\n\r\n", "400 Bad Request"),
         (b"\r\n\r\n", "400 Bad Request"),
         (b"GET /metrics HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", "400 Bad Request"),
@@ -274,6 +336,41 @@ async def test_a_unix_socket_serves_as_well(tmp_path: Path) -> None:
 async def test_what_is_no_scrape_gets_its_status(request_head: bytes, status: str) -> None:
     async with served() as server:
         assert (await ask(server, request_head))[0] == f"HTTP/1.1 {status}"
+
+
+@pytest.mark.parametrize(
+    ("request_head", "text"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "the metrics are at /metrics\n"),
+        (b"POST /metrics HTTP/1.1\r\n\r\n", "405 Method Not Allowed\n"),
+    ],
+)
+async def test_who_looks_elsewhere_is_told_in_words(request_head: bytes, text: str) -> None:
+    async with served() as server:
+        _, headers, body = await ask(server, request_head)
+    assert headers["Content-Type"] == "text/plain; charset=utf-8"
+    assert body.decode() == text
+
+
+async def test_who_asks_for_some_series_gets_all() -> None:
+    async with served() as server:
+        request = b"GET /metrics?name[]=pgofflined_retired_bytes HTTP/1.1\r\n\r\n"
+        _, _, body = await ask(server, request)
+    assert value(samples(body.decode()), "retired_bytes") == 12288
+    assert value(samples(body.decode()), "source_up") == 1
+
+
+async def test_who_asks_for_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_REQUEST_TIMEOUT", 0.05)
+    async with served() as server, asyncio.timeout(10):
+        assert (await ask(server, b"GET /met"))[0] == "HTTP/1.1 408 Request Timeout"
+
+
+async def test_an_address_that_is_taken_is_told_with_its_key() -> None:
+    async with served() as server:
+        taken = TcpAddress(host="127.0.0.1", port=server.port)
+        with pytest.raises(CannotListen, match=r"\(metrics\.listen\)"):
+            MetricsServer.open(taken, metrics_of())
 
 
 async def test_who_hangs_up_does_no_harm() -> None:
