@@ -186,7 +186,8 @@ async def test_all_that_xen_did_is_told_however_much_it_is_and_the_same_only_at_
         for number in range(30):
             await take(whole, replace(seen, bank=replace(BANK, addr=number << 12)))
             await take(whole, replace(seen, bank=None, domid=Domid(1000 + number)))
-        assert len(told(caplog, Event.HYPERVISOR_ACTED)) == 60
+            await take(whole, replace(seen, domid=Domid(1000 + number)))
+        assert len(told(caplog, Event.HYPERVISOR_ACTED)) == 90
         caplog.clear()
         for _ in range(30):
             await take(whole, replace(seen, bank=None, domid=Domid(1000)))

@@ -372,6 +372,24 @@ async def test_as_long_as_there_are_tries_left_a_page_is_marked_after_it_is_scru
         assert whole.service.snapshot().idle_scrub == 0
 
 
+async def test_a_page_that_stays_is_marked_at_the_last_try_and_not_before(tmp_path: Path) -> None:
+    policy = exchanging(LATER, attempts=3, retry_first=0.05, retry_last=0.05, scrub_wait=0.05)
+    async with at_work(tmp_path, policy) as whole:
+        ledger, seen = whole.service.retirer.ledger, []
+        heard = ledger.changed
+
+        def look(entry: PageEntry) -> None:
+            heard(entry)
+            seen.append(entry)
+
+        ledger.changed = look
+        mfn = whole.granted()
+        await whole.corrected(mfn)
+        assert (await whole.page(mfn, Phase.LEFT, reason="granted")).marked
+    waits = {(one.attempts, one.marked) for one in seen if one.phase is Phase.WAITING}
+    assert waits == {(1, False), (2, False)}
+
+
 # A Xen, or a xenstored, that does not answer.
 
 
