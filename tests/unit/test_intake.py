@@ -368,6 +368,7 @@ async def test_what_is_kept_is_told_also_when_it_is_decided_upon_again(
             mfn = whole.plain()
             await whole.corrected(mfn)
             off = retiring(enabled=False).retire
+            caplog.clear()
             whole.service.apply(replace(whole.service.policy, retire=off))
             assert any(text.startswith(f"mfn {mfn:#x} is kept") for text in caplog.messages)
 

@@ -106,6 +106,19 @@ async def test_a_page_that_is_freed_with_its_mark_there_puts_the_heap_in_doubt(
         assert "heap_in_doubt" not in codes(whole)
 
 
+async def test_where_xen_frees_safely_a_page_that_goes_with_its_mark_leaves_the_heap_sound(
+    tmp_path: Path,
+) -> None:
+    async with at_work(tmp_path) as whole:
+        mfn = whole.small.host.frame_of(whole.small.pvh, 5)
+        await whole.corrected(mfn)
+        assert (await whole.page(mfn, Phase.LEFT, reason="no_relocation")).marked
+        await asyncio.to_thread(whole.small.host.destroy, whole.small.pvh)
+        whole.service.retirer.domain_ended()
+        await whole.page(mfn, Phase.OFFLINED)
+        assert "heap_in_doubt" not in codes(whole)
+
+
 async def test_a_mark_of_another_release_whose_guest_has_ended_puts_the_heap_in_doubt(
     tmp_path: Path,
 ) -> None:
