@@ -65,6 +65,23 @@ async def test_an_address_that_is_no_memory_keeps_nobody_from_anything(tmp_path:
         assert whole.service.retirer.errors.poisoned == {whole.plain()}
 
 
+@pytest.mark.parametrize(
+    ("reason", "longest"),
+    [(LaterReason.OWNER_DYING, 10.0), (LaterReason.OWNER_ENDING, 300.0)],
+)
+async def test_a_page_whose_owner_is_being_taken_apart_is_looked_at_often(
+    tmp_path: Path, reason: LaterReason, longest: float
+) -> None:
+    async with at_work(tmp_path, SLOW) as whole:
+        mfn, retirer = whole.plain(), whole.service.retirer
+        in_hand(whole, mfn)
+        for _ in range(20):
+            retirer.consequences.apply(mfn, Later(mfn=mfn, reason=reason, detail="so it is"))
+        left = retirer.ledger.seconds_to_next()
+        assert left is not None
+        assert longest - 5 < left <= longest
+
+
 async def test_a_page_that_xen_names_no_owner_of_is_tried_three_times_more(tmp_path: Path) -> None:
     async with at_work(tmp_path, SLOW) as whole:
         mfn, apply = whole.plain(), whole.service.retirer.consequences.apply

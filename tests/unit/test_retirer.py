@@ -20,6 +20,7 @@ from pgofflined.retiring import Retirer
 from pgofflined.sim.clock import WallClock
 from pgofflined.sim.faults import Fault, FaultyHypervisor
 from pgofflined.sim.journal import MemoryJournal
+from pgofflined.sim.layout import PvSpec
 from pgofflined.sim.scenarios import SmallHost, small_host
 from pgofflined.uncorrected import UncorrectedErrors
 
@@ -250,6 +251,27 @@ async def test_a_page_whose_mark_was_taken_back_is_not_marked_again_over_the_cap
         assert entry is not None
         assert (entry.phase, entry.reason) == (Phase.LEFT, "denied")
         assert whole.calls("offline", other) == 1, "before it was known whose it is"
+
+
+async def test_each_owner_of_a_page_that_xen_broke_is_spared_in_the_same_round() -> None:
+    small = small_host()
+    second = small.host.add_pv(PvSpec(name="second"))
+    alone = Alone(small)
+    pages: dict[Mfn, str] = {}
+    for domid in (small.pv, second):
+        broken = small.host.frame_of(domid, small.host.pv(domid).layout.plain[0])
+        small.host.break_frame(broken)
+        pages[broken] = "broken"
+    for domid in (small.pv, second):
+        pages[small.host.frame_of(domid, small.host.pv(domid).layout.plain[1])] = "owner_ending"
+    for mfn in pages:
+        alone.retirer.take(mfn, Cause.CORRECTED, "two errors")
+    async with running(alone):
+        for mfn, reason in pages.items():
+            entry = await alone.pages.until(mfn, Phase.LEFT, Phase.WAITING)
+            assert entry.reason == reason
+    # The next call for a page of one of them would hang the host.
+    assert alone.xen.trace.of("offline") == []
 
 
 async def test_no_page_is_taken_up_again_while_nothing_is_done_at_all() -> None:
