@@ -261,6 +261,8 @@ async def test_each_owner_of_a_page_that_xen_broke_is_spared_in_the_same_round()
     for domid in (small.pv, second):
         broken = small.host.frame_of(domid, small.host.pv(domid).layout.plain[0])
         small.host.break_frame(broken)
+        # As in the moment before it has crashed.
+        small.host.simulated(domid).shutdown = None
         pages[broken] = "broken"
     for domid in (small.pv, second):
         pages[small.host.frame_of(domid, small.host.pv(domid).layout.plain[1])] = "owner_ending"
