@@ -276,6 +276,30 @@ async def test_each_owner_of_a_page_that_xen_broke_is_spared_in_the_same_round()
     assert alone.xen.trace.of("offline") == []
 
 
+async def test_that_there_is_room_again_is_told_once_and_only_then() -> None:
+    small = small_host()
+    alone = Alone(small, policy=ONE, slowly=3600.0)
+    told: list[bool] = []
+    alone.retirer.room_again = lambda: told.append(alone.retirer.has_room())
+    used, other = (small.host.frame_of(small.pvh, which) for which in (5, 6))
+    async with running(alone):
+        alone.retirer.take_poisoned(other, "an uncorrected error")  # it takes no room
+        await alone.pages.until(other, Phase.LEFT)
+        alone.retirer.take(used, Cause.CORRECTED, "two errors")
+        entry = await alone.pages.until(used, Phase.LEFT)
+        assert entry.marked
+        alone.retirer.domain_ended()
+        await alone.until_looked(used, alone.looks(used) + 1)
+        assert told == []
+        alone.retirer.take_poisoned(used, "an uncorrected error")
+        async with asyncio.timeout(30):
+            while not told:  # noqa: ASYNC110 - the retirer tells nobody else
+                await asyncio.sleep(0.001)
+        alone.retirer.domain_ended()
+        await alone.until_looked(used, alone.looks(used) + 1)
+    assert told == [True]
+
+
 async def test_no_page_is_taken_up_again_while_nothing_is_done_at_all() -> None:
     small = small_host()
     page = left_page(small)
