@@ -205,7 +205,7 @@ async def test_a_page_that_somebody_gave_back_is_retired_again(
         host.online(mfn)
         await whole.corrected(mfn, times=1)
         await whole.until(lambda: host.query(mfn) is OfflineState.OFFLINED)
-        assert "somebody has given it back" in caplog.text
+        assert f"mfn {mfn:#x} was out of use, and somebody has given it back" in caplog.text
 
 
 async def test_an_uncorrected_error_of_a_page_that_was_out_of_use_is_not_lost(
