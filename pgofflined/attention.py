@@ -252,8 +252,8 @@ def _pages(snapshot: Snapshot) -> Iterator[Condition]:
         elif entry.phase is Phase.WAITING:
             yield _waits(entry, entry.detail or entry.reason)
         elif entry.phase is Phase.EXCHANGE and entry.reason:
-            # It has been refused before: well it is only when it has gone.
-            yield _waits(entry, entry.detail or entry.reason, "is tried again after it was refused")
+            # Something was in the way before: all is well only when the page has gone.
+            yield _waits(entry, entry.detail or entry.reason, "is tried again; until now")
         elif entry.phase is Phase.RELOCATION and domid in put_off:
             why = put_off[domid]
             if why.needs_person and entry.cause is not Cause.UNCORRECTED:

@@ -108,6 +108,13 @@ class Records:
         self.bench.journal.done_with(domain)
 
 
+class Full(Records):
+    """Where nothing more can be kept."""
+
+    def open(self, record: JobRecord) -> OpenJob:
+        raise PortError(f"no room for d{record.domain.domid}")
+
+
 # Jobs.
 
 
@@ -285,10 +292,6 @@ def test_the_record_of_a_job_that_is_not_ended_is_not_replaced(bench: Bench) -> 
 def test_that_there_is_no_record_of_a_guest_is_said_once(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Full(Records):
-        def open(self, record: JobRecord) -> OpenJob:
-            raise PortError(f"no room for d{record.domain.domid}")
-
     work = working(bench, journal=Full(bench))
     info = bench.host.domain(bench.domid)
     assert [work.keep_asked(info), work.keep_asked(info)] == [False, False]
@@ -656,10 +659,6 @@ def test_who_takes_over_knows_how_often_a_job_was_tried(bench: Bench) -> None:
 def test_who_takes_over_knows_what_else_was_learned(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Full(Records):
-        def open(self, record: JobRecord) -> OpenJob:
-            raise PortError(f"no room for d{record.domain.domid}")
-
     full = Full(bench)
     info = bench.host.domain(bench.domid)
     earlier = working(bench, journal=full)
@@ -676,19 +675,18 @@ def test_who_takes_over_knows_what_else_was_learned(
     assert len(caplog.records) == said
 
 
-def test_a_job_of_this_process_that_could_not_be_ended_is_tried_again(bench: Bench) -> None:
-    failing = FaultyHypervisor(
-        bench.host, Fault(method="exchange", moment=Moment.AFTER, act=broken)
-    )
-    work = working(bench, failing)
-    mfns = page(bench)
-    failing.plan.append(Fault(method="condition", nth=FOR_EVER))
-    report = work.run(bench.identity, mfns)
-    assert report.domain == bench.identity
+def test_a_job_of_this_process_that_could_not_be_ended_holds_up_a_stop_until_it_is(
+    bench: Bench,
+) -> None:
+    # Neither its pages nor the guest itself can be helped at first.
+    faults = Fault(method="write_frames", times=200), Fault(method="resume", times=10)
+    work = working(bench, FaultyHypervisor(bench.host, *faults))
+    work.run(bench.identity, page(bench))
+    assert is_tried_again(work) == (True, True)
+    assert work.is_under_way(bench.identity)
     while work.has_rest:
-        assert work.holds_up_a_stop
-        assert work.is_under_way(bench.identity)
         bench.host.clock.wait(RECOVERY_SECONDS)
         work.recover_rest()
+    assert is_tried_again(work) == (False, False)
     assert not work.is_under_way(bench.identity)
     bench.assert_guest_runs_unharmed()

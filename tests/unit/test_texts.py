@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from pgofflined.cli import main
+from pgofflined.control.protocol import MAX_PAGES
 from pgofflined.core.conditions import ConditionCode
 from pgofflined.core.schema import SECTIONS
 from pgofflined.metrics import Metrics
@@ -26,8 +27,8 @@ DOCUMENTS = [
 MESSAGES = [*DOCUMENTS, *ROOT.glob("pgofflined/**/*.py")]
 # Messages of the daemon that are quoted, and look like a command.
 NO_COMMANDS = {"ends", "cannot"}
-# Words with a dot that are files.
-NO_KEYS = {"control.sock", "control.py"}
+# A word with a dot that is a file.
+NO_KEYS = {"control.sock"}
 
 
 def found_in(paths: list[Path], pattern: str) -> set[str]:
@@ -48,6 +49,12 @@ def test_commands_and_their_options(capsys: pytest.CaptureFixture[str]) -> None:
         said = capsys.readouterr().out
         for option in re.findall(r"--[a-z-]+", " ".join(rest)):
             assert option in said, (command, option)
+
+
+def test_numbers_of_pages_that_the_command_takes() -> None:
+    named = found_in(MESSAGES, r"`pgofflined status --pages (\d+)`")
+    assert named
+    assert all(int(number) <= MAX_PAGES for number in named)
 
 
 def test_keys_of_the_configuration() -> None:

@@ -17,15 +17,14 @@ from typing import ParamSpec
 from .errors import RigError
 from .host import Host
 
-# In one run of all tests eight guests ended so, three of them in a row in one test.
-ATTEMPTS = 6
+ATTEMPTS = 3
 TRIPLE_FAULT = re.compile(r"d\d+v\d+ Triple fault")
 
 P = ParamSpec("P")
 
 
 def tried_again_after_triple_faults(test: Callable[P, None]) -> Callable[P, None]:
-    """Run a failed test anew, a few times at most, if a guest triple-faulted; the summary says so.
+    """Run a failed test anew, at most twice, if a guest triple-faulted; the summary says so.
 
     Any other failure counts at once.
     """
