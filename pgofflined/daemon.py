@@ -25,7 +25,7 @@ from pgofflined.core.errors import PortError, SourceUnavailable
 from pgofflined.core.events import Event
 from pgofflined.core.frames import Mfn
 from pgofflined.core.machine import read_cpuinfo
-from pgofflined.core.policy import Policy, SourceName, effective
+from pgofflined.core.policy import SourceName, effective
 from pgofflined.core.recovery import RecoveryReport
 from pgofflined.core.relocation_outcomes import MigrationOutcome, NotMigrated
 from pgofflined.diskless import may_reach_a_disk
@@ -275,7 +275,7 @@ async def _serve(
     service = Service(world, policy, configuration.warnings)
     current.append(service)
     leftovers.hand_over(service.retirer.care)
-    _tell_started(policy, xen, service)
+    _tell_started(xen, service)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -369,14 +369,14 @@ def _reload(config_path: Path, service: Service, notifier: Notifier) -> None:
     if configuration is not None:
         service.apply(configuration.policy, configuration.warnings)
         event(log, logging.INFO, Event.CONFIG_RELOADED, f"{config_path} was read again")
-        _tell_policy(configuration.policy, service)
+        _tell_policy(service)
     notifier.ready(service.status_line())
 
 
-def _tell_started(policy: Policy, xen: Hypervisor, service: Service) -> None:
+def _tell_started(xen: Hypervisor, service: Service) -> None:
     message = f"pgofflined {__version__} on Xen {xen.version()}"
     event(log, logging.INFO, Event.STARTED, message)
-    _tell_policy(policy, service)
+    _tell_policy(service)
     snapshot = service.snapshot()
     for condition in snapshot.attention:
         if condition.code is not ConditionCode.NO_SOURCE:  # none has been tried at this point
@@ -384,6 +384,7 @@ def _tell_started(policy: Policy, xen: Hypervisor, service: Service) -> None:
             log.log(level, "%s", condition.text)
 
 
-def _tell_policy(policy: Policy, service: Service) -> None:
-    for line in effective(policy, host_frames=service.retirer.host_frames):
+def _tell_policy(service: Service) -> None:
+    """Tell what is in force: not all that the file says, where that needs a restart."""
+    for line in effective(service.policy, host_frames=service.retirer.host_frames):
         log.info("policy: %s", line)

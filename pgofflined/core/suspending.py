@@ -75,7 +75,7 @@ def objection(
         case SuspendSupport.DENIED:
             detail = (
                 f"d{domid} says that it cannot suspend itself ({FEATURE} is 0 in xenstore), so it "
-                "is not asked to; its pages go when it ends"
+                "is not asked to; its page stays in use until it ends"
             )
             return Objection(may_pass=False, detail=detail)
         case SuspendSupport.SILENT:
@@ -86,7 +86,7 @@ def objection(
                 "not 1), and a guest that cannot may crash when it is asked, as Mini-OS does. "
                 "Linux suspends all the same, and announces nothing, if it is older than 4.10 or "
                 "was migrated or restored since it booted: name such a guest in "
-                "exchange.ask_unannounced and reload. The pages of any other go when it ends"
+                "exchange.ask_unannounced and reload. Any other keeps its page until it ends"
             )
             return Objection(may_pass=True, detail=detail)
         case _:
@@ -139,7 +139,7 @@ def ended_before(domid: Domid) -> Objection:
     """Against asking a guest again that ended when it was asked."""
     detail = (
         f"the guest that is d{domid} now has ended before when it was asked to suspend itself, and "
-        "is not asked again before this daemon is restarted; its pages go when it ends"
+        "is not asked again before this daemon is restarted; its page stays in use until it ends"
     )
     return Objection(may_pass=False, detail=detail)
 

@@ -278,6 +278,23 @@ async def test_a_reload_is_noted_whether_it_succeeds_or_not(
         assert "there is no such file" in gone.problems[0]
 
 
+async def test_after_a_reload_the_journal_lists_what_is_in_force_not_what_waits_for_a_restart(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = tmp_path / "pgofflined.toml"
+    config.write_text("[retire]\ndry_run = true\n[exchange]\nworkers = 7\n")
+    demo = demo_host(clock=ManualClock(), seed=1)
+    with closing(Store.open(tmp_path / STATE, "this")) as store:
+        service = service_of(demo, tmp_path, store)
+        workers = service.policy.exchange.workers
+        assert workers != 7
+        _reload(config, service, NullNotifier())
+    assert "policy: retire.dry_run = true" in caplog.messages
+    assert f"policy: exchange.workers = {workers}" in caplog.messages
+    assert "exchange.workers take effect with the next start of the daemon" in caplog.text
+
+
 def test_what_is_doubtful_is_told_at_the_start(
     found: Found, caplog: pytest.LogCaptureFixture
 ) -> None:
